@@ -1,0 +1,1 @@
+"""Triton kernels for mixture-of-experts layers, launched through jax-triton."""

@@ -1,0 +1,221 @@
+"""Command lines from frozen dataclasses: `train.py [PRESET] [--flag value …]`.
+
+tyro reads and documents the fields; this module puts presets in front of it and turns every refusal
+into a UserError of one line. Fields have dotted names (`model.moe.experts`) everywhere.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import shlex
+import sys
+import types as builtin_types
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from moe_jax.config import TrainConfig, fields
+from moe_jax.errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+def types(settings: type) -> dict[str, Any]:
+    """Every field of a (nested) dataclass that the command line may set: dotted name -> type."""
+    flat = {}
+    for name, hint in get_type_hints(settings, include_extras=True).items():
+        if tyro.conf.Suppress in getattr(hint, "__metadata__", ()):
+            continue
+        if get_origin(hint) is Annotated:
+            hint = get_args(hint)[0]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            flat |= {f"{name}.{inner}": t for inner, t in types(hint).items()}
+        else:
+            flat[name] = hint
+    return flat
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` most resembles; `experts` finds `model.moe.experts`."""
+    known = list(known)
+    same_leaf = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    return next(iter(same_leaf or difflib.get_close_matches(name, known, n=1)), None)
+
+
+def preset(presets: Mapping[str, TrainConfig], name: str) -> TrainConfig:
+    """The preset called `name`. UserError: there is none."""
+    if name not in presets:
+        close = nearest(name, presets)
+        hint = f" (did you mean {close}?)" if close else ""
+        raise UserError(f"unknown preset '{name}': use one of {', '.join(presets)}{hint}")
+    return dataclasses.replace(presets[name], preset=name)
+
+
+def parse(
+    argv: list[str],
+    presets: Mapping[str, TrainConfig],
+    default: str = "tiny",
+    description: str = "Trains a mixture-of-experts language model.",
+) -> TrainConfig:
+    """The settings that `[PRESET] [--flag value …]` asks for; --help prints and exits with 0.
+
+    UserError: unknown preset or option, a value missing or of the wrong type, or settings that the
+    config classes refuse.
+    """
+    named = bool(argv) and not argv[0].startswith("-")
+    name, rest = (argv[0], argv[1:]) if named else (default, argv)
+    about = (
+        f"{description}\n\nPRESET is one of {', '.join(presets)} (unset: {default}); "
+        f"the defaults below are those of {name}."
+    )
+    return parse_settings(preset(presets, name), rest, about, prog=f"{sys.argv[0]} [PRESET]")
+
+
+def parse_settings(
+    default: Settings, argv: list[str], description: str | None = None, prog: str | None = None
+) -> Settings:
+    """`default` with the fields that `argv` sets, for any frozen dataclass. Errors as in parse."""
+    read = partial(tyro.cli, type(default), default=default, description=description, prog=prog)
+    if asks_for_help(argv):
+        return read(args=["--help"])
+    _options(argv, types(type(default)))
+    # tyro explains itself in a box on stderr; check() finds the same fault and says it in a line.
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        return read(args=argv)
+    check(default, argv)
+    raise UserError(f"cannot read '{shlex.join(argv)}': see --help")
+
+
+def asks_for_help(argv: list[str]) -> bool:
+    """Whether -h or --help is among the arguments."""
+    return not {"-h", "--help"}.isdisjoint(argv)
+
+
+def check(default: Any, argv: list[str]) -> None:
+    """Raises UserError for an option that is unknown or has a value of the wrong type.
+
+    Unlike parse_settings it does not ask whether the values go together.
+    """
+    known = types(type(default))
+    for name, option in _options(argv, known):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                tyro.cli(type(default), args=option, default=default)
+        except SystemExit:
+            raise UserError(_complaint(option, known[name])) from None
+        except UserError:
+            pass  # the type is right; that the class refuses the value alone says nothing here
+
+
+def split(argv: list[str], first: type, second: type) -> tuple[list[str], list[str]]:
+    """Deals the options of one command line to two dataclasses; `first` gets what both have."""
+    mine, theirs = types(first), types(second)
+    dealt: tuple[list[str], list[str]] = ([], [])
+    for name, option in _options(argv, theirs | mine):
+        dealt[name not in mine].extend(option)
+    return dealt
+
+
+def to_argv(settings: type, assignments: Mapping[str, str]) -> list[str]:
+    """The options that set these fields, given as text. UserError: unknown field, bad boolean."""
+    known, argv = types(settings), []
+    for given, text in assignments.items():
+        name = given.replace("-", "_")
+        if name not in known:
+            raise UserError(_unknown(name, known))
+        value = {"true": True, "false": False}.get(text.lower()) if known[name] is bool else text
+        if value is None:
+            raise UserError(f"{name}: '{text}' is not true or false")
+        argv += _option(name, value)
+    return argv
+
+
+def override(config: Settings, assignments: Mapping[str, str]) -> Settings:
+    """`config` with dotted fields set from text, through the same parser and the same checks."""
+    return parse_settings(config, to_argv(type(config), assignments))
+
+
+def command_line(
+    config: TrainConfig, preset_config: TrainConfig, script: str = "experiments/train.py"
+) -> str:
+    """The shortest command that gives `config`: its preset and the fields that differ from it."""
+    base = fields(preset_config)
+    changed = {k: v for k, v in fields(config).items() if v != base[k] and k != "preset"}
+    options = [word for name, value in changed.items() for word in _option(name, value)]
+    return shlex.join(["python", script, config.preset, *options])
+
+
+def program(main: Callable[[list[str]], None]) -> None:
+    """Runs main(arguments); a UserError becomes `error: …` and exit code 2, Ctrl-C code 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """`--model.width 64`, `--model.no-tied-embedding`."""
+    head, dot, leaf = name.replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return [f"--{head}{dot}{leaf if value else 'no-' + leaf}"]
+    flag, text = f"--{head}{dot}{leaf}", str(value)
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def _options(argv: list[str], known: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Groups words into options, each with the field that it sets: (steps, [--steps, 5])."""
+    options: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            options.append((_field(word, known), [word]))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            raise UserError(f"unexpected '{word}': options start with --, see --help")
+    return options
+
+
+def _field(word: str, known: Mapping[str, Any]) -> str:
+    """The field that an option sets: `--model.no-tied-embedding` -> `model.tied_embedding`."""
+    name = word[2:].partition("=")[0].replace("-", "_")
+    head, dot, leaf = name.rpartition(".")
+    positive = f"{head}{dot}{leaf.removeprefix('no_')}"
+    if known.get(positive) is bool:
+        return positive
+    if name not in known:
+        raise UserError(_unknown(name, known))
+    return name
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    close = nearest(name, known)
+    hint = f"did you mean --{close.replace('_', '-')}?" if close else "see --help"
+    return f"unknown option --{name.replace('_', '-')}: {hint}"
+
+
+def _complaint(option: list[str], hint: Any) -> str:
+    """What is wrong with an option that tyro refuses."""
+    flag, equals, attached = option[0].partition("=")
+    given = " ".join([attached] * bool(equals) + option[1:])
+    if hint is bool:
+        return f"{flag} takes no value, but got '{given}'"
+    if len(option) == 1 and not equals:
+        return f"{flag} needs a value: {_kind(hint)}"
+    return f"{flag}: '{given}' is not {_kind(hint)}"
+
+
+def _kind(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) in (Union, builtin_types.UnionType):
+        return " or ".join(map(_kind, get_args(hint)))
+    name = "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    return {"int": "an int", "float": "a float", "str": "a text"}.get(name, name)

@@ -1,0 +1,141 @@
+"""What compressors and a byte n-gram model make of the same text: bits per byte to beat.
+
+All take the held-out documents joined, as TokenArray.text() returns them.
+"""
+
+import gzip
+import lzma
+from collections.abc import Iterable
+
+import numpy as np
+
+from moe_jax.errors import UserError
+
+TRAINING_BYTES = 32_000_000
+"""The n-gram model counts at most so many bytes of training text, the first ones."""
+PIECE = 4_000_000
+"""Bytes counted at a time, which bounds the memory that sorting takes."""
+LARGEST_ORDER = 7
+"""An n-gram is packed into one int64, sign bit unused."""
+
+
+def gzip_bits_per_byte(data: bytes) -> float:
+    """Bits per byte of `gzip -9`. Raises UserError if there are no bytes."""
+    _not_empty("held-out", data)
+    return 8 * len(gzip.compress(data, 9)) / len(data)
+
+
+def xz_bits_per_byte(data: bytes) -> float:
+    """Bits per byte of `xz -9`. Raises UserError if there are no bytes."""
+    _not_empty("held-out", data)
+    return 8 * len(lzma.compress(data, preset=9)) / len(data)
+
+
+def ngram_bits_per_byte(train_chunks: Iterable[bytes], held_out: bytes, order: int = 5) -> float:
+    """Cross-entropy, in bits per byte, of an n-gram model of `train_chunks` on `held_out`.
+
+    Raises UserError if either is empty or `order` is not between 1 and 7.
+    """
+    probabilities = ngram_probabilities(_first(train_chunks, TRAINING_BYTES), held_out, order)
+    return float(-np.log2(probabilities).mean())
+
+
+def ngram_probabilities(training: bytes, held_out: bytes, order: int) -> np.ndarray:
+    """Probability that the model gives to each byte of `held_out`: float64[bytes].
+
+    Witten-Bell interpolation of orders 1 to `order`, starting from p = 1/256 (Chen & Goodman 1998,
+    §2.5): with N(h c) the count of byte c after history h, N(h) the count of h, T(h) the number
+    of different bytes after h, and h' the history without its oldest byte,
+
+        p(c | h) = (N(h c) + T(h) p(c | h')) / (N(h) + T(h)),  and p(c | h') if h is new.
+
+    Both texts are preceded by order - 1 zero bytes.
+    """
+    if not 1 <= order <= LARGEST_ORDER:
+        raise UserError(f"order is {order}: an n-gram has 1 to {LARGEST_ORDER} bytes")
+    _not_empty("training", training)
+    _not_empty("held-out", held_out)
+    asked = _grams(held_out, order)
+    probabilities = np.full(len(asked), 1 / 256)
+    for n, (grams, counts) in enumerate(_count(training, order), start=1):
+        probabilities = _interpolate(grams, counts, asked & _mask(n), probabilities)
+    return probabilities
+
+
+def _not_empty(what: str, data: bytes) -> None:
+    if not data:
+        raise UserError(f"there are no {what} bytes: add text (--data.source)")
+
+
+def _first(chunks: Iterable[bytes], limit: int) -> bytes:
+    kept = bytearray()
+    for chunk in chunks:
+        kept += chunk[: limit - len(kept)]
+        if len(kept) == limit:
+            break
+    return bytes(kept)
+
+
+def _mask(n: int) -> int:
+    """Selects the last n bytes of a packed n-gram."""
+    return (1 << 8 * n) - 1
+
+
+def _grams(data: bytes, order: int) -> np.ndarray:
+    """Each byte with the order - 1 before it, packed, the oldest uppermost: int64[bytes]."""
+    grams = np.zeros(len(data), np.int64)
+    padded = np.frombuffer(bytes(order - 1) + data, np.uint8)
+    for i in range(order):
+        grams <<= 8
+        grams |= padded[i : i + len(data)]
+    return grams
+
+
+def _count(training: bytes, order: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For n = 1 … order: the n-grams that occur, sorted, and how often each does."""
+    pieces = [_count_piece(training, begin, order) for begin in range(0, len(training), PIECE)]
+    levels = [_regroup(*map(np.concatenate, zip(*pieces, strict=True)))]
+    # A shorter n-gram occurs as often as all those that end in it: the text is sorted only once.
+    for n in range(order - 1, 0, -1):
+        longer, counts = levels[0]
+        levels.insert(0, _regroup(longer & _mask(n), counts))
+    return levels
+
+
+def _count_piece(training: bytes, begin: int, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams that end in one piece of the text, sorted, and how often each does there."""
+    context = max(0, begin - order + 1)
+    grams = _grams(training[context : begin + PIECE], order)[begin - context :]
+    return np.unique(grams, return_counts=True)
+
+
+def _regroup(grams: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct n-grams, sorted, with the sum of the counts of each."""
+    by_gram = np.argsort(grams)
+    ordered = grams[by_gram]
+    starts = _starts(ordered)
+    return ordered[starts], np.add.reduceat(counts[by_gram], starts)
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Where runs of equal values begin."""
+    return np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))
+
+
+def _interpolate(
+    grams: np.ndarray, counts: np.ndarray, asked: np.ndarray, lower: np.ndarray
+) -> np.ndarray:
+    """p(c | h) for each n-gram `asked`, from `lower` = p(c | h')."""
+    starts = _starts(grams >> 8)
+    histories = (grams >> 8)[starts]
+    seen = np.add.reduceat(counts, starts)
+    types = np.diff(starts, append=len(grams))
+    count = _find(grams, counts, asked)
+    total, kinds = (_find(histories, values, asked >> 8) for values in (seen, types))
+    return np.where(total > 0, (count + kinds * lower) / np.maximum(total + kinds, 1), lower)
+
+
+def _find(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """values[i] where keys[i] == asked, and 0 where no key is."""
+    at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+    return np.where(keys[at] == asked, values[at], 0)

@@ -1,0 +1,182 @@
+"""The cache folder: entries that appear whole or not at all, and that notice damage."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe_jax.data.documents import digest
+from moe_jax.errors import UserError
+
+META = "meta.json"
+TEMPORARY = "tmp-"
+STALE_SECONDS = 24 * 3600
+"""A temporary folder that nobody has written to for so long belongs to a process that is gone."""
+CHECKED_BLOCK = 64 << 10
+CHECKED_BLOCKS = 4096
+"""Files up to 256 MiB are checked whole, longer ones at this many places: a start stays quick."""
+
+
+def cache_folder(setting: str) -> Path:
+    """The folder named by --data.cache, or its default."""
+    if setting:
+        return Path(setting).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "moe_jax"
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Makes the folder; turns operating-system errors inside the block into a UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot use the cache folder {folder}: {error.strerror or error}; make room for it, "
+            "or name another with --data.cache"
+        ) from error
+
+
+def entry(
+    folder: Path, build: Callable[[Path], dict[str, Any]], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What `build` said about the files in `folder`; built first if missing or damaged.
+
+    `build` writes files into the folder it is given and returns a JSON-serialisable description.
+    Another process may build the same entry meanwhile: the first to finish wins.
+    """
+    description = _verified(folder)
+    if description is not None:
+        return description
+    if folder.exists():
+        say(f"the cache entry {folder} is damaged: building it again")
+        _discard(folder)
+    _remove_stale(folder.parent)
+    with _appearing(folder) as temporary:
+        _write_meta(temporary, build(temporary))
+    description = _verified(folder)
+    if description is None:
+        raise UserError(
+            f"the cache entry {folder} does not read back as written: check the disk, or name "
+            "another folder with --data.cache"
+        )
+    return description
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to `folder` when the block ends without an error."""
+    temporary = folder.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            # Another process finished first; what it wrote is the same.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(folder: Path) -> None:
+    grave = folder.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    # Missing: another process discards it at this moment.
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(grave)
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+def _remove_stale(cache: Path) -> None:
+    for folder in filter(Path.is_dir, cache.glob(TEMPORARY + "*")):
+        with contextlib.suppress(FileNotFoundError):
+            latest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
+            if time.time() - latest > STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_meta(folder: Path, description: dict[str, Any]) -> None:
+    files = {path.name: [path.stat().st_size, checksum(path)] for path in folder.iterdir()}
+    text = json.dumps({"description": description, "files": files})
+    (folder / META).write_text(f"{digest(text)}\n{text}")
+
+
+def _verified(folder: Path) -> dict[str, Any] | None:
+    """The description of an entry, or None if the entry is missing or damaged."""
+    try:
+        own, text = (folder / META).read_text().splitlines()
+        if own != digest(text):
+            return None
+        meta = json.loads(text)
+        for name, (size, expected) in meta["files"].items():
+            path = folder / name
+            if path.stat().st_size != size or checksum(path) != expected:
+                return None
+    except (FileNotFoundError, ValueError):
+        return None
+    return meta["description"]
+
+
+def checksum(path: Path) -> str:
+    """blake2b of a file, or of evenly spaced blocks of it if it is long."""
+    state = hashlib.blake2b(digest_size=16)
+    count = -(-path.stat().st_size // CHECKED_BLOCK)
+    step = max(1.0, count / CHECKED_BLOCKS)
+    with path.open("rb") as file:
+        for i in range(min(count, CHECKED_BLOCKS)):
+            file.seek(int(i * step) * CHECKED_BLOCK)
+            state.update(file.read(CHECKED_BLOCK))
+    return state.hexdigest()
+
+
+class HashIndex:
+    """Remembers content hashes, so that a start need not read everything again.
+
+    Like git's index: what is recorded with a hash (size, times, inode) is unchanged, so is the
+    content.
+    """
+
+    def __init__(self, cache: Path, corpus: str):
+        self._path = cache / f"hashes-{digest(corpus)}.json"
+        self._used: dict[str, list[Any]] = {}
+        try:
+            self._known = json.loads(self._path.read_text())
+        except (FileNotFoundError, ValueError):
+            self._known = {}
+
+    def hash(self, name: str, state: Sequence[Any], compute: Callable[[], str]) -> str:
+        """The hash remembered for `name` if its `state` is the same, or else `compute()`."""
+        known = self._known.get(name)
+        if not known or known[:-1] != list(state):
+            known = [*state, compute()]
+        self._used[name] = known
+        return known[-1]
+
+    def save(self) -> None:
+        """Writes the index if it has changed. Without it the next start is slower, not wrong."""
+        if self._used == self._known:
+            return
+        temporary = self._path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(self._used))
+            temporary.replace(self._path)

@@ -1,0 +1,131 @@
+"""Tokenizers that lose nothing: single bytes, or byte-level BPE (Sennrich et al. 2016)."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moe_jax.data.documents import digest
+from moe_jax.errors import UserError
+
+SPECIALS = 2
+"""The last two ids are bos and eos. They are ours alone: no text is ever encoded as one."""
+
+PATTERN = "|".join(
+    (
+        r"(?:\r?\n)+[ \t]*",  # newlines and the indentation after them are one piece
+        r"'(?:[sdmt]|ll|ve|re)\b",  # English contractions
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word and what stands before it: " the", ".join", "_name"
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+",  # operators and punctuation
+        r"[^\S\r\n]+(?!\S)|\s+",  # other white space, less the blank that goes to a word
+    )
+)
+"""Pieces that no token crosses: GPT-4's, but for indentation, which is code's own."""
+
+
+class Tokenizer:
+    """Text to ids and back: decode(encode(text)) == text for every valid Unicode text.
+
+    `kind`: `bytes` or `bpe:N`, as in DataConfig.tokenizer.
+    `vocabulary` (V): every id is below it; BPE trained on little text leaves some ids unused.
+    `bos`, `eos`: ids that open and close a document.
+    `byte_lengths`: int64[V], UTF-8 bytes that a token stands for, 0 for specials and unused ids.
+    `fingerprint`: hash of everything that decides the ids.
+    """
+
+    def __init__(self, kind: str, vocabulary: int, model: tokenizers.Tokenizer | None = None):
+        self.kind, self.vocabulary, self._model = kind, vocabulary, model
+        self.bos, self.eos = vocabulary - 2, vocabulary - 1
+        self._bytes = _byte_strings(model, vocabulary)
+        self.byte_lengths = np.array([len(data) for data in self._bytes], np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32[tokens], without bos and eos."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in parallel threads."""
+        if self._model is None:
+            return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+        return [np.array(code.ids, np.int32) for code in self._model.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """The text that ids stand for; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
+        """The bytes that ids stand for: none for specials, nor for ids outside the vocabulary."""
+        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
+        known = ids[(ids >= 0) & (ids < self.vocabulary)]
+        return b"".join([self._bytes[i] for i in known.tolist()])
+
+    def to_json(self) -> str:
+        """Everything, as text for a checkpoint."""
+        model = None if self._model is None else json.loads(self._model.to_str())
+        return json.dumps({"kind": self.kind, "vocabulary": self.vocabulary, "model": model})
+
+    @staticmethod
+    def from_json(text: str) -> "Tokenizer":
+        """The tokenizer whose `to_json` is `text`; UserError if it is none."""
+        try:
+            fields = json.loads(text)
+            kind, vocabulary, model = fields["kind"], fields["vocabulary"], fields["model"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"this is no stored tokenizer ({text[:40]!r}…): restore the file or train anew"
+            ) from error
+        loaded = tokenizers.Tokenizer.from_str(json.dumps(model)) if model else None
+        return Tokenizer(kind, vocabulary, loaded)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(self.to_json())
+
+
+def make_tokenizer(
+    kind: str, texts: Iterable[str], say: Callable[[str], None] = print
+) -> Tokenizer:
+    """`bytes`, which needs no training, or `bpe:N` trained on `texts` (streamed)."""
+    if kind == "bytes":
+        return Tokenizer(kind, 256 + SPECIALS)
+    vocabulary = int(kind.removeprefix("bpe:"))
+    say(f"training the tokenizer {kind}")
+    model = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])  # type: ignore
+    model.decoder = decoders.ByteLevel()  # type: ignore
+    model.train_from_iterator(texts, _trainer(vocabulary))
+    return Tokenizer(kind, vocabulary, model)
+
+
+def _trainer(vocabulary: int) -> trainers.BpeTrainer:
+    return trainers.BpeTrainer(
+        vocab_size=vocabulary - SPECIALS,
+        min_frequency=2,  # a pair seen once is no pattern
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+
+
+def _byte_strings(model: tokenizers.Tokenizer | None, vocabulary: int) -> list[bytes]:
+    """The bytes that each id stands for; empty for specials and unused ids."""
+    if model is None:
+        return [bytes([i]) for i in range(256)] + [b""] * SPECIALS
+    strings = [b""] * vocabulary
+    values = _byte_values()
+    for token, i in model.get_vocab().items():
+        strings[i] = bytes(values[character] for character in token)
+    return strings
+
+
+def _byte_values() -> dict[str, int]:
+    """Byte-level BPE writes bytes as printable characters (GPT-2's table): character -> byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,0 +1,142 @@
+"""A corpus as two memory-mapped arrays of tokens, made once and kept in the cache folder."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import DataConfig
+from moe_jax.data.cache import cache_folder, entry, usable
+from moe_jax.data.corpus import Corpus, open_corpus, sample, split
+from moe_jax.data.documents import digest
+from moe_jax.data.progress import progress
+from moe_jax.data.tokenizer import Tokenizer, make_tokenizer
+from moe_jax.data.writer import open_split, write_split
+
+VERSION = "1"
+"""Part of every cache key: raise it when the stored format or the tokenizer's training changes."""
+SPLITS = ("train", "validation")
+
+Utf8 = bytes  # TokenArray has a field named `bytes`
+
+
+@dataclass(frozen=True)
+class TokenArray:
+    """Documents one after another, each stored as [bos, tokens…, eos].
+
+    `tokens`: uint16 or uint32 [tokens], memory-mapped.
+    `starts`: int64[documents], index of each document's bos.
+    `bytes`: UTF-8 bytes of text that the tokens stand for.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    bytes: int
+    tokenizer: Tokenizer
+
+    def chunks(self, tokens: int = 1 << 20) -> Iterator[Utf8]:
+        """The text of all documents as UTF-8, so many tokens at a time."""
+        for start in range(0, len(self.tokens), tokens):
+            yield self.tokenizer.decode_bytes(self.tokens[start : start + tokens])
+
+    def text(self) -> Utf8:
+        """The text of all documents, with nothing between them, as UTF-8."""
+        return b"".join(self.chunks())
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """A tokenised corpus.
+
+    `fingerprint`: hash of the corpus, its split and the tokenizer: equal ones mean equal tokens.
+    `stats`: {"train" and "validation": {"documents", "bytes", "tokens"}, "replaced": documents
+    that had bytes which are no valid UTF-8}.
+    """
+
+    train: TokenArray
+    validation: TokenArray
+    tokenizer: Tokenizer
+    fingerprint: str
+    stats: dict[str, Any]
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: Tokenizer | None = None,
+    say: Callable[[str], None] = print,
+) -> TokenData:
+    """The tokens of a corpus: from the cache, or else made now and kept there.
+
+    `tokenizer`: the one to use (a resumed run hands in its own); without it, one of the kind
+    `config.tokenizer` is trained on the training documents. Raises UserError if the corpus or the
+    cache folder cannot be used.
+    """
+    cache = cache_folder(config.cache)
+    corpus = open_corpus(config.source, config.text_field)
+    with usable(cache):
+        content = digest(VERSION, corpus.fingerprint(cache), repr(config.validation_fraction))
+        if tokenizer is None:
+            tokenizer = _trained(config, corpus, cache, content, say)
+        fingerprint = digest(content, tokenizer.fingerprint)
+        folder = cache / f"tokens-{fingerprint}"
+        build = partial(_tokenise, corpus, config.validation_fraction, tokenizer, say=say)
+        stats = entry(folder, build, say)
+        train, validation = (_open(folder, name, tokenizer, stats[name]) for name in SPLITS)
+    return TokenData(train, validation, tokenizer, fingerprint, stats)
+
+
+def _trained(
+    config: DataConfig, corpus: Corpus, cache: Path, content: str, say: Callable[[str], None]
+) -> Tokenizer:
+    """A tokenizer of the configured kind, from the cache or trained on the training documents."""
+    if config.tokenizer == "bytes":
+        return make_tokenizer("bytes", ())
+
+    def build(folder: Path) -> dict[str, Any]:
+        held_out = split(corpus, config.validation_fraction)
+        made = make_tokenizer(config.tokenizer, sample(corpus, np.flatnonzero(~held_out)), say)
+        (folder / "tokenizer.json").write_text(made.to_json())
+        return {}
+
+    folder = cache / f"tokenizer-{digest(content, config.tokenizer)}"
+    entry(folder, build, say)
+    return Tokenizer.from_json((folder / "tokenizer.json").read_text())
+
+
+def _tokenise(
+    corpus: Corpus,
+    validation_fraction: float,
+    tokenizer: Tokenizer,
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Writes both splits into `folder` and returns their statistics."""
+    held_out = split(corpus, validation_fraction)
+    say(f"tokenising {corpus.sizes.sum() / 1e6:.1f} MB of text in {len(held_out)} documents")
+    began = perf_counter()
+    stats: dict[str, Any] = {"replaced": 0}
+    with progress("tokenising", int(corpus.sizes.sum())) as advance:
+        for name, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
+            documents = (corpus.read(int(index)) for index in np.flatnonzero(chosen))
+            written = write_split(folder, name, chain.from_iterable(documents), tokenizer, advance)
+            stats["replaced"] += written.pop("replaced")
+            stats[name] = written
+    _report(stats, perf_counter() - began, say)
+    return stats
+
+
+def _report(stats: dict[str, Any], seconds: float, say: Callable[[str], None]) -> None:
+    tokens, text = (sum(stats[name][key] for name in SPLITS) for key in ("tokens", "bytes"))
+    say(f"{tokens} tokens, {text / tokens:.2f} bytes each, in {seconds:.1f} s")
+    if stats["replaced"]:
+        say(f"{stats['replaced']} documents have bytes that are no UTF-8: replaced by U+FFFD")
+
+
+def _open(folder: Path, name: str, tokenizer: Tokenizer, stats: dict[str, int]) -> TokenArray:
+    tokens, starts = open_split(folder, name, tokenizer)
+    return TokenArray(tokens, starts, stats["bytes"], tokenizer)

@@ -1,0 +1,9 @@
+"""The one exception whose message is meant for the person at the keyboard."""
+
+
+class UserError(Exception):
+    """Input that cannot be used.
+
+    The message is one line that names the offending value and the fix. Programs print it as
+    `error: …` and end with exit code 2; nothing has been compiled, written or lost by then.
+    """

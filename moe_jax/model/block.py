@@ -1,0 +1,94 @@
+"""One transformer block, and a stack of equal blocks that is scanned."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from moe_jax.config import ModelConfig
+from moe_jax.model.attention import Cache, Sight, make_attention
+from moe_jax.model.feed_forward import FeedForward
+from moe_jax.model.norm import RMSNorm
+from moe_jax.moe.layer import MoE, RouterStats
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    The feed-forward is dense, or a mixture of routed experts plus the shared ones
+    (arXiv:2401.06066, §3.2). Matrices that write to the residual stream start smaller by
+    sqrt(2 · layers), so that its variance does not grow with depth.
+    """
+
+    def __init__(self, model: ModelConfig, *, sparse: bool, rngs: nnx.Rngs) -> None:
+        dtype, std = jnp.dtype(model.param_dtype), model.init_std
+        out_std = std / (2 * model.layers) ** 0.5
+        self.attention_norm = RMSNorm(model.width, model.norm_epsilon, dtype)
+        self.attention = make_attention(model, out_std=out_std, rngs=rngs)
+        self.feed_forward_norm = RMSNorm(model.width, model.norm_epsilon, dtype)
+        hidden = model.dense_hidden
+        if sparse:
+            hidden = model.moe.shared_experts * model.moe.expert_hidden
+            self.moe = MoE(model.width, model.moe, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+        self.sparse = sparse
+        self.dense = hidden > 0
+        if self.dense:
+            self.feed_forward = FeedForward(
+                model.width, hidden, std=std, out_std=out_std, dtype=dtype, rngs=rngs
+            )
+
+    def __call__(
+        self, x: Float[Array, "B L D"], sight: Sight, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B L D"], tuple[Cache, RouterStats | None]]:
+        attended, cache = self.attention(self.attention_norm(x), sight, cache)
+        x = x + attended
+        normed = self.feed_forward_norm(x)
+        stats = None
+        if self.sparse:
+            routed, stats = self.moe(normed)
+            x = x + routed
+        if self.dense:
+            x = x + self.feed_forward(normed)
+        return x, (cache, stats)
+
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+class Stack(nnx.Module):
+    """`count` equal blocks, whose parameters carry a leading layer axis, run by one scan.
+
+    One block is compiled however many there are. With `remat`, its activations are recomputed in
+    the backward pass ("full"), or all of them but the products with parameters ("dots").
+    """
+
+    def __init__(self, model: ModelConfig, count: int, *, sparse: bool, rngs: nnx.Rngs) -> None:
+        self.remat = model.remat
+
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make(key: Array) -> Block:
+            return Block(model, sparse=sparse, rngs=nnx.Rngs(params=key))
+
+        self.blocks = make(jax.random.split(rngs.params(), count))
+
+    def __call__(
+        self, x: Float[Array, "B L D"], sight: Sight, caches: Cache | None = None
+    ) -> tuple[Float[Array, "B L D"], tuple[Cache | None, RouterStats | None]]:
+        """Runs the blocks in order. Caches and statistics carry a leading layer axis; without
+        caches given, none are returned."""
+        graph, parameters = nnx.split(self.blocks)
+
+        def step(x: Array, layer: tuple[Any, Cache | None]) -> tuple[Array, Any]:
+            x, (cache, stats) = nnx.merge(graph, layer[0])(x, sight, layer[1])
+            return x, (None if layer[1] is None else cache, stats)
+
+        if self.remat != "none":
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(step, x, (parameters, caches))

@@ -1,0 +1,84 @@
+"""Sampling continuations, with a cache or by recomputing everything each time."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from moe_jax.model.attention import cached_sight
+from moe_jax.model.transformer import Transformer
+
+
+def sample(
+    key: Array, logits: Float[Array, "B V"], temperature: float, top_k: int
+) -> Int[Array, "B"]:
+    """Draws from softmax(logits / temperature) over the `top_k` most likely tokens (0: over all);
+    temperature 0 takes the most likely."""
+    logits = logits.astype(jnp.float32)
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    if top_k:
+        weakest = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < weakest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / temperature)
+
+
+@partial(jax.jit, static_argnames=("graph", "count", "vocabulary", "temperature", "top_k"))
+def generate(
+    graph: nnx.GraphDef,
+    parameters: Any,
+    prompt: Int[Array, "B L"],
+    key: Array,
+    *,
+    count: int,
+    vocabulary: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+) -> Int[Array, "B count"]:
+    """`count` tokens after each prompt; all prompts have the same length.
+
+    `parameters` is every state that nnx.merge(graph, *parameters) takes. The prompt is read once
+    into the attention caches, then each token costs one position. Ids from `vocabulary` on (rows
+    that the tokenizer never uses) are not drawn.
+    """
+    model: Transformer = nnx.merge(graph, *parameters)
+    batch, length = prompt.shape
+    slots = length + count
+
+    def advance(tokens: Array, start: Any, caches: Any) -> tuple[Array, Any]:
+        sight = cached_sight(model.config, jnp.asarray(start), tokens.shape[1], slots)
+        hidden, caches, _ = model.hidden(tokens, sight, caches)
+        return model.logits(hidden[:, -1:])[:, 0, :vocabulary], caches
+
+    logits, caches = advance(prompt, 0, model.empty_caches(batch, slots))
+
+    def step(carry: tuple[Array, Any], index: Array) -> tuple[tuple[Array, Any], Array]:
+        logits, caches = carry
+        token = sample(jax.random.fold_in(key, index), logits, temperature, top_k)
+        return advance(token[:, None], length + index, caches), token
+
+    _, tokens = lax.scan(step, (logits, caches), jnp.arange(count))
+    return tokens.T
+
+
+def generate_uncached(
+    model: Transformer,
+    prompt: Int[Array, "B L"],
+    key: Array,
+    *,
+    count: int,
+    vocabulary: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+) -> Int[Array, "B count"]:
+    """The same by definition: every token from a full pass over all tokens before it."""
+    tokens = prompt
+    for index in range(count):
+        logits = model(tokens, jnp.ones_like(tokens))[:, -1, :vocabulary]
+        token = sample(jax.random.fold_in(key, index), logits, temperature, top_k)
+        tokens = jnp.concatenate([tokens, token[:, None].astype(tokens.dtype)], axis=1)
+    return tokens[:, prompt.shape[1] :]

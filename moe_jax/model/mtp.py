@@ -1,0 +1,77 @@
+"""Multi-token prediction: one further block for each further token (arXiv:2412.19437, §2.2)."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from moe_jax.config import ModelConfig
+from moe_jax.linear import Linear
+from moe_jax.model.attention import document_sight
+from moe_jax.model.block import Block
+from moe_jax.model.norm import RMSNorm
+from moe_jax.moe.layer import RouterStats
+
+if TYPE_CHECKING:
+    from moe_jax.model.transformer import Transformer
+
+
+class MTPModule(nnx.Module):
+    """h^k_i = block(M [norm(h^{k-1}_i); norm(Emb(t_{i+k}))]) (eq. 21-22)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width, epsilon = config.width, config.norm_epsilon
+        dtype = jnp.dtype(config.param_dtype)
+        self.hidden_norm = RMSNorm(width, epsilon, dtype)
+        self.embedding_norm = RMSNorm(width, epsilon, dtype)
+        self.projection = Linear(2 * width, width, std=config.init_std, dtype=dtype, rngs=rngs)
+        self.block = Block(config, sparse=config.moe_layers > 0, rngs=rngs)
+        self.norm = RMSNorm(width, epsilon, dtype)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B L D"],
+        embedded: Float[Array, "B L D"],
+        segments: Int[Array, "B L"],
+    ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
+        joined = [self.hidden_norm(hidden), self.embedding_norm(embedded)]
+        x = self.projection(jnp.concatenate(joined, axis=-1))
+        x, (_, stats) = self.block(x, document_sight(self.config, segments))
+        return x, stats
+
+
+class MultiTokenPrediction(nnx.Module):
+    """`mtp_depth` modules in a chain; embedding and head are the main model's."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.depth = config.mtp_depth
+
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make(key: Array) -> MTPModule:
+            return MTPModule(config, rngs=nnx.Rngs(params=key))
+
+        self.modules = make(jax.random.split(rngs.params(), self.depth))
+
+    def predictions(
+        self,
+        model: "Transformer",
+        hidden: Float[Array, "B L D"],
+        tokens: Int[Array, "B N"],
+        segments: Int[Array, "B L"],
+    ) -> Iterator[tuple[int, Float[Array, "B L V"], RouterStats | None]]:
+        """For k = 1 … depth: (k, logits of token i + k + 1 at position i, statistics).
+
+        `tokens` reaches beyond the sequence: N >= L + depth.
+        """
+        length = hidden.shape[1]
+        graph, parameters = nnx.split(self.modules)
+        for index in range(self.depth):
+            module = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], parameters))
+            ahead = model.embed(tokens[:, index + 1 : index + 1 + length])
+            hidden, stats = module(hidden, ahead, segments)
+            yield index + 1, model.logits(hidden, module.norm), stats

@@ -1,0 +1,42 @@
+"""Keeping the experts equally busy: losses, and the bias update that needs no loss."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+
+def update_bias(
+    bias: Float[Array, "*layers E"], load: Int[Array, "*layers E"], rate: Float[Array, ""] | float
+) -> Float[Array, "*layers E"]:
+    """b_e + rate · sign(mean load - load_e): overloaded down, underloaded up (arXiv:2408.15664).
+
+    Runs after the optimizer's update on the load of the whole batch; it is not a gradient.
+    """
+    load = load.astype(jnp.float32)
+    return bias + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+
+
+def sequence_loss(scores: Float[Array, "B L E"], per_token: int) -> Float[Array, ""]:
+    """Mean over sequences of sum_e f_e P_e; 1 when balanced (arXiv:2412.19437, eq. 17-20).
+
+    f_e = E / (K L) · how often e is among a token's top K unbiased scores; P_e = mean over the
+    sequence of s_e / sum s. The gradient flows through P only.
+    """
+    _, length, experts = scores.shape
+    _, chosen = lax.top_k(lax.stop_gradient(scores), per_token)
+    picked = jnp.any(chosen[..., None] == jnp.arange(experts), axis=-2)
+    frequency = picked.astype(jnp.float32).sum(axis=1) * experts / (per_token * length)
+    probability = (scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)).mean(axis=1)
+    return (frequency * probability).sum(axis=-1).mean()
+
+
+def z_loss(logits: Float[Array, "*batch E"]) -> Float[Array, ""]:
+    """mean(logsumexp(logits)²): keeps router logits small (arXiv:2202.08906, eq. 5)."""
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
+
+
+def router_entropy(scores: Float[Array, "*batch E"]) -> Float[Array, ""]:
+    """Mean entropy, in nats, of the affinities normalised over experts: log E when indifferent."""
+    p = scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
+    return -jnp.mean(jnp.sum(p * jnp.log(p + 1e-20), axis=-1))

@@ -1,0 +1,45 @@
+"""Step 5: adds up a token's expert outputs with the gate's weights."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from moe_jax.moe.plan import Plan
+
+
+@jax.custom_vjp
+def combine(
+    rows: Float[Array, "R D"], weights: Float[Array, "T K"], plan: Plan
+) -> Float[Array, "T D"]:
+    """out[t] = sum_k weights[t, k] · rows[row[t, k]], summed in float32 in the order of k.
+
+    Deterministic: a gather by the plan's inverse, no atomic additions. The gradient in `rows` is
+    the weighted dispatch, a gather as well.
+    """
+    gathered = jnp.take(rows, plan.row, axis=0, mode="clip")
+    out = jnp.einsum(
+        "tk,tkd->td", weights.astype(rows.dtype), gathered, preferred_element_type=jnp.float32
+    )
+    return out.astype(rows.dtype)
+
+
+def _forward(rows: Array, weights: Array, plan: Plan) -> tuple[Array, tuple[Array, Array, Plan]]:
+    return combine(rows, weights, plan), (rows, weights, plan)
+
+
+def _backward(saved: tuple[Array, Array, Plan], d_out: Array) -> tuple[Array, Array, None]:
+    rows, weights, plan = saved
+    per_token = plan.row.shape[1]
+    filled = plan.assignment < plan.row.size
+    row_weight = jnp.take(weights.reshape(-1), plan.assignment, mode="clip")
+    row_weight = jnp.where(filled, row_weight, 0)[:, None]
+    d_rows = row_weight * jnp.take(d_out, plan.assignment // per_token, axis=0, mode="clip")
+    gathered = jnp.take(rows, plan.row, axis=0, mode="clip")
+    d_weights = jnp.einsum(
+        "td,tkd->tk", d_out, gathered, preferred_element_type=jnp.float32
+    ).astype(weights.dtype)
+    return d_rows.astype(rows.dtype), d_weights, None
+
+
+combine.defvjp(_forward, _backward)

@@ -1,0 +1,45 @@
+"""Devices as a mesh, and the part of the work that is split by data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DATA = "data"
+
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """A mesh whose `data` axis holds all devices of all processes, or the first `devices`."""
+    chosen = jax.devices()[:devices]
+    return jax.make_mesh((len(chosen),), (DATA,), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def data_parallel() -> int:
+    """Size of the data axis of the mesh in force (jax.set_mesh); 1 where there is none."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(DATA, 1)
+
+
+def map_over_data(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """function(batch, parameters) on each device's rows of the batch.
+
+    Expects a pair (arrays [B, …], replicated summary) from `function`; gradients of the parameters
+    are summed over devices. Sorting and gathering stay local, where the partitioner would
+    replicate them. Without a mesh it is `function` itself.
+    """
+    if data_parallel() == 1:
+        return function
+    return jax.shard_map(
+        function, in_specs=(P(DATA), P()), out_specs=(P(DATA), P()), axis_names={DATA}
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch split over the data axis."""
+    return NamedSharding(mesh, P(DATA))

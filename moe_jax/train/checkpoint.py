@@ -1,0 +1,204 @@
+"""Saves that survive anything: asynchronous, atomic, checksummed, the last N and the best.
+
+Orbax writes a step into a temporary folder and renames it. Once that is done a manifest with the
+size and hash of every file is added; a step without a manifest, or whose files do not match it, is
+never loaded, and the one before it is used.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from moe_jax.config import CheckpointConfig
+from moe_jax.errors import UserError
+from moe_jax.files import write_atomically
+from moe_jax.train.step import TrainState
+
+MANIFEST = "MANIFEST.json"
+
+
+class Restored(NamedTuple):
+    """A checkpoint that passed its checks."""
+
+    step: int
+    state: TrainState
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in DIR/checkpoints.
+
+    `extra` is any JSON-serialisable dictionary that is saved beside the state: config, data
+    position, tokenizer.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+        self.directory = (directory / "checkpoints").absolute()
+        self._worker = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        policy = keep.AnyPreservationPolicy(
+            [
+                keep.LatestN(config.keep),
+                keep.BestN(
+                    get_metric_fn=lambda metrics: metrics["validation_bits_per_byte"],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        extra: dict[str, Any],
+        validation_bits_per_byte: float | None = None,
+    ) -> None:
+        """Starts a save and returns once the state is copied; the training goes on meanwhile.
+
+        Raises UserError if this or the previous save failed for want of space or permission.
+        """
+        self.wait()
+        metrics = validation_bits_per_byte and {
+            "validation_bits_per_byte": validation_bits_per_byte
+        }
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
+        )
+        with self._disk_errors():
+            self._manager.save(step, args=arguments, metrics=metrics or None)
+        self._pending = self._worker.submit(self._finish, step)
+
+    def wait(self) -> None:
+        """Returns when the last save is complete on disk; raises UserError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._disk_errors():
+                pending.result()
+
+    def poll(self) -> None:
+        """Raises what a finished save has to say, without waiting for one that is under way."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._manager.close()
+
+    def restore(self, like: TrainState, say: Callable[[str], None]) -> Restored | None:
+        """The newest checkpoint whose manifest holds, or None; broken ones are named and removed.
+
+        `like` gives shapes, dtypes and shardings (jax.ShapeDtypeStruct leaves).
+        """
+        for step in self._verified_steps(say):
+            return Restored(step, *self._load(step, like))
+        return None
+
+    def peek(self, say: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
+        """Step and `extra` of the checkpoint that `restore` would load, without its arrays."""
+        for step in self._verified_steps(say):
+            arguments = ocp.args.Composite(extra=ocp.args.JsonRestore())
+            return step, self._manager.restore(step, args=arguments)["extra"]
+        return None
+
+    def _load(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore()
+        )
+        found = self._manager.restore(step, args=arguments)
+        return found["state"], found["extra"]
+
+    def _verified_steps(self, say: Callable[[str], None]) -> Any:
+        """Steps that hold, newest first; removes the ones that do not as it meets them."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            fault = manifest_fault(self.directory / str(step))
+            if fault is None:
+                yield step
+                continue
+            say(f"checkpoint {step} is damaged ({fault}): going back to the one before it")
+            if jax.process_index() == 0:
+                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+            self._manager.reload()
+
+    def _finish(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            write_manifest(self.directory / str(step))
+
+    def _disk_errors(self) -> "_DiskErrors":
+        return _DiskErrors(self.directory)
+
+
+class _DiskErrors:
+    """Turns 'no space', 'read-only' and 'not permitted' into a UserError that names the folder."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        text = str(error)
+        no_space = os.strerror(errno.ENOSPC) in text or "ENOSPC" in text
+        if error is not None and (isinstance(error, OSError) or no_space):
+            raise UserError(
+                f"cannot write a checkpoint in {self.directory}: {text.splitlines()[0]}; "
+                "free some space or choose another --out, then run the same command again"
+            ) from error
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def write_manifest(directory: Path) -> None:
+    """Records size and hash of every file below `directory`, in the file MANIFEST.json."""
+    entries = {
+        str(path.relative_to(directory)): [path.stat().st_size, _digest(path)]
+        for path in _files(directory)
+    }
+    write_atomically(directory / MANIFEST, json.dumps(entries, indent=0))
+
+
+def manifest_fault(directory: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if they are as they were written."""
+    try:
+        entries = json.loads((directory / MANIFEST).read_text())
+    except FileNotFoundError:
+        return "its write was not finished"
+    except ValueError:
+        return f"{MANIFEST} cannot be read"
+    for name, (size, digest) in entries.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _digest(path) != digest:
+            return f"{name} has changed"
+    return None

@@ -1,0 +1,272 @@
+"""A training run from its config to its report, continuing what is there."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax.config import TrainConfig, fields
+from moe_jax.data.batches import train_batches
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokens import TokenData, prepare
+from moe_jax.errors import UserError
+from moe_jax.machine import gemm_rate, require_memory
+from moe_jax.model.count import train_flops_per_token
+from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from moe_jax.result import output_folder
+from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.evaluate import make_evaluator
+from moe_jax.train.metrics import MetricsFile, describe
+from moe_jax.train.objective import Batch
+from moe_jax.train.progress import Display, Speedometer, say
+from moe_jax.train.report import Facts, write_report
+from moe_jax.train.step import (
+    Metrics,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_step,
+    state_bytes,
+)
+
+MAY_DIFFER = ("out", "samples", "evaluate_every", "data.cache", "checkpoint.")
+"""Settings that a continued run may change: none of them touches the training."""
+
+
+class DivergedError(Exception):
+    """Too many non-finite updates in a row; the last good checkpoint is kept."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs `config` to its last step and writes the report; returns the run's folder.
+
+    Raises UserError for anything the person at the keyboard can mend, before compiling.
+    """
+    check_devices(config)
+    require_memory(config.preset, state_bytes(config))
+    out = output_folder(config.out)
+    checkpoints = Checkpoints(out, config.checkpoint)
+    try:
+        saved = checkpoints.peek(say)
+        if saved is not None:
+            check_same_run(config, saved[1]["config"], out)
+        data = prepare_data(config, saved and saved[1])
+        say(describe_data(data))
+        mesh = make_mesh()
+        with jax.set_mesh(mesh):
+            run = start(config, out, data, mesh, checkpoints)
+            run_steps(run)
+            checkpoints.wait()
+            write_report(run.facts())
+    finally:
+        checkpoints.close()
+    return out
+
+
+def check_devices(config: TrainConfig) -> None:
+    """Every micro-batch must split evenly over the devices, every batch over the processes."""
+    devices, parts = jax.device_count(), config.optim.accumulation
+    if config.batch // parts % devices:
+        raise UserError(
+            f"batch={config.batch} in optim.accumulation={parts} parts does not divide over "
+            f"{devices} devices: make batch a multiple of {devices * parts}"
+        )
+
+
+def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
+    """Raises UserError if a setting that matters differs from the run in `out`."""
+    for name, value in fields(config).items():
+        old: Any = saved
+        for part in name.split("."):
+            old = old.get(part) if isinstance(old, dict) else None
+        if old != value and not name.startswith(MAY_DIFFER):
+            raise UserError(
+                f"{out} holds a run with {name}={old}, not {value}: choose another --out, or "
+                "remove that folder to start over"
+            )
+
+
+def prepare_data(config: TrainConfig, saved: dict[str, Any] | None) -> TokenData:
+    """The token arrays; a continued run keeps its own tokenizer and insists on its own text."""
+    if saved is None:
+        return prepare(config.data, say=say)
+    data = prepare(config.data, Tokenizer.from_json(saved["tokenizer"]), say=say)
+    if data.fingerprint != saved["data_fingerprint"]:
+        raise UserError(
+            f"the text of data.source '{config.data.source}' has changed since this run began "
+            f"({saved['data_stats']['train']['bytes']} bytes of training text then, "
+            f"{data.stats['train']['bytes']} now): restore it, or choose another --out"
+        )
+    return data
+
+
+def describe_data(data: TokenData) -> str:
+    """One line: sizes of the two splits."""
+    parts = (
+        f"{name} {s['documents']} documents, {s['bytes'] / 1e6:.1f} MB, {s['tokens']} tokens"
+        for name in ("train", "validation")
+        for s in [data.stats[name]]
+    )
+    return "; ".join(parts)
+
+
+@dataclass
+class Run:
+    """A run under way: what run_steps needs and write_report tells of."""
+
+    config: TrainConfig
+    out: Path
+    data: TokenData
+    checkpoints: Checkpoints
+    state: TrainState
+    batches: Any
+    place: Callable[[Batch], Batch]
+    step: Callable[..., Any]
+    evaluate: Callable[[TrainState], float]
+    compile_seconds: float
+    gemm_rate: float
+    flops_per_token: float
+
+    def facts(self) -> Facts:
+        """What the report needs."""
+        return Facts(
+            self.config,
+            self.out,
+            self.data,
+            self.state,
+            self.compile_seconds,
+            self.gemm_rate,
+            self.flops_per_token,
+        )
+
+
+def start(
+    config: TrainConfig, out: Path, data: TokenData, mesh: Mesh, checkpoints: Checkpoints
+) -> Run:
+    """Fresh or restored state, the batch iterator at the same place, and the compiled step."""
+    ahead = config.model.mtp_depth
+    batches = train_batches(
+        data.train,
+        config.data.length,
+        config.batch,
+        config.seed,
+        ahead=ahead,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        abstract_state(config),
+    )
+    restored = checkpoints.restore(shapes, say)
+    if restored is None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
+    else:
+        state = restored.state
+        batches.set_state(restored.extra["data_state"])
+        say(f"continuing after step {restored.step} of {config.steps} in {out}")
+
+    sharding = batch_sharding(mesh)
+
+    def place(batch: Batch) -> Batch:
+        return jax.tree.map(
+            lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
+        )
+
+    row = jax.ShapeDtypeStruct(
+        (config.batch, config.data.length + 1 + ahead), jnp.int32, sharding=sharding
+    )
+    begin = time.perf_counter()
+    lowered = jax.jit(make_step(config), donate_argnums=0).lower(
+        shapes, {"tokens": row, "segments": row}
+    )
+    step = lowered.compile()
+    compile_seconds = time.perf_counter() - begin
+    rate = gemm_rate(config.model.compute_dtype) * jax.device_count()
+    say(f"compiled in {compile_seconds:.1f} s; a plain GEMM here runs at {rate / 1e9:,.0f} GFLOP/s")
+    flops = train_flops_per_token(config.resolved_model(), config.data.length)
+    evaluate = make_evaluator(config, data.validation, place)
+    return Run(
+        config, out, data, checkpoints, state, batches, place, step, evaluate,
+        compile_seconds, rate, flops,
+    )  # fmt: skip
+
+
+def run_steps(run: Run) -> None:
+    """All remaining updates. The metrics of one are read while the next one computes."""
+    config, first = run.config, int(run.state.step)
+    speed = Speedometer(config.batch * config.data.length, config.steps)
+    lines = MetricsFile(run.out / "metrics.jsonl", resume_after=first)
+    with Display(config.steps, plain_every=max(1, config.steps // 20)) as display:
+
+        def finish(step: int, metrics: Metrics) -> None:
+            line = describe(step, metrics, with_load=_load_due(step, config))
+            speed.tick(line)
+            if _evaluation_due(step, config):
+                line["validation_bits_per_byte"] = run.evaluate(run.state)
+            lines.write(line)
+            utilisation = speed.tokens_per_second * run.flops_per_token / run.gemm_rate
+            display.show(line, speed, utilisation)
+            _check_finite(run, line)
+            if _save_due(step, config):
+                lines.sync()
+                _save(run, step, line.get("validation_bits_per_byte"))
+                speed.pause()
+
+        unread: tuple[int, Metrics] | None = None
+        for step in range(first + 1, config.steps + 1):
+            run.state, metrics = run.step(run.state, run.place(next(run.batches)))
+            run.checkpoints.poll()
+            if unread is not None:
+                finish(*unread)
+            unread = (step, metrics)
+            if _save_due(step, config):  # the state of this very step is wanted
+                finish(*unread)
+                unread = None
+    lines.close()
+
+
+def _evaluation_due(step: int, config: TrainConfig) -> bool:
+    return step % config.evaluate_every == 0 or step == config.steps
+
+
+def _save_due(step: int, config: TrainConfig) -> bool:
+    return _evaluation_due(step, config) or step % config.checkpoint.every == 0
+
+
+def _load_due(step: int, config: TrainConfig) -> bool:
+    """About a hundred snapshots of the expert load over the run."""
+    return step % max(1, config.steps // 100) == 0 or step == 1
+
+
+def _check_finite(run: Run, line: dict[str, Any]) -> None:
+    """Says when an update was skipped; gives up after optim.max_skipped in a row."""
+    skipped = line["skipped_in_a_row"]
+    if not skipped:
+        return
+    say(f"step {line['step']}: loss {line['loss']}, update skipped ({skipped} in a row)")
+    if skipped >= run.config.optim.max_skipped:
+        run.checkpoints.wait()
+        raise DivergedError(
+            f"stopped at step {line['step']}: {skipped} updates in a row were not finite; the last "
+            f"good checkpoint in {run.checkpoints.directory} is kept (lower optim.learning_rate "
+            "or raise optim.warmup, and choose another --out)"
+        )
+
+
+def _save(run: Run, step: int, bits: float | None) -> None:
+    extra = {
+        "config": dataclasses.asdict(run.config),
+        "tokenizer": run.data.tokenizer.to_json(),
+        "data_fingerprint": run.data.fingerprint,
+        "data_stats": run.data.stats,
+        "data_state": run.batches.get_state(),
+    }
+    run.checkpoints.save(step, run.state, extra, bits)

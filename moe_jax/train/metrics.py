@@ -1,0 +1,85 @@
+"""metrics.jsonl: one JSON object a step, in order, also over kills and resumptions."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.files import write_atomically
+from moe_jax.moe.layer import RouterStats
+from moe_jax.train.step import Metrics
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a metrics file; a last line cut off by a kill is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+class MetricsFile:
+    """Appends one line a step; `resume` first removes what a checkpoint does not know of."""
+
+    def __init__(self, path: Path, resume_after: int) -> None:
+        kept = [line for line in read_lines(path) if line["step"] <= resume_after]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one object and hands it to the operating system at once."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Flushes to disk what was written: called before a checkpoint relies on it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def imbalance(load: np.ndarray) -> np.ndarray:
+    """max / mean load over the experts of each layer; 1 is perfect balance."""
+    return load.max(axis=-1) / np.maximum(load.mean(axis=-1), 1e-9)
+
+
+def describe(step: int, metrics: Metrics, with_load: bool) -> dict[str, Any]:
+    """One line of metrics.jsonl. Losses are in nats per token; floats keep full precision.
+
+    router_entropy and load_imbalance are per layer in the order of the blocks, multi-token
+    prediction last; `load` (assignments per layer and expert) only where asked for.
+    """
+    metrics = jax.device_get(metrics)
+    line: dict[str, Any] = {
+        "step": step,
+        "loss": float(metrics.loss),
+        "cross_entropy": float(metrics.cross_entropy),
+        "gradient_norm": float(metrics.gradient_norm),
+        "learning_rate": float(metrics.learning_rate),
+        "skipped_in_a_row": int(metrics.skipped),
+        "balance_loss": float(metrics.balance),
+        "mtp_loss": float(metrics.mtp),
+    }
+    if metrics.stats:
+        layers = _all_layers(metrics.stats)
+        line["load_imbalance"] = imbalance(np.asarray(layers.load)).tolist()
+        line["dropped"] = int(np.sum(layers.dropped))
+        line["router_entropy"] = np.asarray(layers.entropy).tolist()
+        line["router_bias_max"] = float(metrics.router_bias)
+        if with_load:
+            line["load"] = np.asarray(layers.load).tolist()
+    return line
+
+
+def _all_layers(stats: dict[str, RouterStats]) -> RouterStats:
+    parts = [stats[name] for name in ("sparse", "mtp") if name in stats]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

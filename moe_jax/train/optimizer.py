@@ -1,0 +1,85 @@
+"""The optax chain: clip -> AdamW or Muon, under a warm-up schedule."""
+
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from moe_jax.config import OptimConfig
+
+NEVER_DECAYED = ("scale", "embedding")
+ALWAYS_ADAM = ("scale", "embedding", "head", "router")
+
+
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine decay to `final`, or constant and a linear decay (WSD)."""
+    peak, end = config.learning_rate, config.learning_rate * config.final
+    warmup = round(config.warmup * steps)
+    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final)
+        return optax.join_schedules([rise, after], [warmup]) if warmup else after
+    decay = round(config.decay * steps)
+    fall = optax.linear_schedule(peak, end, max(decay, 1))
+    stable = optax.constant_schedule(peak)
+    return optax.join_schedules([rise, stable, fall], [warmup, steps - decay])
+
+
+def _names(path: tuple[Any, ...]) -> set[str]:
+    return {str(getattr(entry, "key", entry)) for entry in path}
+
+
+def _is_matrix(path: tuple[Any, ...], exceptions: tuple[str, ...]) -> bool:
+    return not _names(path) & set(exceptions)
+
+
+def decay_mask(parameters: Any) -> Any:
+    """True where weight decay applies: every matrix but the embedding; no norm scale."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _is_matrix(path, NEVER_DECAYED), parameters
+    )
+
+
+def muon_dimensions(parameters: Any) -> Any:
+    """Muon orthogonalises the last two axes of hidden matrices, each layer and expert by itself;
+    embedding, head, router and norms are left to Adam (arXiv:2502.16982)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+            if _is_matrix(path, ALWAYS_ADAM)
+            else None
+        ),
+        parameters,
+    )
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Clips by global norm, then applies the configured rule with decoupled weight decay.
+
+    Muon's updates are rescaled to Adam's root mean square (0.2), so that one learning rate and one
+    decay serve both kinds of parameter.
+    """
+    schedule = learning_rate(config, steps)
+    if config.optimizer == "adamw":
+        rule = optax.adamw(
+            schedule,
+            config.beta1,
+            config.beta2,
+            config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        )
+    else:
+        rule = muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decay_mask,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=0.2,
+        )
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, rule)

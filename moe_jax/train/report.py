@@ -1,0 +1,234 @@
+"""What a finished run leaves to read: plots, sampled continuations and result.json."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from moe_jax.config import TrainConfig
+from moe_jax.data.tokens import TokenData
+from moe_jax.files import write_atomically
+from moe_jax.machine import peak_resident_bytes
+from moe_jax.model.generate import generate
+from moe_jax.result import Measurement, write_result
+from moe_jax.train.metrics import read_lines
+from moe_jax.train.progress import console
+from moe_jax.train.step import TrainState, graph_of
+from moe_jax.train.trained import decode_until_end
+from moe_jax.train.yardsticks import text_yardsticks
+
+QUESTION = "How well does this model predict held-out text, and how fast did it learn?"
+PROMPT_TOKENS = 32
+CONTINUATION_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the report needs to know about a run."""
+
+    config: TrainConfig
+    out: Path
+    data: TokenData
+    state: TrainState
+    compile_seconds: float
+    gemm_rate: float
+    """FLOP/s of a plain GEMM on all devices, measured when the run started."""
+    flops_per_token: float
+
+
+def write_report(facts: Facts) -> None:
+    """Writes plots/, samples.txt and result.json into the run's folder, and prints the verdict."""
+    samples = sample_continuations(facts)
+    if jax.process_index() != 0:
+        return
+    lines = list(read_lines(facts.out / "metrics.jsonl"))
+    yardsticks = text_yardsticks(facts.data, facts.config.data.cache)
+    write_atomically(facts.out / "samples.txt", samples)
+    draw_plots(lines, yardsticks, facts)
+    measurements = measure(lines, yardsticks, facts)
+    verdict = describe_verdict(lines, yardsticks)
+    write_result(
+        facts.out,
+        experiment="train",
+        question=QUESTION,
+        config=facts.config,
+        measurements=measurements,
+        verdict=verdict,
+    )
+    console.print(samples, markup=False)
+    for m in measurements:
+        value = "-" if m.value is None else f"{m.value:,.4g}"
+        console.print(f"{m.name:28} {value:>12} {m.unit}", markup=False)
+    console.print(f"{verdict}\n{facts.out}/result.json, samples.txt, plots/", markup=False)
+
+
+def measure(
+    lines: list[dict[str, Any]], yardsticks: dict[str, float], facts: Facts
+) -> list[Measurement]:
+    """The run's numbers under the names that others read."""
+    seeds = [facts.config.seed]
+    bits = last_validation(lines)
+    speed = tokens_per_second(lines, facts.config)
+    achieved = None if speed is None else speed * facts.flops_per_token
+    gemm = f"plain GEMM, {facts.gemm_rate / 1e9:.0f} GFLOP/s"
+    utilisation = None if achieved is None else achieved / facts.gemm_rate
+    gzip = yardsticks["gzip_bits_per_byte"]
+    return [
+        Measurement(
+            "validation_bits_per_byte", bits, "bits/byte", "gzip -9", bits / gzip, seeds=seeds
+        ),
+        *(Measurement(name, value, "bits/byte") for name, value in yardsticks.items()),
+        Measurement("tokens_per_second", speed, "tokens/s"),
+        Measurement("model_flop_utilisation", utilisation, "fraction", gemm, utilisation),
+        Measurement("gemm_flops_per_second", facts.gemm_rate, "FLOP/s"),
+        Measurement("model_flops_per_token", facts.flops_per_token, "FLOP"),
+        Measurement("peak_resident_bytes", peak_resident_bytes(), "bytes"),
+        Measurement("compile_seconds", facts.compile_seconds, "s"),
+        Measurement("final_loss", lines[-1]["loss"], "nats/token", seeds=seeds),
+    ]
+
+
+def last_validation(lines: list[dict[str, Any]]) -> float:
+    """The last measured bits per byte."""
+    return [x["validation_bits_per_byte"] for x in lines if "validation_bits_per_byte" in x][-1]
+
+
+def tokens_per_second(lines: list[dict[str, Any]], config: TrainConfig) -> float | None:
+    """Trained tokens over the time from update to update, reading, logging and the start of
+    checkpoints included, evaluations not. None for a run of a single step."""
+    seconds = [x["seconds"] for x in lines if "seconds" in x]
+    return len(seconds) * config.batch * config.data.length / sum(seconds) if seconds else None
+
+
+def describe_verdict(lines: list[dict[str, Any]], yardsticks: dict[str, float]) -> str:
+    """One sentence that places the result among the compressors."""
+    bits = last_validation(lines)
+    beaten = [n for n, value in yardsticks.items() if bits < value]
+    names = {
+        "gzip_bits_per_byte": "gzip -9",
+        "xz_bits_per_byte": "xz -9",
+        "ngram_bits_per_byte": "the byte 5-gram",
+    }
+    below = " and ".join(names[n] for n in beaten) or "none of gzip, xz and the 5-gram"
+    return f"{bits:.3f} bits per byte on held-out text: below {below}"
+
+
+def sample_continuations(facts: Facts) -> str:
+    """Beginnings of held-out documents and what the model makes of them, as text."""
+    config, data = facts.config, facts.data
+    array, tokenizer = data.validation, data.tokenizer
+    ends = np.append(array.starts[1:], len(array.tokens))
+    long_enough = array.starts[ends - array.starts > 2 * PROMPT_TOKENS]
+    if not config.samples or not len(long_enough):
+        return ""
+    chosen = long_enough[np.linspace(0, len(long_enough) - 1, config.samples).astype(int)]
+    prompts = np.stack([array.tokens[s : s + PROMPT_TOKENS] for s in chosen]).astype(np.int32)
+    continuations = generate(
+        graph_of(config.resolved_model()),
+        (facts.state.parameters, facts.state.router),
+        jnp.asarray(prompts),
+        jax.random.wrap_key_data(facts.state.key),
+        count=CONTINUATION_TOKENS,
+        vocabulary=tokenizer.vocabulary,
+    )
+    blocks = []
+    for prompt, tokens in zip(prompts, np.asarray(continuations), strict=True):
+        text = f"{tokenizer.decode(prompt)}⟫{decode_until_end(tokenizer, tokens)}"
+        blocks.append(f"--- held-out beginning ⟫ continuation\n{text}\n")
+    return "\n".join(blocks)
+
+
+def draw_plots(lines: list[dict[str, Any]], yardsticks: dict[str, float], facts: Facts) -> None:
+    """plots/loss.png, and for a mixture of experts load.png and router.png."""
+    matplotlib.use("Agg")
+    plots = facts.out / "plots"
+    plots.mkdir(exist_ok=True)
+    _save(draw_loss(lines, yardsticks), plots / "loss.png")
+    if any("load" in line for line in lines):
+        _save(draw_load(lines), plots / "load.png")
+        _save(draw_router(lines, facts.config.model.moe.experts), plots / "router.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+
+
+def draw_loss(lines: list[dict[str, Any]], yardsticks: dict[str, float]) -> Figure:
+    """Training loss by step, and validation bits per byte among the compressors."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [x["step"] for x in lines]
+    losses = [x["cross_entropy"] for x in lines]
+    left.plot(steps, losses, alpha=0.3, color="tab:blue", label="each step")
+    width = max(1, len(losses) // 40)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    left.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"mean of {width}")
+    left.set(xlabel="step", ylabel="cross-entropy (nats/token)", title="training")
+    left.legend()
+    measured = [x for x in lines if "validation_bits_per_byte" in x]
+    right.plot(
+        [x["step"] for x in measured],
+        [x["validation_bits_per_byte"] for x in measured],
+        marker="o",
+        color="tab:blue",
+        label="model",
+    )
+    for (name, value), style in zip(yardsticks.items(), ("--", "-.", ":"), strict=False):
+        right.axhline(value, linestyle=style, color="gray")
+        right.annotate(name.split("_")[0], (1, value), xycoords=("axes fraction", "data"))
+    right.set(xlabel="step", ylabel="bits per byte", title="held-out text")
+    right.set_ylim(bottom=0)
+    right.legend()
+    return figure
+
+
+def draw_load(lines: list[dict[str, Any]]) -> Figure:
+    """Expert load relative to the mean, over layers (panels), experts (rows) and time."""
+    snapshots = [x for x in lines if "load" in x]
+    load = np.array([x["load"] for x in snapshots], float)
+    relative = load / load.mean(axis=-1, keepdims=True)
+    layers = relative.shape[1]
+    figure = Figure(figsize=(11, 1.2 + 1.3 * layers), layout="constrained")
+    panels = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
+    extent = (snapshots[0]["step"], snapshots[-1]["step"] + 1, relative.shape[2] - 0.5, -0.5)
+    image: Any = None
+    for layer, panel in enumerate(panels):
+        image = panel.imshow(
+            relative[:, layer].T,
+            aspect="auto",
+            cmap="RdBu_r",
+            vmin=0,
+            vmax=2,
+            extent=extent,
+            interpolation="nearest",
+        )
+        panel.set_ylabel(f"layer {layer}\nexpert")
+    panels[-1].set_xlabel("step")
+    figure.colorbar(image, ax=panels.tolist(), label="load / mean load")
+    figure.suptitle("expert load (white: balanced)")
+    return figure
+
+
+def draw_router(lines: list[dict[str, Any]], experts: int) -> Figure:
+    """Router entropy and load imbalance of every layer by step."""
+    routed = [x for x in lines if "router_entropy" in x]
+    steps = [x["step"] for x in routed]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    entropy = np.array([x["router_entropy"] for x in routed]) / np.log(experts)
+    imbalance = np.array([x["load_imbalance"] for x in routed])
+    for layer in range(entropy.shape[1]):
+        left.plot(steps, entropy[:, layer], label=f"layer {layer}")
+        right.plot(steps, imbalance[:, layer], label=f"layer {layer}")
+    left.set(xlabel="step", ylabel="entropy / log E", title="router entropy", ylim=(0, 1.02))
+    right.set(xlabel="step", ylabel="max / mean", title="expert load imbalance")
+    left.legend(fontsize="small")
+    right.axhline(1, linestyle=":", color="gray")
+    return figure

@@ -1,0 +1,114 @@
+"""A finished (or stopped) run, loaded to be looked at: continuations and routing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.config import (
+    AttentionConfig,
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+from moe_jax.model.attention import document_sight
+from moe_jax.model.generate import generate
+from moe_jax.model.transformer import Transformer
+from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.progress import say
+from moe_jax.train.step import TrainState, abstract_state, graph_of
+
+
+def config_from(saved: dict[str, Any]) -> TrainConfig:
+    """The config that a checkpoint holds as a dictionary (dataclasses.asdict undone)."""
+    model = dict(saved["model"])
+    model["attention"] = AttentionConfig(**model["attention"])
+    model["moe"] = MoEConfig(**model["moe"])
+    parts = {
+        "model": ModelConfig(**model),
+        "data": DataConfig(**saved["data"]),
+        "optim": OptimConfig(**saved["optim"]),
+        "checkpoint": CheckpointConfig(**saved["checkpoint"]),
+    }
+    return TrainConfig(**{**saved, **parts})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the tokenizer that it was trained with."""
+
+    config: TrainConfig
+    step: int
+    state: TrainState
+    tokenizer: Tokenizer
+
+    def model(self) -> Transformer:
+        """The model as an object that can be called."""
+        graph = graph_of(self.config.resolved_model())
+        return nnx.merge(graph, self.state.parameters, self.state.router)
+
+    def complete(self, text: str, tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> str:
+        """`text` and what the model makes of it, up to the end of the document it imagines."""
+        prompt = self._encode(text)
+        found = generate(
+            graph_of(self.config.resolved_model()),
+            (self.state.parameters, self.state.router),
+            prompt[None],
+            jax.random.key(seed),
+            count=tokens,
+            vocabulary=self.tokenizer.vocabulary,
+            temperature=temperature,
+        )
+        return text + decode_until_end(self.tokenizer, np.asarray(found[0]))
+
+    def routing(self, text: str) -> list[tuple[str, list[list[int]]]]:
+        """(token, its experts in each mixture-of-experts block, best first) for each token."""
+        prompt = self._encode(text)[None]
+        model = self.model()
+        _, _, stats = model.hidden(prompt, document_sight(model.config, jnp.ones_like(prompt)))
+        if stats is None:
+            raise UserError("model.dense_layers equals model.layers: a dense model has no routing")
+        experts = np.asarray(stats.experts)[:, 0]
+        return [
+            (self.tokenizer.decode(np.asarray([token])), experts[:, position].tolist())
+            for position, token in enumerate(np.asarray(prompt[0]))
+            if position > 0
+        ]
+
+    def _encode(self, text: str) -> jax.Array:
+        """The beginning of a document: bos and then the tokens of `text`, int32[n]."""
+        return jnp.asarray([self.tokenizer.bos, *self.tokenizer.encode(text)], jnp.int32)
+
+
+def decode_until_end(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """The text of `tokens` before the first end-of-document token."""
+    stop = np.flatnonzero(tokens == tokenizer.eos)
+    return tokenizer.decode(tokens[: stop[0]] if len(stop) else tokens)
+
+
+def load_run(out: str | Path) -> Trained:
+    """The newest good checkpoint of a run's folder. UserError: there is none."""
+    folder = Path(out)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{out} holds no checkpoints: give the --out of a training run")
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    try:
+        found = checkpoints.peek(say)
+        if found is None:
+            raise UserError(f"{out}/checkpoints holds no complete checkpoint")
+        config = config_from(found[1]["config"])
+        restored = checkpoints.restore(abstract_state(config), say)
+    finally:
+        checkpoints.close()
+    assert restored is not None
+    tokenizer = Tokenizer.from_json(restored.extra["tokenizer"])
+    return Trained(config, restored.step, restored.state, tokenizer)

@@ -1,0 +1,40 @@
+import importlib.util
+from types import SimpleNamespace
+
+import jax
+import pytest
+from moe_kernels.launch import triton_route
+
+
+@pytest.fixture(autouse=True)
+def triton_installed(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+def on_gpu(monkeypatch, capability):
+    device = SimpleNamespace(device_kind="card", compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+
+def test_a_cpu_has_no_route_and_says_why():
+    assert triton_route() == ("none", "the devices are cpu, not NVIDIA GPUs")
+
+
+def test_interpreter_when_asked_for(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_route().name == "interpreter"
+
+
+@pytest.mark.parametrize(("capability", "name"), [("7.5", "none"), ("8.0", "gpu"), ("9.0", "gpu")])
+def test_gpus_by_compute_capability(monkeypatch, capability, name):
+    on_gpu(monkeypatch, capability)
+    route = triton_route()
+    assert route.name == name
+    assert capability in route.reason
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in triton_route().reason

@@ -1,0 +1,57 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.model.attention import cached_sight, document_sight
+from moe_jax.model.generate import generate, generate_uncached, sample
+from moe_jax.model.transformer import Transformer
+
+
+def split(model):
+    graph, *states = nnx.split(model, nnx.Param, ...)
+    return graph, tuple(states)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_with_cache_equals_without(either_attention, temperature):
+    model = Transformer(either_attention, rngs=nnx.Rngs(0))
+    prompt = jax.random.randint(jax.random.key(1), (3, 5), 0, 61)
+    settings = {"count": 6, "vocabulary": 50, "temperature": temperature, "top_k": 7}
+    cached = generate(*split(model), prompt, jax.random.key(2), **settings)
+    plain = generate_uncached(model, prompt, jax.random.key(2), **settings)
+    np.testing.assert_array_equal(cached, plain)
+    assert cached.shape == (3, 6)
+    assert cached.max() < 50
+
+
+def test_cached_logits_equal_a_full_pass(either_attention):
+    model = Transformer(either_attention, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
+    full, _, _ = model.hidden(tokens, document_sight(model.config, jnp.ones_like(tokens)))
+    caches, pieces = model.empty_caches(2, 9), []
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        sight = cached_sight(model.config, jnp.asarray(start), stop - start, 9)
+        hidden, caches, _ = model.hidden(tokens[:, start:stop], sight, caches)
+        pieces.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, rtol=1e-4, atol=1e-5)
+
+
+def test_latent_attention_caches_only_the_latent(small_model):
+    from tests.conftest import MLA
+
+    model = Transformer(replace(small_model, attention=MLA), rngs=nnx.Rngs(0))
+    caches = model.empty_caches(batch=2, slots=7)
+    assert caches.sparse is not None
+    assert [part.shape for part in caches.sparse] == [(2, 2, 7, 12), (2, 2, 7, 4)]
+
+
+def test_top_k_and_temperature():
+    logits = jnp.tile(jnp.array([0.0, 3.0, 2.0, 1.0]), (500, 1))
+    key = jax.random.key(0)
+    assert set(np.asarray(sample(key, logits, 0.0, 0))) == {1}
+    assert set(np.asarray(sample(key, logits, 5.0, 2))) == {1, 2}
+    assert set(np.asarray(sample(key, logits, 5.0, 0))) == {0, 1, 2, 3}

@@ -1,0 +1,72 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.model.attention import document_sight
+from moe_jax.model.transformer import Transformer
+from moe_jax.train.objective import losses, token_nats, valid_targets
+
+LENGTH = 5
+TOKENS = jnp.array([[10, 11, 12, 13, 14, 15, 16, 17]])
+SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]])
+
+
+def predictions(model, tokens, depth):
+    hidden, _, _ = model.hidden(
+        tokens[:, :LENGTH], document_sight(model.config, SEGMENTS[:, :LENGTH])
+    )
+    found = model.mtp.predictions(model, hidden, tokens, SEGMENTS[:, :LENGTH])
+    return [logits for _, logits, _ in found][depth - 1]
+
+
+def test_targets_of_a_case_made_by_hand(small_model):
+    """Depth 2: position i predicts token i + 2 with the first module and i + 3 with the second;
+    only positions whose target is in the same document count."""
+    config = replace(small_model, mtp_depth=2)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    batch = {"tokens": TOKENS, "segments": SEGMENTS}
+    one = jnp.ones(())
+    found = losses(model, batch, LENGTH, [one, one, one]).mtp
+
+    def nats(logits, pairs):
+        targets = jnp.zeros((1, LENGTH), jnp.int32)
+        mask = jnp.zeros((1, LENGTH), bool)
+        for position, token in pairs:
+            targets = targets.at[0, position].set(token)
+            mask = mask.at[0, position].set(True)
+        return token_nats(logits, targets, mask)
+
+    first = nats(predictions(model, TOKENS, 1), [(0, 12), (1, 13), (4, 16)])
+    second = nats(predictions(model, TOKENS, 2), [(0, 13), (4, 17)])
+    np.testing.assert_allclose(found, (first + second) / 2, rtol=1e-5)
+    assert [float(valid_targets(batch, LENGTH, k)) for k in (1, 2, 3)] == [4, 3, 2]
+
+
+def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model):
+    config = replace(small_model, mtp_depth=2)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    for depth in (1, 2):
+        plain = predictions(model, TOKENS, depth)
+        for changed in range(TOKENS.shape[1]):
+            moved = predictions(model, TOKENS.at[0, changed].add(1), depth)
+            differs = np.abs(np.asarray(moved - plain)[0]).max(axis=-1) > 1e-6
+            first = max(changed - depth, 0)
+            assert not differs[:first].any(), "a token further ahead is not seen"
+            if first < LENGTH and changed >= depth:
+                assert differs[first], "the newest allowed token is seen"
+
+
+def test_the_loss_trains_the_modules_and_the_shared_table(small_model):
+    config = replace(small_model, mtp_depth=1, tied_embedding=False)
+    graph, parameters, router = nnx.split(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    def mtp_loss(p):
+        batch = {"tokens": TOKENS, "segments": SEGMENTS}
+        return losses(nnx.merge(graph, p, router), batch, LENGTH, [jnp.ones(())] * 2).mtp
+
+    gradient = nnx.to_pure_dict(jax.grad(mtp_loss)(parameters))
+    for name in ("mtp", "embedding", "head", "sparse"):
+        assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient[name])) > 1e-6, name

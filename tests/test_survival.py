@@ -1,0 +1,154 @@
+"""kill -9 at the worst moments: the same command continues, every loss the same bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_jax.train.metrics import read_lines
+
+SCRIPT = Path(__file__).parent.parent / "experiments" / "train.py"
+STEPS = 30
+TIMEOUT = 120
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """A run of 30 steps that saves every third; text and cache shared by all kills."""
+    folder = tmp_path_factory.mktemp("survival")
+    for index in range(6):
+        lines = [f"value_{index}_{n} = compute({n} * {index})" for n in range(150)]
+        (folder / f"text{index}.py").write_text("\n".join(lines))
+    return [
+        *("--steps", f"{STEPS}", "--batch", "2", "--samples", "0", "--evaluate-every", "15"),
+        *("--model.width", "32", "--model.layers", "2", "--model.dense-hidden", "32"),
+        *("--model.moe.expert-hidden", "16", "--model.attention.head-dim", "8"),
+        *("--data.source", f"files:{folder}/*.py", "--data.cache", f"{folder / 'cache'}"),
+        *("--data.tokenizer", "bytes", "--data.length", "64", "--data.validation-fraction", "0.3"),
+        *("--checkpoint.every", "3"),
+    ]
+
+
+def start(settings: list[str], out: Path) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--out", str(out), *settings],
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(settings: list[str], out: Path) -> str:
+    process = start(settings, out)
+    printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def kill_when(settings: list[str], out: Path, moment: Callable[[Path], bool]) -> None:
+    process = start(settings, out)
+    deadline = time.monotonic() + TIMEOUT
+    while not moment(out):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(x["step"], x["loss"]) for x in read_lines(out / "metrics.jsonl")]
+
+
+def reached(step: int) -> Callable[[Path], bool]:
+    def moment(out: Path) -> bool:
+        return any(s >= step for s, _ in losses(out))
+
+    return moment
+
+
+def writing(step: int) -> Callable[[Path], bool]:
+    """A checkpoint at or after `step` is half written: its temporary folder exists, or its final
+    one does and the manifest does not yet."""
+
+    def moment(out: Path) -> bool:
+        for folder in (out / "checkpoints").glob("*"):
+            number, dot, _ = folder.name.partition(".")
+            if number.isdigit() and int(number) >= step:
+                return bool(dot) or not (folder / "MANIFEST.json").exists()
+        return False
+
+    return moment
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(settings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(settings, out)
+    return losses(out)
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        [reached(1)],
+        [writing(6)],
+        [reached(14), writing(21), reached(29)],
+    ],
+    ids=["before the first checkpoint", "during a checkpoint", "three times"],
+)
+def test_a_killed_run_continues_bit_for_bit(settings, uninterrupted, tmp_path, moments):
+    out = tmp_path / "run"
+    for moment in moments:
+        kill_when(settings, out, moment)
+        assert not (out / "result.json").exists()
+    finish(settings, out)
+    assert losses(out) == uninterrupted
+    assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
+    assert json.loads((out / "result.json").read_text())["experiment"] == "train"
+
+
+def test_a_damaged_checkpoint_is_said_in_a_line_and_costs_only_time(
+    settings, uninterrupted, tmp_path
+):
+    out = tmp_path / "run"
+    kill_when(settings, out, reached(20))
+    finished = [p for p in (out / "checkpoints").iterdir() if (p / "MANIFEST.json").exists()]
+    newest = max(finished, key=lambda p: int(p.name))
+    data = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    printed = finish(settings, out)
+    assert f"checkpoint {newest.name} is damaged" in printed
+    assert losses(out) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model.moe.experts-per-token", "99"], "experts_per_token=99 exceeds experts=8"),
+        (["--model.attention.kv-heads", "3"], "heads=4 is not divisible by kv_heads=3"),
+        (["--model.moe.groups", "3"], "groups=3 does not divide experts=8"),
+        (["--data.source", "files:/nowhere/*.txt"], "/nowhere/*.txt"),
+        (["--out", "/proc/run"], "--out '/proc/run' cannot be written"),
+        (["--model.moe.expert", "4"], "did you mean --model.moe.experts"),
+        (["--model.vocabulary", "100"], "model.vocabulary=100 is smaller than"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, line):
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "run"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 2
+    message = done.stderr.strip().splitlines()
+    assert len(message) == 1
+    assert message[0].startswith("error: ")
+    assert line in message[0]

@@ -1,0 +1,124 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moe_jax.config import CheckpointConfig, OptimConfig
+from moe_jax.errors import UserError
+from moe_jax.train.loop import DivergedError, train
+from moe_jax.train.metrics import read_lines
+
+
+def losses(config):
+    return [(x["step"], x["loss"]) for x in read_lines(Path(config.out) / "metrics.jsonl")]
+
+
+def measurements(config):
+    result = json.loads((Path(config.out) / "result.json").read_text())
+    return {m["name"]: m["value"] for m in result["measurements"]}
+
+
+def test_a_run_leaves_everything_it_promises(small_run):
+    train(small_run)
+    out = Path(small_run.out)
+    lines = list(read_lines(out / "metrics.jsonl"))
+    assert [x["step"] for x in lines] == list(range(1, 13))
+    assert {"loss", "gradient_norm", "learning_rate", "load_imbalance", "router_entropy"} <= set(
+        lines[0]
+    )
+    assert all(x["dropped"] == 0 for x in lines)
+    assert [x["step"] for x in lines if "validation_bits_per_byte" in x] == [6, 12]
+    found = measurements(small_run)
+    for name in (
+        "validation_bits_per_byte",
+        "gzip_bits_per_byte",
+        "xz_bits_per_byte",
+        "ngram_bits_per_byte",
+        "tokens_per_second",
+        "model_flop_utilisation",
+        "peak_resident_bytes",
+        "compile_seconds",
+    ):
+        assert found[name] > 0, name
+    assert {p.name for p in (out / "plots").iterdir()} == {"loss.png", "load.png", "router.png"}
+    assert "⟫" in (out / "samples.txt").read_text()
+
+
+@pytest.mark.parametrize("accumulation", [1])
+def test_a_longer_run_in_two_pieces_equals_one_in_one_piece(small_run, tmp_path, accumulation):
+    """The pieces are cut by an exception between two updates; real kills are in test_survival."""
+    optim = OptimConfig(accumulation=accumulation)
+    whole = replace(small_run, optim=optim, checkpoint=CheckpointConfig(every=5))
+    train(whole)
+    cut = replace(whole, out=str(tmp_path / "cut"))
+    with pytest.MonkeyPatch.context() as patch:
+        import moe_jax.train.loop as loop
+
+        def stop_at_eight(run, line):
+            if line["step"] == 8:
+                raise KeyboardInterrupt
+
+        patch.setattr(loop, "_check_finite", stop_at_eight)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    train(cut)
+    assert losses(cut) == losses(whole)
+
+
+def test_a_finished_run_is_reported_again_without_training(small_run):
+    train(small_run)
+    before = losses(small_run)
+    (Path(small_run.out) / "result.json").unlink()
+    train(small_run)
+    assert losses(small_run) == before
+    assert measurements(small_run)["validation_bits_per_byte"] > 0
+
+
+def test_another_setting_in_the_same_folder_is_refused(small_run):
+    train(small_run)
+    with pytest.raises(UserError, match=r"holds a run with optim.learning_rate=0.003, not 0.1"):
+        train(replace(small_run, optim=OptimConfig(learning_rate=0.1)))
+
+
+def test_changed_text_is_refused(small_run, tmp_path):
+    train(small_run)
+    (tmp_path / "texts" / "module3.py").write_text("something else\n" * 30)
+    with pytest.raises(UserError, match=r"has changed since this run began"):
+        train(small_run)
+
+
+def test_a_diverging_run_stops_with_its_last_good_checkpoint(small_run):
+    optim = OptimConfig(learning_rate=1e30, warmup=0.0, clip_norm=0.0, max_skipped=3)
+    config = replace(small_run, steps=40, optim=optim, evaluate_every=40)
+    config = replace(config, checkpoint=CheckpointConfig(every=1))
+    with pytest.raises(DivergedError, match=r"3 updates in a row were not finite"):
+        train(config)
+    assert any((Path(config.out) / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": "/proc/nowhere"}, r"--out '/proc/nowhere' cannot be written"),
+        ({"batch": 6}, r"batch=6 .* does not divide over 4 devices"),
+    ],
+)
+def test_unusable_settings_are_refused_before_anything_else(small_run, change, message):
+    with pytest.raises(UserError, match=message):
+        train(replace(small_run, **change))
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_sizes():
+    from moe_jax.presets import PRESETS
+
+    with pytest.raises(UserError, match=r"deepseek_v3 needs 8,.* GB"):
+        train(PRESETS["deepseek_v3"])
+
+
+def test_an_empty_corpus_is_refused(small_run, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    data = replace(small_run.data, source=f"files:{empty}/*.txt")
+    with pytest.raises(UserError, match="empty"):
+        train(replace(small_run, data=data))

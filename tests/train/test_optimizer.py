@@ -1,0 +1,69 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import OptimConfig, TrainConfig
+from moe_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
+from moe_jax.train.step import abstract_state, init_state
+
+
+def flat(tree):
+    return {jax.tree_util.keystr(p): v for p, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_cosine_schedule_by_hand():
+    rate = learning_rate(OptimConfig(learning_rate=1.0, warmup=0.1, final=0.2), 100)
+    found = [float(rate(step)) for step in (0, 5, 10, 55, 100)]
+    np.testing.assert_allclose(found, [0, 0.5, 1, 0.6, 0.2], atol=1e-6)
+
+
+def test_wsd_schedule_by_hand():
+    config = OptimConfig(learning_rate=1.0, schedule="wsd", warmup=0.1, decay=0.2, final=0.0)
+    found = [float(learning_rate(config, 100)(step)) for step in (0, 5, 10, 50, 80, 90, 100)]
+    np.testing.assert_allclose(found, [0, 0.5, 1, 1, 1, 0.5, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_no_warmup_starts_at_the_peak(schedule):
+    rate = learning_rate(OptimConfig(learning_rate=2.0, schedule=schedule, warmup=0.0), 10)
+    assert float(rate(0)) == 2.0
+
+
+def test_norms_and_embedding_are_not_decayed(small_model):
+    config = TrainConfig(model=replace(small_model, tied_embedding=False, vocabulary=4096))
+    decayed = {k for k, v in flat(decay_mask(abstract_state(config).parameters)).items() if v}
+    untouched = set(flat(abstract_state(config).parameters)) - decayed
+    assert all("scale" in name or "embedding" in name for name in untouched)
+    assert any("head" in name for name in decayed)
+    assert any("moe" in name and "gate_up" in name for name in decayed)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_moves_and_clipping_bounds_the_gradient(small_run, optimizer):
+    config = replace(small_run, optim=OptimConfig(optimizer=optimizer, warmup=0.0))
+    parameters = init_state(config).parameters
+    rule = make_optimizer(config.optim, 10)
+    huge = jax.tree.map(lambda p: 1e3 * jnp.ones_like(p), parameters)
+    updates, _ = jax.jit(rule.update)(huge, rule.init(parameters), parameters)
+    for name, update in flat(updates).items():
+        assert np.isfinite(update).all(), name
+        assert np.abs(update).max() > 0, name
+
+
+def test_muon_orthogonalises_each_expert_by_itself(small_run):
+    config = replace(small_run, optim=OptimConfig(optimizer="muon", warmup=0.0, weight_decay=0.0))
+    parameters = init_state(config).parameters
+    rule = make_optimizer(config.optim, 10)
+    gradients = jax.tree.map(
+        lambda p: jax.random.normal(jax.random.key(0), p.shape) / 100, parameters
+    )
+    updates, _ = jax.jit(rule.update)(gradients, rule.init(parameters), parameters)
+    down = np.asarray(updates["sparse"]["blocks"]["moe"]["down"][...])
+    assert down.ndim == 4
+    for matrix in down.reshape(-1, *down.shape[-2:]):
+        singular = np.linalg.svd(matrix, compute_uv=False)
+        # Newton-Schulz brings all singular values near one common size, not exactly to it
+        assert singular.max() / singular.min() < 2.5

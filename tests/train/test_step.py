@@ -1,0 +1,133 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.config import MoEConfig, OptimConfig
+from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from moe_jax.train.step import graph_of, init_state, make_gradient, make_step
+
+
+def make_batch(config, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (config.batch, config.data.length + 1 + config.model.mtp_depth)
+    # Documents of uneven lengths: micro-batches differ in their number of valid targets.
+    often = np.linspace(0.02, 0.5, config.batch)[:, None]
+    segments = 1 + np.cumsum(rng.random(shape) < often, axis=1)
+    return {
+        "tokens": jnp.asarray(rng.integers(0, 256, shape), jnp.int32),
+        "segments": jnp.asarray(segments, jnp.int32),
+    }
+
+
+def assert_close(one, two, rtol=2e-4, atol=2e-6):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def test_the_loss_falls(small_run):
+    config = replace(small_run, optim=OptimConfig(learning_rate=1e-2, warmup=0.0), steps=30)
+    step, state, batch = jax.jit(make_step(config)), init_state(config), make_batch(config)
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 1
+    assert int(state.step) == 30
+
+
+@pytest.mark.parametrize("mtp_depth", [0, 1])
+def test_accumulated_micro_batches_equal_the_whole_batch(small_run, mtp_depth):
+    """Not the average of averages: every valid target counts the same (the balance losses are
+    per-sequence means, so they agree as well)."""
+    model = replace(small_run.model, mtp_depth=mtp_depth)
+    config = replace(small_run, model=model)
+    split = replace(config, optim=OptimConfig(accumulation=4))
+    state, batch = init_state(config), make_batch(config)
+    graph = graph_of(config.resolved_model())
+    results = [
+        jax.jit(make_gradient(c, graph))(state.parameters, state.router, batch)
+        for c in (config, split)
+    ]
+    (whole, gradient), (parts, accumulated) = results
+    assert_close(whole, parts)
+    assert_close(gradient, accumulated)
+
+
+def test_four_devices_equal_one(small_run):
+    state, batch = init_state(small_run), make_batch(small_run)
+    graph = graph_of(small_run.resolved_model())
+    alone = jax.jit(make_gradient(small_run, graph))(state.parameters, state.router, batch)
+    mesh = make_mesh(4)
+    with jax.set_mesh(mesh):
+        parameters, router = jax.device_put((state.parameters, state.router), replicated(mesh))
+        spread = jax.device_put(batch, batch_sharding(mesh))
+        shared = jax.jit(make_gradient(small_run, graph))(parameters, router, spread)
+    assert_close(alone, shared)
+
+
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
+def test_a_non_finite_update_is_skipped_and_counted(small_run, poison):
+    state, batch = init_state(small_run), make_batch(small_run)
+    good = nnx.to_pure_dict(state.parameters)
+    bad_state = state._replace(
+        parameters=jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(poison), state.parameters)
+    )
+    step = jax.jit(make_step(small_run))
+    after, metrics = step(bad_state, batch)
+    assert not np.isfinite(metrics.loss)
+    assert int(after.step) == 1
+    assert int(after.skipped) == int(metrics.skipped) == 1
+    assert_close(after.optimizer, bad_state.optimizer, rtol=0, atol=0)
+    np.testing.assert_array_equal(*(jax.tree.leaves(s.router)[0] for s in (after, bad_state)))
+    again, _ = step(after, batch)
+    assert int(again.skipped) == 2
+    healed, metrics = step(again._replace(parameters=state.parameters), batch)
+    assert int(healed.skipped) == 0
+    assert np.isfinite(metrics.loss)
+    assert good
+
+
+def test_the_router_bias_follows_the_load_and_freezes(small_run):
+    moe = replace(small_run.model.moe, bias_rate=0.01, bias_until=0.5)
+    config = replace(small_run, model=replace(small_run.model, moe=moe), steps=4)
+    step, state, batch = jax.jit(make_step(config)), init_state(config), make_batch(config)
+    biases = []
+    for _ in range(4):
+        state, metrics = step(state, batch)
+        biases.append(np.asarray(jax.tree.leaves(state.router)[0]))
+        load = np.asarray(metrics.stats["sparse"].load)
+        if len(biases) == 1:
+            expected = 0.01 * np.sign(load.mean(-1, keepdims=True) - load)
+            np.testing.assert_allclose(biases[0], expected, rtol=1e-6)
+    assert np.any(biases[1] != biases[0])
+    np.testing.assert_array_equal(biases[2], biases[1])
+    np.testing.assert_array_equal(biases[3], biases[1])
+
+
+def test_the_same_seed_gives_the_same_bits(small_run):
+    runs = []
+    for _ in range(2):
+        state, batch = init_state(small_run), make_batch(small_run)
+        step = jax.jit(make_step(small_run))
+        for _ in range(3):
+            state, metrics = step(state, batch)
+        runs.append((state, metrics))
+    assert_close(*runs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoEConfig(experts=4, gate="softmax", bias_rate=0.0, z_loss=1e-3),
+        MoEConfig(experts=4, groups=2, shared_experts=0),
+    ],
+)
+def test_other_gates_train(small_run, moe):
+    config = replace(small_run, model=replace(small_run.model, moe=moe))
+    _, metrics = jax.jit(make_step(config))(init_state(config), make_batch(config))
+    assert np.isfinite(metrics.loss)
+    assert metrics.stats["sparse"].load.sum() == 2 * 2 * config.batch * config.data.length

@@ -186,10 +186,14 @@ class ModelConfig:
     """Logits as the model returns them; the loss is always taken in float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """Rematerialise in the backward pass: nothing, all but matrix products, or whole blocks."""
+    unroll: int = 1
+    """Blocks that are laid out in a row inside the scan over blocks: more make a small model
+    faster (no stacking of what the backward pass needs), and a deep one slow to compile."""
 
     def __post_init__(self) -> None:
         owner = "model"
         _positive(owner, self, "width", "layers", "norm_epsilon", "rope_base", "init_std")
+        _positive(owner, self, "unroll")
         _not_negative(owner, self, "dense_layers", "mtp_depth", "mtp_weight")
         require(
             self.vocabulary is None or self.vocabulary > 0,
@@ -226,6 +230,8 @@ class DataConfig:
     """Tokens in one sequence (L)."""
     validation_fraction: float = 0.02
     """Share of the files (by a hash of their names) that is held out."""
+    validation_tokens: int = 1_000_000
+    """At most so many tokens of the held-out text are evaluated, the first ones."""
     cache: str = ""
     """Folder for tokenised corpora; unset, $XDG_CACHE_HOME/moe_jax or ~/.cache/moe_jax."""
 
@@ -247,7 +253,7 @@ class DataConfig:
                 f"{owner}.tokenizer '{self.tokenizer}' is too small: bpe:N needs N of at least "
                 "258 (256 bytes and 2 special tokens)",
             )
-        _positive(owner, self, "length")
+        _positive(owner, self, "length", "validation_tokens")
         require(
             0 < self.validation_fraction < 1,
             f"{owner}.validation_fraction is {self.validation_fraction}: it must lie strictly "
@@ -291,7 +297,10 @@ class OptimConfig:
         owner = "optim"
         _positive(owner, self, "learning_rate", "epsilon", "accumulation", "max_skipped")
         _not_negative(owner, self, "weight_decay", "clip_norm")
-        _fraction(owner, self, "warmup", "decay", "final", "beta1", "beta2")
+        _fraction(owner, self, "warmup", "decay", "final")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{owner}.{name} is {value}: it must be in [0, 1)")
         require(
             self.schedule == "cosine" or self.warmup + self.decay <= 1,
             f"{owner}.warmup={self.warmup} and decay={self.decay} add up to more than 1",
@@ -308,14 +317,19 @@ class CheckpointConfig:
     """Latest checkpoints kept; the one with the best validation loss is kept besides."""
 
     def __post_init__(self) -> None:
-        _positive("checkpoint", self, "every", "keep")
+        _positive("checkpoint", self, "every")
+        require(
+            self.keep >= 2,
+            f"checkpoint.keep is {self.keep}: it must be at least 2, so that a kill during one "
+            "save leaves another",
+        )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. `python experiments/train.py PRESET --model.moe.experts 32 …`"""
 
-    preset: tyro.conf.Suppress[str] = "tiny"
+    preset: tyro.conf.Suppress[str] = "custom"
     """Name of the preset that these settings started from."""
     out: str = ""
     """Folder of the run; unset, runs/PRESET-HASH, one folder for each set of settings. The same

@@ -3,9 +3,11 @@
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -85,6 +87,16 @@ def available_bytes() -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return None
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises UserError if the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the checkpoints of this run need {needed / 1e9:,.2f} GB in {folder}, and its disk "
+            f"has {free / 1e9:,.2f} GB free: make room, or choose another --out"
+        )
 
 
 def require_memory(preset: str, needed: int) -> None:

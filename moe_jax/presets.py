@@ -17,7 +17,29 @@ from moe_jax.config import (
     TrainConfig,
 )
 
-TINY = TrainConfig()
+TINY = TrainConfig(
+    preset="tiny",
+    steps=1300,
+    batch=8,
+    evaluate_every=650,
+    model=ModelConfig(
+        width=128,
+        layers=4,
+        dense_layers=1,
+        dense_hidden=384,
+        attention=AttentionConfig(kind="gqa", heads=4, kv_heads=2, head_dim=32),
+        moe=MoEConfig(experts=8, experts_per_token=2, expert_hidden=64, bias_rate=0.01),
+        init_std=0.06,
+        unroll=4,
+    ),
+    data=DataConfig(tokenizer="bpe:4096", length=128, validation_fraction=0.03),
+    # Per second of training on two cores Muon ends 0.06 bits per byte below AdamW, each at the
+    # best of the learning rates tried (1e-2 of 5e-3, 1e-2, 2e-2; 5e-3 of 3e-3, 5e-3, 8e-3, 1e-2).
+    optim=OptimConfig(
+        optimizer="muon", learning_rate=1e-2, beta2=0.99, weight_decay=0.02, final=0.02
+    ),
+    checkpoint=CheckpointConfig(every=100),
+)
 
 SMALL = TrainConfig(
     preset="small",

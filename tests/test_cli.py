@@ -10,7 +10,7 @@ from moe_jax.config import ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from moe_jax.errors import UserError
 
 PRESETS = {
-    "tiny": TrainConfig(),
+    "tiny": TrainConfig(preset="tiny"),
     "small": TrainConfig("small", steps=50, model=ModelConfig(layers=6, moe=MoEConfig(experts=16))),
 }
 

@@ -20,9 +20,9 @@ class HubCorpus(Corpus):
     """
 
     def __init__(self, source: str, text_field: str):
-        import pyarrow.compute
-
         dataset = _load(source)
+        import pyarrow.compute  # comes with datasets, so only after _load has found it
+
         self._identity = source, text_field, dataset._fingerprint
         self._column = _text_column(dataset, source, text_field)
         lengths = pyarrow.compute.binary_length(self._column)

@@ -44,6 +44,15 @@ class TokenArray:
         for start in range(0, len(self.tokens), tokens):
             yield self.tokenizer.decode_bytes(self.tokens[start : start + tokens])
 
+    def first(self, limit: int) -> "TokenArray":
+        """The first `limit` tokens, or all if there are fewer."""
+        if len(self.tokens) <= limit:
+            return self
+        kept = self.tokens[:limit]
+        lengths = self.tokenizer.byte_lengths[kept]
+        starts = self.starts[self.starts < limit]
+        return TokenArray(kept, starts, int(lengths.sum()), self.tokenizer)
+
     def text(self) -> Utf8:
         """The text of all documents, with nothing between them, as UTF-8."""
         return b"".join(self.chunks())
@@ -53,6 +62,7 @@ class TokenArray:
 class TokenData:
     """A tokenised corpus.
 
+    `validation` is cut to data.validation_tokens; `stats` counts the whole splits.
     `fingerprint`: hash of the corpus, its split and the tokenizer: equal ones mean equal tokens.
     `stats`: {"train" and "validation": {"documents", "bytes", "tokens"}, "replaced": documents
     that had bytes which are no valid UTF-8}.
@@ -87,7 +97,8 @@ def prepare(
         build = partial(_tokenise, corpus, config.validation_fraction, tokenizer, say=say)
         stats = entry(folder, build, say)
         train, validation = (_open(folder, name, tokenizer, stats[name]) for name in SPLITS)
-    return TokenData(train, validation, tokenizer, fingerprint, stats)
+    held_out = validation.first(config.validation_tokens)
+    return TokenData(train, held_out, tokenizer, fingerprint, stats)
 
 
 def _trained(

@@ -65,12 +65,14 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 class Stack(nnx.Module):
     """`count` equal blocks, whose parameters carry a leading layer axis, run by one scan.
 
-    One block is compiled however many there are. With `remat`, its activations are recomputed in
-    the backward pass ("full"), or all of them but the products with parameters ("dots").
+    One block is compiled however many there are (`unroll` of them, where that is set). With
+    `remat`, its activations are recomputed in the backward pass ("full"), or all of them but the
+    products with parameters ("dots").
     """
 
     def __init__(self, model: ModelConfig, count: int, *, sparse: bool, rngs: nnx.Rngs) -> None:
         self.remat = model.remat
+        self.unroll = min(model.unroll, count)
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def make(key: Array) -> Block:
@@ -91,4 +93,4 @@ class Stack(nnx.Module):
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(step, x, (parameters, caches))
+        return jax.lax.scan(step, x, (parameters, caches), unroll=self.unroll)

@@ -70,7 +70,8 @@ class Transformer(nnx.Module):
         """norm(hidden) · headᵀ in the output dtype; multi-token prediction brings its own norm."""
         normed = (norm or self.norm)(hidden)
         table = self.embedding if self.config.tied_embedding else self.head
-        product = jnp.einsum("bld,vd->blv", normed, table[...].astype(normed.dtype))
+        table = table[...].astype(normed.dtype)
+        product = jnp.einsum("bld,vd->blv", normed, table, preferred_element_type=jnp.float32)
         return product.astype(self.config.output_dtype)
 
     def __call__(

@@ -17,6 +17,9 @@ from moe_jax.moe.plan import make_plan
 from moe_jax.moe.route import Route, route
 from moe_jax.parallel.mesh import DATA, data_parallel, map_over_data
 
+IMPLEMENTATIONS = {"auto": grouped_swiglu, "reference": grouped_swiglu}
+"""Expert products by `model.moe.implementation`; so far the reference is the best there is."""
+
 
 class RouterBias(nnx.Variable):
     """Selection bias of a sigmoid gate: state that no optimizer touches (balance.update_bias)."""
@@ -81,11 +84,13 @@ def moe_layer(
     Returns ((outputs, chosen experts), statistics over the whole batch).
     """
     tokens = x.reshape(-1, x.shape[-1])
-    logits = tokens.astype(jnp.float32) @ router.astype(jnp.float32)
+    logits = jnp.matmul(
+        tokens.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST
+    )
     chosen = route(logits, bias, config)
     plan = make_plan(chosen.experts, config.experts)
     rows = dispatch(tokens, plan)
-    rows = grouped_swiglu(rows, gate_up, down, plan)
+    rows = IMPLEMENTATIONS[config.implementation](rows, gate_up, down, plan)
     out = combine(rows, chosen.weights, plan)
     kept = jnp.sum(plan.assignment < plan.row.size)
     stats = _stats(chosen, plan.counts, plan.row.size - kept, x.shape, config)

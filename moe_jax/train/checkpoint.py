@@ -5,10 +5,9 @@ size and hash of every file is added; a step without a manifest, or whose files 
 never loaded, and the one before it is used.
 """
 
-import errno
 import hashlib
 import json
-import os
+import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +19,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from moe_jax.config import CheckpointConfig
-from moe_jax.errors import UserError
-from moe_jax.files import write_atomically
+from moe_jax.files import disk_errors, write_atomically
 from moe_jax.train.step import TrainState
 
 MANIFEST = "MANIFEST.json"
+VALIDATION = "validation_bits_per_byte"
 
 
 class Restored(NamedTuple):
@@ -42,7 +41,11 @@ class Checkpoints:
     position, tokenizer.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+    def __init__(
+        self, directory: Path, config: CheckpointConfig, *, read_only: bool = False
+    ) -> None:
+        """`read_only` leaves alone what another process may be writing at this moment."""
+        self.read_only = read_only
         self.directory = (directory / "checkpoints").absolute()
         self._worker = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
@@ -50,7 +53,7 @@ class Checkpoints:
             [
                 keep.LatestN(config.keep),
                 keep.BestN(
-                    get_metric_fn=lambda metrics: metrics["validation_bits_per_byte"],
+                    get_metric_fn=lambda metrics: metrics[VALIDATION],
                     reverse=True,
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -58,7 +61,11 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True
+            preservation_policy=policy,
+            best_fn=lambda metrics: metrics[VALIDATION],  # without it metrics are not read back
+            best_mode="min",
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -74,21 +81,21 @@ class Checkpoints:
         Raises UserError if this or the previous save failed for want of space or permission.
         """
         self.wait()
-        metrics = validation_bits_per_byte and {
-            "validation_bits_per_byte": validation_bits_per_byte
-        }
+        bits = validation_bits_per_byte
+        metrics = {VALIDATION: bits} if bits is not None and math.isfinite(bits) else None
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
         )
-        with self._disk_errors():
-            self._manager.save(step, args=arguments, metrics=metrics or None)
+        with disk_errors(self.directory):
+            started = self._manager.save(step, args=arguments, metrics=metrics)
+        assert started, f"Orbax did not save step {step}"
         self._pending = self._worker.submit(self._finish, step)
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk; raises UserError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            with self._disk_errors():
+            with disk_errors(self.directory):
                 pending.result()
 
     def poll(self) -> None:
@@ -102,7 +109,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._worker.shutdown()
-            self._manager.close()
+            with disk_errors(self.directory):  # Orbax repeats a failed save's error here
+                self._manager.close()
 
     def restore(self, like: TrainState, say: Callable[[str], None]) -> Restored | None:
         """The newest checkpoint whose manifest holds, or None; broken ones are named and removed.
@@ -135,7 +143,7 @@ class Checkpoints:
                 yield step
                 continue
             say(f"checkpoint {step} is damaged ({fault}): going back to the one before it")
-            if jax.process_index() == 0:
+            if jax.process_index() == 0 and not self.read_only:
                 shutil.rmtree(self.directory / str(step), ignore_errors=True)
             self._manager.reload()
 
@@ -143,28 +151,6 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             write_manifest(self.directory / str(step))
-
-    def _disk_errors(self) -> "_DiskErrors":
-        return _DiskErrors(self.directory)
-
-
-class _DiskErrors:
-    """Turns 'no space', 'read-only' and 'not permitted' into a UserError that names the folder."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        text = str(error)
-        no_space = os.strerror(errno.ENOSPC) in text or "ENOSPC" in text
-        if error is not None and (isinstance(error, OSError) or no_space):
-            raise UserError(
-                f"cannot write a checkpoint in {self.directory}: {text.splitlines()[0]}; "
-                "free some space or choose another --out, then run the same command again"
-            ) from error
 
 
 def _files(directory: Path) -> list[Path]:
@@ -191,14 +177,20 @@ def manifest_fault(directory: Path) -> str | None:
         entries = json.loads((directory / MANIFEST).read_text())
     except FileNotFoundError:
         return "its write was not finished"
-    except ValueError:
+    except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
+    if not entries:
+        return "it is empty"
     for name, (size, digest) in entries.items():
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _digest(path) != digest:
+        try:
+            found = _digest(path)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != digest:
             return f"{name} has changed"
     return None

@@ -16,7 +16,8 @@ from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData, prepare
 from moe_jax.errors import UserError
-from moe_jax.machine import gemm_rate, require_memory
+from moe_jax.files import disk_errors, only_process
+from moe_jax.machine import gemm_rate, require_memory, require_space
 from moe_jax.model.count import train_flops_per_token
 from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from moe_jax.result import output_folder
@@ -51,6 +52,12 @@ def train(config: TrainConfig) -> Path:
     check_devices(config)
     require_memory(config.preset, state_bytes(config))
     out = output_folder(config.out)
+    require_space(out, (config.checkpoint.keep + 2) * state_bytes(config))
+    with only_process(out):
+        return _train(config, out)
+
+
+def _train(config: TrainConfig, out: Path) -> Path:
     checkpoints = Checkpoints(out, config.checkpoint)
     try:
         saved = checkpoints.peek(say)
@@ -61,8 +68,10 @@ def train(config: TrainConfig) -> Path:
         mesh = make_mesh()
         with jax.set_mesh(mesh):
             run = start(config, out, data, mesh, checkpoints)
-            run_steps(run)
-            checkpoints.wait()
+            with disk_errors(out):
+                run_steps(run)
+                checkpoints.wait()
+        with disk_errors(out):
             write_report(run.facts())
     finally:
         checkpoints.close()
@@ -139,7 +148,7 @@ class Run:
             self.config,
             self.out,
             self.data,
-            self.state,
+            jax.tree.map(lambda leaf: leaf.addressable_data(0), self.state),
             self.compile_seconds,
             self.gemm_rate,
             self.flops_per_token,
@@ -211,14 +220,14 @@ def run_steps(run: Run) -> None:
             speed.tick(line)
             if _evaluation_due(step, config):
                 line["validation_bits_per_byte"] = run.evaluate(run.state)
+                speed.pause()
             lines.write(line)
             utilisation = speed.tokens_per_second * run.flops_per_token / run.gemm_rate
             display.show(line, speed, utilisation)
             _check_finite(run, line)
-            if _save_due(step, config):
+            if _save_due(step, config) and not line["skipped_in_a_row"]:
                 lines.sync()
                 _save(run, step, line.get("validation_bits_per_byte"))
-                speed.pause()
 
         unread: tuple[int, Metrics] | None = None
         for step in range(first + 1, config.steps + 1):

@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a step, in order, also over kills and resumptions."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,15 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             return
 
 
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has no words for (NaN, infinities)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsFile:
     """Appends one line a step; `resume` first removes what a checkpoint does not know of."""
 
@@ -35,7 +45,7 @@ class MetricsFile:
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one object and hands it to the operating system at once."""
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

@@ -60,26 +60,19 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     Muon's updates are rescaled to Adam's root mean square (0.2), so that one learning rate and one
     decay serve both kinds of parameter.
     """
-    schedule = learning_rate(config, steps)
     if config.optimizer == "adamw":
-        rule = optax.adamw(
-            schedule,
-            config.beta1,
-            config.beta2,
-            config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        )
+        direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     else:
-        rule = muon(
-            schedule,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decay_mask,
+        # At a learning rate of -1 it gives the bare direction; its own decay would reach norms.
+        direction = muon(
+            -1.0,
+            eps=config.epsilon,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=muon_dimensions,
             consistent_rms=0.2,
         )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, rule)
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+    rate = optax.scale_by_learning_rate(learning_rate(config, steps))
+    return optax.chain(clip, direction, decay, rate)

@@ -62,7 +62,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("compiling", total=steps)
+        self._task = self._progress.add_task("first step", total=steps)
 
     def __enter__(self) -> "Display":
         self._progress.start()

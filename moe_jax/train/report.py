@@ -23,6 +23,12 @@ from moe_jax.train.trained import decode_until_end
 from moe_jax.train.yardsticks import text_yardsticks
 
 QUESTION = "How well does this model predict held-out text, and how fast did it learn?"
+VALIDATION = "validation_bits_per_byte"
+YARDSTICK_NAMES = {
+    "gzip_bits_per_byte": "gzip -9",
+    "xz_bits_per_byte": "xz -9",
+    "ngram_bits_per_byte": "the byte 5-gram",
+}
 PROMPT_TOKENS = 32
 CONTINUATION_TOKENS = 96
 
@@ -79,9 +85,7 @@ def measure(
     utilisation = None if achieved is None else achieved / facts.gemm_rate
     gzip = yardsticks["gzip_bits_per_byte"]
     return [
-        Measurement(
-            "validation_bits_per_byte", bits, "bits/byte", "gzip -9", bits / gzip, seeds=seeds
-        ),
+        Measurement(VALIDATION, bits, "bits/byte", "gzip -9", bits / gzip, seeds=seeds),
         *(Measurement(name, value, "bits/byte") for name, value in yardsticks.items()),
         Measurement("tokens_per_second", speed, "tokens/s"),
         Measurement("model_flop_utilisation", utilisation, "fraction", gemm, utilisation),
@@ -95,7 +99,7 @@ def measure(
 
 def last_validation(lines: list[dict[str, Any]]) -> float:
     """The last measured bits per byte."""
-    return [x["validation_bits_per_byte"] for x in lines if "validation_bits_per_byte" in x][-1]
+    return [x[VALIDATION] for x in lines if VALIDATION in x][-1]
 
 
 def tokens_per_second(lines: list[dict[str, Any]], config: TrainConfig) -> float | None:
@@ -108,13 +112,8 @@ def tokens_per_second(lines: list[dict[str, Any]], config: TrainConfig) -> float
 def describe_verdict(lines: list[dict[str, Any]], yardsticks: dict[str, float]) -> str:
     """One sentence that places the result among the compressors."""
     bits = last_validation(lines)
-    beaten = [n for n, value in yardsticks.items() if bits < value]
-    names = {
-        "gzip_bits_per_byte": "gzip -9",
-        "xz_bits_per_byte": "xz -9",
-        "ngram_bits_per_byte": "the byte 5-gram",
-    }
-    below = " and ".join(names[n] for n in beaten) or "none of gzip, xz and the 5-gram"
+    beaten = [YARDSTICK_NAMES[name] for name, value in yardsticks.items() if bits < value]
+    below = " and ".join(beaten) or "none of gzip, xz and the 5-gram"
     return f"{bits:.3f} bits per byte on held-out text: below {below}"
 
 
@@ -160,31 +159,28 @@ def _save(figure: Figure, path: Path) -> None:
     temporary.replace(path)
 
 
+def draw_smoothed(axes: Any, steps: list[int], values: Any, color: str, label: str) -> None:
+    """Every value faintly, and their running mean over a fortieth of the run."""
+    axes.plot(steps, values, alpha=0.25, color=color, linewidth=0.8)
+    width = max(1, len(values) // 40)
+    smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], smooth, color=color, label=label)
+
+
 def draw_loss(lines: list[dict[str, Any]], yardsticks: dict[str, float]) -> Figure:
     """Training loss by step, and validation bits per byte among the compressors."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    steps = [x["step"] for x in lines]
     losses = [x["cross_entropy"] for x in lines]
-    left.plot(steps, losses, alpha=0.3, color="tab:blue", label="each step")
-    width = max(1, len(losses) // 40)
-    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-    left.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"mean of {width}")
+    draw_smoothed(left, [x["step"] for x in lines], losses, "tab:blue", "running mean")
     left.set(xlabel="step", ylabel="cross-entropy (nats/token)", title="training")
     left.legend()
-    measured = [x for x in lines if "validation_bits_per_byte" in x]
-    right.plot(
-        [x["step"] for x in measured],
-        [x["validation_bits_per_byte"] for x in measured],
-        marker="o",
-        color="tab:blue",
-        label="model",
-    )
-    for (name, value), style in zip(yardsticks.items(), ("--", "-.", ":"), strict=False):
-        right.axhline(value, linestyle=style, color="gray")
-        right.annotate(name.split("_")[0], (1, value), xycoords=("axes fraction", "data"))
+    measured = [(x["step"], x[VALIDATION]) for x in lines if VALIDATION in x]
+    right.plot(*zip(*measured, strict=True), marker="o", color="tab:blue", label="model")
+    for (name, value), style in zip(yardsticks.items(), ("--", "-.", ":"), strict=True):
+        right.axhline(value, linestyle=style, color="gray", label=YARDSTICK_NAMES[name])
     right.set(xlabel="step", ylabel="bits per byte", title="held-out text")
-    right.set_ylim(bottom=0)
+    right.set_xlim(left=0)
     right.legend()
     return figure
 
@@ -209,7 +205,7 @@ def draw_load(lines: list[dict[str, Any]]) -> Figure:
             extent=extent,
             interpolation="nearest",
         )
-        panel.set_ylabel(f"layer {layer}\nexpert")
+        panel.set_ylabel(f"MoE layer {layer}\nexpert")
     panels[-1].set_xlabel("step")
     figure.colorbar(image, ax=panels.tolist(), label="load / mean load")
     figure.suptitle("expert load (white: balanced)")
@@ -222,11 +218,12 @@ def draw_router(lines: list[dict[str, Any]], experts: int) -> Figure:
     steps = [x["step"] for x in routed]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    entropy = np.array([x["router_entropy"] for x in routed]) / np.log(experts)
+    entropy = np.array([x["router_entropy"] for x in routed]) / max(np.log(experts), 1e-9)
     imbalance = np.array([x["load_imbalance"] for x in routed])
     for layer in range(entropy.shape[1]):
-        left.plot(steps, entropy[:, layer], label=f"layer {layer}")
-        right.plot(steps, imbalance[:, layer], label=f"layer {layer}")
+        color, label = f"C{layer % 10}", f"MoE layer {layer}"
+        draw_smoothed(left, steps, entropy[:, layer], color, label)
+        draw_smoothed(right, steps, imbalance[:, layer], color, label)
     left.set(xlabel="step", ylabel="entropy / log E", title="router entropy", ylim=(0, 1.02))
     right.set(xlabel="step", ylabel="max / mean", title="expert load imbalance")
     left.legend(fontsize="small")

@@ -23,6 +23,8 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     """Updates tried, skipped ones included; the next batch is number `step`."""
+    updates: Int[Array, ""]
+    """Updates done; the learning rate follows this count."""
     skipped: Int[Array, ""]
     """Updates skipped in a row, up to now, because loss or gradient was not finite."""
     parameters: nnx.State
@@ -62,7 +64,7 @@ def init_state(config: TrainConfig) -> TrainState:
     optimizer = make_optimizer(config.optim, config.steps).init(parameters)
     zero = jnp.zeros((), jnp.int32)
     key = jax.random.key_data(sample_key)
-    return TrainState(zero, zero, parameters, router, optimizer, key)
+    return TrainState(zero, zero, zero, parameters, router, optimizer, key)
 
 
 def make_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -89,8 +91,9 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainS
 
         parameters, router, moments = lax.cond(finite, update, keep, None)
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        new = TrainState(state.step + 1, skipped, parameters, router, moments, state.key)
-        rate = jnp.asarray(schedule(state.step), jnp.float32)
+        updates = state.updates + finite
+        new = TrainState(state.step + 1, updates, skipped, parameters, router, moments, state.key)
+        rate = jnp.asarray(schedule(state.updates), jnp.float32)
         metrics = Metrics(
             total,
             parts.cross_entropy,
@@ -125,12 +128,15 @@ def make_gradient(config: TrainConfig, graph: nnx.GraphDef) -> Callable[..., Any
             return gradient(parameters, router, batch, normalisers)
         # Strided, so that every micro-batch is spread over all devices like the batch itself.
         micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
-        each = lambda part: gradient(parameters, router, part, normalisers)  # noqa: E731
-        first = each(jax.tree.map(lambda a: a[0], micro))
-        rest = jax.tree.map(lambda a: a[1:], micro)
-        (value, found), gradients = lax.scan(
-            lambda sums, part: (jax.tree.map(jnp.add, sums, each(part)), None), first, rest
-        )[0]
+
+        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+            found = gradient(parameters, router, part, normalisers)
+            return jax.tree.map(jnp.add, sums, found), None
+
+        first = jax.tree.map(lambda a: a[0], micro)
+        shapes = jax.eval_shape(gradient, parameters, router, first, normalisers)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (value, found), gradients = lax.scan(add, zeros, micro)[0]
         return (value, _mean_entropy(found, parts)), gradients
 
     return whole

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import (
     AttentionConfig,
@@ -100,13 +101,18 @@ def load_run(out: str | Path) -> Trained:
     folder = Path(out)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{out} holds no checkpoints: give the --out of a training run")
-    checkpoints = Checkpoints(folder, CheckpointConfig())
+    checkpoints = Checkpoints(folder, CheckpointConfig(), read_only=True)
     try:
         found = checkpoints.peek(say)
         if found is None:
             raise UserError(f"{out}/checkpoints holds no complete checkpoint")
         config = config_from(found[1]["config"])
-        restored = checkpoints.restore(abstract_state(config), say)
+        here = SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            abstract_state(config),
+        )
+        restored = checkpoints.restore(shapes, say)
     finally:
         checkpoints.close()
     assert restored is not None

@@ -22,5 +22,6 @@ def text_yardsticks(data: TokenData, cache: str) -> dict[str, float]:
         }
 
     folder = cache_folder(cache)
+    name = f"yardsticks-{data.fingerprint}-{len(data.validation.tokens)}"
     with usable(folder):
-        return entry(folder / f"yardsticks-{data.fingerprint}", build, say)
+        return entry(folder / name, build, say)

@@ -204,3 +204,11 @@ def test_default_cache_folder(monkeypatch, name: str, expected: str):
     monkeypatch.setenv("XDG_CACHE_HOME", name)
     assert cache.cache_folder("") == Path(expected).expanduser()
     assert cache.cache_folder("~/here") == Path.home() / "here"
+
+
+def test_only_the_first_held_out_tokens_are_evaluated(prepared: Prepare):
+    whole, cut = prepared().validation, prepared(validation_tokens=20).validation
+    assert len(cut.tokens) == 20
+    assert whole.text().startswith(cut.text())
+    assert cut.bytes == len(cut.text()) < whole.bytes
+    assert whole.first(10**9) is whole

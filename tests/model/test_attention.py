@@ -99,9 +99,10 @@ def test_a_shift_of_all_positions_changes_nothing():
 
 
 def test_softmax_is_taken_in_float32():
-    query = jnp.full((1, 1, 1, 4), 30.0, jnp.bfloat16)
-    key = jnp.stack([jnp.full((1, 1, 4), 30.0), jnp.full((1, 1, 4), 29.9)], axis=1)
-    value, mask = jnp.ones((1, 2, 1, 3), jnp.bfloat16), jnp.ones((1, 1, 2), bool)
-    out = attend(query, key.astype(jnp.bfloat16), value, mask)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), 1.0, rtol=1e-2)
+    """Two keys whose logits differ by less than bfloat16 resolves at their size."""
+    query = jnp.full((1, 1, 1, 64), 8.0, jnp.bfloat16)
+    key = jnp.full((1, 2, 1, 64), 8.0, jnp.bfloat16).at[0, 1, 0, 0].set(8.5)
+    value = jnp.array([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1)
+    out = attend(query, key, value, jnp.ones((1, 1, 2), bool))
+    expected = 1 / (1 + np.exp(-0.5))  # logits 512 and 512.5; bfloat16 is spaced by 4 there
+    np.testing.assert_allclose(float(out[0, 0, 0, 0]), expected, rtol=1e-2)

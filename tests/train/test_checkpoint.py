@@ -1,4 +1,5 @@
 import errno
+import math
 import shutil
 
 import jax
@@ -52,10 +53,28 @@ def test_nothing_saved_yet(tmp_path, state):
     assert restore(tmp_path, state) == (None, [])
 
 
+def kept_steps(path):
+    return sorted(int(p.name) for p in (path / "checkpoints").iterdir() if p.name.isdigit())
+
+
 def test_the_last_ones_and_the_best_are_kept(tmp_path, state):
-    save_steps(tmp_path, state, [1, 2, 3, 4, 5], bits={1: 3.0, 2: 1.5, 4: 2.0})
-    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
-    assert kept == [2, 4, 5]
+    save_steps(tmp_path, state, [1, 2, 3, 4, 5], bits={1: 3.0, 2: 1.5, 4: 2.0, 5: math.nan})
+    assert kept_steps(tmp_path) == [2, 4, 5]
+    save_steps(tmp_path, state, [6, 7], bits={6: 1.7})  # in another process, as it were
+    assert kept_steps(tmp_path) == [2, 6, 7]
+    save_steps(tmp_path, state, [8, 9, 10], bits={8: 1.2})
+    assert kept_steps(tmp_path) == [8, 9, 10]
+
+
+def test_reading_leaves_a_save_under_way_alone(tmp_path, state):
+    save_steps(tmp_path, state, [1, 2])
+    folder = tmp_path / "checkpoints"
+    (folder / "2" / MANIFEST).unlink()
+    (folder / "3.orbax-checkpoint-tmp").mkdir()
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), read_only=True)
+    assert checkpoints.restore(shapes(state), lambda _: None).step == 1
+    checkpoints.close()
+    assert {p.name for p in folder.iterdir()} >= {"1", "2", "3.orbax-checkpoint-tmp"}
 
 
 def largest_file(folder):
@@ -76,6 +95,7 @@ DAMAGE = {
     "manifest cut": lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text()[:-5]),
     "write not finished": lambda f: (f / MANIFEST).unlink(),
     "only a folder": lambda f: [shutil.rmtree(f), f.mkdir()],
+    "an empty manifest": lambda f: (f / MANIFEST).write_text("{}"),
 }
 
 
@@ -119,6 +139,6 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path, state, monkeypa
 
     monkeypatch.setattr(module, "write_manifest", full)
     checkpoints.save(1, state, {})
-    with pytest.raises(UserError, match=r"cannot write a checkpoint in .*No space left"):
+    with pytest.raises(UserError, match=r"cannot write in .*No space left"):
         checkpoints.wait()
     checkpoints.close()

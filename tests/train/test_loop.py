@@ -1,13 +1,18 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from moe_jax import machine
 from moe_jax.config import CheckpointConfig, OptimConfig
 from moe_jax.errors import UserError
+from moe_jax.files import only_process
+from moe_jax.train import loop
 from moe_jax.train.loop import DivergedError, train
 from moe_jax.train.metrics import read_lines
+from moe_jax.train.trained import load_run
 
 
 def losses(config):
@@ -45,20 +50,23 @@ def test_a_run_leaves_everything_it_promises(small_run):
     assert "⟫" in (out / "samples.txt").read_text()
 
 
-@pytest.mark.parametrize("accumulation", [1])
-def test_a_longer_run_in_two_pieces_equals_one_in_one_piece(small_run, tmp_path, accumulation):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_in_two_pieces_equals_one_in_one_piece(small_run, tmp_path, accumulation):
     """The pieces are cut by an exception between two updates; real kills are in test_survival."""
-    optim = OptimConfig(accumulation=accumulation)
-    whole = replace(small_run, optim=optim, checkpoint=CheckpointConfig(every=5))
+    whole = replace(
+        small_run,
+        batch=8,
+        optim=OptimConfig(accumulation=accumulation),
+        checkpoint=CheckpointConfig(every=5),
+    )
     train(whole)
     cut = replace(whole, out=str(tmp_path / "cut"))
+
+    def stop_at_eight(run, line):
+        if line["step"] == 8:
+            raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
-        import moe_jax.train.loop as loop
-
-        def stop_at_eight(run, line):
-            if line["step"] == 8:
-                raise KeyboardInterrupt
-
         patch.setattr(loop, "_check_finite", stop_at_eight)
         with pytest.raises(KeyboardInterrupt):
             train(cut)
@@ -94,7 +102,24 @@ def test_a_diverging_run_stops_with_its_last_good_checkpoint(small_run):
     config = replace(config, checkpoint=CheckpointConfig(every=1))
     with pytest.raises(DivergedError, match=r"3 updates in a row were not finite"):
         train(config)
-    assert any((Path(config.out) / "checkpoints").iterdir())
+    lines = list(read_lines(Path(config.out) / "metrics.jsonl"))
+    assert [line["skipped_in_a_row"] for line in lines[-3:]] == [1, 2, 3]
+    assert [line["loss"] for line in lines[-3:]] == [None] * 3
+    assert load_run(config.out).step == lines[-3]["step"] - 1
+
+
+def test_two_processes_in_one_folder_are_refused(small_run):
+    out = Path(small_run.out)
+    out.mkdir()
+    with only_process(out), pytest.raises(UserError, match="another process is training"):
+        train(small_run)
+
+
+def test_a_full_disk_is_refused_before_compiling(small_run, monkeypatch):
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"need 0.00 GB in .* 0.00 GB free: make room"):
+        train(small_run)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,20 @@ def test_every_parameter_moves_and_clipping_bounds_the_gradient(small_run, optim
         assert np.abs(update).max() > 0, name
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_decay_alone_shrinks_matrices_and_nothing_else(small_run, optimizer):
+    optim = OptimConfig(optimizer=optimizer, learning_rate=1.0, warmup=0.0, weight_decay=0.1)
+    parameters = init_state(small_run).parameters
+    rule = make_optimizer(optim, 10)
+    zero = jax.tree.map(jnp.zeros_like, parameters)
+    updates, _ = jax.jit(rule.update)(zero, rule.init(parameters), parameters)
+    for (name, update), parameter in zip(
+        flat(updates).items(), jax.tree.leaves(parameters), strict=True
+    ):
+        spared = "scale" in name or "embedding" in name
+        np.testing.assert_allclose(update, (0 if spared else -0.1) * parameter, atol=1e-7)
+
+
 def test_muon_orthogonalises_each_expert_by_itself(small_run):
     config = replace(small_run, optim=OptimConfig(optimizer="muon", warmup=0.0, weight_decay=0.0))
     parameters = init_state(config).parameters

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from moe_jax.config import MoEConfig, OptimConfig
 from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
@@ -39,56 +38,66 @@ def test_the_loss_falls(small_run):
     assert int(state.step) == 30
 
 
-@pytest.mark.parametrize("mtp_depth", [0, 1])
-def test_accumulated_micro_batches_equal_the_whole_batch(small_run, mtp_depth):
+VARIANTS = {
+    "plain": {},
+    "multi-token prediction": {"mtp_depth": 1},
+    "rematerialised": {"mtp_depth": 1, "remat": "full"},
+    "bfloat16": {"compute_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "multi-token prediction"])
+def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
     """Not the average of averages: every valid target counts the same (the balance losses are
     per-sequence means, so they agree as well)."""
-    model = replace(small_run.model, mtp_depth=mtp_depth)
-    config = replace(small_run, model=model)
+    config = replace(small_run, model=replace(small_run.model, **VARIANTS[name]))
     split = replace(config, optim=OptimConfig(accumulation=4))
     state, batch = init_state(config), make_batch(config)
     graph = graph_of(config.resolved_model())
-    results = [
+    (whole, gradient), (parts, accumulated) = (
         jax.jit(make_gradient(c, graph))(state.parameters, state.router, batch)
         for c in (config, split)
-    ]
-    (whole, gradient), (parts, accumulated) = results
+    )
     assert_close(whole, parts)
     assert_close(gradient, accumulated)
 
 
-def test_four_devices_equal_one(small_run):
-    state, batch = init_state(small_run), make_batch(small_run)
-    graph = graph_of(small_run.resolved_model())
-    alone = jax.jit(make_gradient(small_run, graph))(state.parameters, state.router, batch)
-    mesh = make_mesh(4)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_devices_equal_one(small_run, name, accumulation):
+    optim = OptimConfig(accumulation=accumulation)
+    model = replace(small_run.model, **VARIANTS[name])
+    config = replace(small_run, model=model, optim=optim)
+    state, batch = init_state(config), make_batch(config)
+    gradient = make_gradient(config, graph_of(config.resolved_model()))
+    alone = jax.jit(gradient)(state.parameters, state.router, batch)
+    mesh = make_mesh(2)
     with jax.set_mesh(mesh):
         parameters, router = jax.device_put((state.parameters, state.router), replicated(mesh))
         spread = jax.device_put(batch, batch_sharding(mesh))
-        shared = jax.jit(make_gradient(small_run, graph))(parameters, router, spread)
-    assert_close(alone, shared)
+        shared = jax.jit(gradient)(parameters, router, spread)
+    if model.compute_dtype == "bfloat16":  # sums of bfloat16 in another order
+        assert_close(alone, shared, rtol=0.1, atol=0.02)
+    else:
+        assert_close(alone, shared)
 
 
 @pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
-def test_a_non_finite_update_is_skipped_and_counted(small_run, poison):
+def test_a_non_finite_update_changes_nothing_and_is_counted(small_run, poison):
     state, batch = init_state(small_run), make_batch(small_run)
-    good = nnx.to_pure_dict(state.parameters)
-    bad_state = state._replace(
-        parameters=jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(poison), state.parameters)
-    )
+    poisoned = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(poison), state.parameters)
+    bad = state._replace(parameters=poisoned)
     step = jax.jit(make_step(small_run))
-    after, metrics = step(bad_state, batch)
+    after, metrics = step(bad, batch)
     assert not np.isfinite(metrics.loss)
-    assert int(after.step) == 1
-    assert int(after.skipped) == int(metrics.skipped) == 1
-    assert_close(after.optimizer, bad_state.optimizer, rtol=0, atol=0)
-    np.testing.assert_array_equal(*(jax.tree.leaves(s.router)[0] for s in (after, bad_state)))
+    for part in ("parameters", "optimizer", "router", "updates"):
+        assert_close(getattr(after, part), getattr(bad, part), rtol=0, atol=0)
+    assert [int(after.step), int(after.skipped), int(metrics.skipped)] == [1, 1, 1]
     again, _ = step(after, batch)
     assert int(again.skipped) == 2
     healed, metrics = step(again._replace(parameters=state.parameters), batch)
-    assert int(healed.skipped) == 0
+    assert [int(healed.skipped), int(healed.updates)] == [0, 1]
     assert np.isfinite(metrics.loss)
-    assert good
 
 
 def test_the_router_bias_follows_the_load_and_freezes(small_run):

@@ -5,32 +5,37 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import pytest
 
 from moe_jax.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, TrainConfig
 
-# Four CPU devices, so that data parallelism is tested on any machine; most tests use the first.
-jax.config.update("jax_num_cpu_devices", 4)
+# Two CPU devices, so that data parallelism is tested on any machine; not more, because XLA's CPU
+# collectives wait for each other's threads, and a machine with two cores starves four of them.
+jax.config.update("jax_num_cpu_devices", 2)
 
 GQA = AttentionConfig(kind="gqa", heads=4, kv_heads=2, head_dim=8)
 MLA = AttentionConfig(kind="mla", heads=3, q_rank=10, kv_rank=12, nope_dim=8, rope_dim=4, v_dim=6)
 
 
+SMALL_MODEL = ModelConfig(
+    vocabulary=61,
+    width=20,
+    layers=3,
+    dense_layers=1,
+    dense_hidden=24,
+    attention=GQA,
+    moe=MoEConfig(experts=6, experts_per_token=2, expert_hidden=14),
+    init_std=0.2,
+)
+
+
 @pytest.fixture
 def small_model() -> ModelConfig:
     """One dense and two sparse blocks over 61 tokens; sizes that are no powers of two."""
-    return ModelConfig(
-        vocabulary=61,
-        width=20,
-        layers=3,
-        dense_layers=1,
-        dense_hidden=24,
-        attention=GQA,
-        moe=MoEConfig(experts=6, experts_per_token=2, expert_hidden=14),
-        init_std=0.2,
-    )
+    return SMALL_MODEL
 
 
 @pytest.fixture(params=["gqa", "mla"])
@@ -39,32 +44,38 @@ def either_attention(request: pytest.FixtureRequest, small_model: ModelConfig) -
     return replace(small_model, attention=GQA if request.param == "gqa" else MLA)
 
 
-@pytest.fixture
-def text_files(tmp_path):
-    """Eight small Python-like files; returns the data.source that names them."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
+def make_run(folder: Path, model: ModelConfig, **settings) -> TrainConfig:
+    """A run of 12 steps of a one-block model on eight small files, all inside `folder`: its time
+    goes into compiling, so the model is as small as it can be."""
+    texts = folder / "texts"
+    texts.mkdir(parents=True)
     for index in range(8):
         body = "\n".join(f"def f{index}_{n}(x):\n    return x + {n}" for n in range(60))
-        (folder / f"module{index}.py").write_text(body)
-    return f"files:{folder}/*.py"
+        (texts / f"module{index}.py").write_text(body)
+    model = replace(model, vocabulary=None, layers=1, dense_layers=0, init_std=0.02)
+    data = DataConfig(
+        source=f"files:{texts}/*.py",
+        tokenizer="bytes",
+        length=48,
+        validation_fraction=0.3,
+        cache=str(folder / "cache"),
+    )
+    defaults = {"steps": 12, "batch": 4, "evaluate_every": 6, "samples": 0}
+    out = str(folder / "run")
+    return TrainConfig(**{**defaults, "out": out, "model": model, "data": data, **settings})
 
 
 @pytest.fixture
-def small_run(tmp_path, text_files, small_model: ModelConfig) -> TrainConfig:
-    """A run of 12 steps on text_files that takes seconds, with its cache in tmp_path."""
-    return TrainConfig(
-        out=str(tmp_path / "run"),
-        steps=12,
-        batch=4,
-        evaluate_every=6,
-        samples=1,
-        model=replace(small_model, vocabulary=None, init_std=0.02),
-        data=DataConfig(
-            source=text_files,
-            tokenizer="bytes",
-            length=48,
-            validation_fraction=0.3,
-            cache=str(tmp_path / "cache"),
-        ),
-    )
+def small_run(tmp_path: Path, small_model: ModelConfig) -> TrainConfig:
+    """make_run in a folder of the test's own, not yet trained."""
+    return make_run(tmp_path, small_model)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """make_run with one sample, trained to its end once for all tests, which only read it."""
+    from moe_jax.train.loop import train
+
+    config = make_run(tmp_path_factory.mktemp("finished"), SMALL_MODEL, samples=1)
+    train(config)
+    return config

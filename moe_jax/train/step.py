@@ -137,14 +137,17 @@ def make_gradient(config: TrainConfig, graph: nnx.GraphDef) -> Callable[..., Any
         shapes = jax.eval_shape(gradient, parameters, router, first, normalisers)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (value, found), gradients = lax.scan(add, zeros, micro)[0]
-        return (value, _mean_entropy(found, parts)), gradients
+        return (value, _averaged(found, parts)), gradients
 
     return whole
 
 
-def _mean_entropy(found: Losses, parts: int) -> Losses:
-    """Loads, drops and losses of micro-batches add up; entropies are averaged."""
-    stats = {k: s._replace(entropy=s.entropy / parts) for k, s in found.stats.items()}
+def _averaged(found: Losses, parts: int) -> Losses:
+    """Loads and drops of micro-batches add up; entropies and balance losses are averaged."""
+    stats = {
+        name: part._replace(entropy=part.entropy / parts, loss=part.loss / parts)
+        for name, part in found.stats.items()
+    }
     return found._replace(stats=stats)
 
 

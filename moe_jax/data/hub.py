@@ -25,7 +25,7 @@ class HubCorpus(Corpus):
 
         self._identity = source, text_field, dataset._fingerprint
         self._column = _text_column(dataset, source, text_field)
-        lengths = pyarrow.compute.binary_length(self._column)
+        lengths = pyarrow.compute.binary_length(self._column)  # pyright: ignore
         self.sizes = lengths.fill_null(0).to_numpy().astype(np.int64)
         if not self.sizes.any():
             raise UserError(f"data.source 'hf:{source}' has no text in column '{text_field}'")
@@ -63,7 +63,7 @@ def _load(source: str) -> Any:
         raise UserError(
             f"data.source 'hf:{source}' needs a further package: pip install 'moe_jax[hf]'"
         ) from error
-    failures = OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError
+    failures = OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError  # pyright: ignore
     try:
         return datasets.load_dataset(os.path.expanduser(source), split="train")
     except failures as error:

@@ -66,7 +66,7 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RouterStats]:
         gate_up, down = self.gate_up[...].astype(x.dtype), self.down[...].astype(x.dtype)
         parameters = (self.router[...], self.bias[...], gate_up, down)
-        layer = map_over_data(lambda x, p: moe_layer(x, *p, self.config))
+        layer = map_over_data(lambda x, p: moe_layer(x, *p, config=self.config))
         (out, experts), stats = layer(x, parameters)
         return out, stats._replace(experts=experts)
 

@@ -47,6 +47,9 @@ class Checkpoints:
         """`read_only` leaves alone what another process may be writing at this moment."""
         self.read_only = read_only
         self.directory = (directory / "checkpoints").absolute()
+        if not read_only:  # Orbax can do this too, but in a thread that may outlive the program
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
         self._worker = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         policy = keep.AnyPreservationPolicy(
@@ -64,7 +67,6 @@ class Checkpoints:
             preservation_policy=policy,
             best_fn=lambda metrics: metrics[VALIDATION],  # without it metrics are not read back
             best_mode="min",
-            cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)

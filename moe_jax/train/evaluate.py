@@ -37,7 +37,7 @@ def make_evaluator(
         targets, mask = shifted_targets(tokens, segments, length, 1)
         return token_nats(model.logits(hidden), targets, mask)
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[Any]:
         return validation_batches(
             validation,
             length,

@@ -140,4 +140,4 @@ def test_other_gates_train(small_run, moe):
     config = replace(small_run, model=replace(small_run.model, moe=moe))
     _, metrics = jax.jit(make_step(config))(init_state(config), make_batch(config))
     assert np.isfinite(metrics.loss)
-    assert metrics.stats["sparse"].load.sum() == 2 * 2 * config.batch * config.data.length
+    assert metrics.stats["sparse"].load.sum() == 2 * config.batch * config.data.length

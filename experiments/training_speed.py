@@ -175,7 +175,11 @@ def first_step(config: TrainConfig, tunables: str, steps: int) -> tuple[float, f
         first = time.perf_counter() - start
         _, _, usage = os.wait4(process.pid, 0)
         seconds = [line["seconds"] for line in read_lines(metrics) if "seconds" in line]
-        return first, float(np.median(seconds)), usage.ru_maxrss * 1024.0
+        return (
+            first,
+            float(np.median(seconds)),
+            usage.ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0),
+        )
 
 
 def draw(parts: list[Part], step: float) -> Figure:
@@ -218,7 +222,7 @@ def main(argv: list[str]) -> None:
         Measurement("step_seconds", step, "s", gemm, step * rate / flops),
         Measurement("compile_seconds", compiled, "s"),
         Measurement("first_step_seconds", first, "s"),
-        Measurement("peak_resident_bytes_without_report", resident, "bytes"),
+        Measurement("peak_resident_bytes_short_run", resident, "bytes"),
         Measurement("huge_pages_speedup", speedup, "ratio", "the same run without", speedup),
     ]
     for part in parts:

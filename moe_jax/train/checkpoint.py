@@ -7,6 +7,7 @@ never loaded, and the one before it is used.
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from moe_jax.config import CheckpointConfig
 from moe_jax.files import disk_errors, write_atomically
 from moe_jax.train.step import TrainState
+
+# Orbax warns at every save without a metric; most saves have none.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 MANIFEST = "MANIFEST.json"
 VALIDATION = "validation_bits_per_byte"

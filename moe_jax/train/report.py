@@ -103,8 +103,8 @@ def last_validation(lines: list[dict[str, Any]]) -> float:
 
 
 def tokens_per_second(lines: list[dict[str, Any]], config: TrainConfig) -> float | None:
-    """Trained tokens over the time from update to update, reading, logging and the start of
-    checkpoints included, evaluations not. None for a run of a single step."""
+    """Trained tokens over the time from update to update: reading, logging and the start of
+    checkpoints are in it, evaluations are not. None for a run of a single step."""
     seconds = [x["seconds"] for x in lines if "seconds" in x]
     return len(seconds) * config.batch * config.data.length / sum(seconds) if seconds else None
 

@@ -146,8 +146,11 @@ def test_killed_in_the_middle_of_a_trial(start, tmp_path):
     # The orphaned run kept its folder until it ended; then the trial ran again, with its settings.
     first, end, again, last = runs.read_text().splitlines()
     assert (first, end, last) == (again, "end", "end")
+    # Folders carry Optuna's numbers, and the second attempt at the killed trial may use one up.
     folders = sorted(row["folder"] for row in rows(out))
-    assert folders == ["trial-0000", "trial-0001", "trial-0002"]
+    assert folders[:2] == ["trial-0000", "trial-0001"]
+    assert folders[2] in ("trial-0002", "trial-0003")
+    assert len(folders) == 3
     assert all(row["state"] == "complete" for row in rows(out))
 
 

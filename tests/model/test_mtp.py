@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ TOKENS = jnp.array([[10, 11, 12, 13, 14, 15, 16, 17]])
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]])
 
 
+@partial(nnx.jit, static_argnums=2)
 def predictions(model, tokens, depth):
     hidden, _, _ = model.hidden(
         tokens[:, :LENGTH], document_sight(model.config, SEGMENTS[:, :LENGTH])
@@ -67,6 +69,6 @@ def test_the_loss_trains_the_modules_and_the_shared_table(small_model):
         batch = {"tokens": TOKENS, "segments": SEGMENTS}
         return losses(nnx.merge(graph, p, router), batch, LENGTH, [jnp.ones(())] * 2).mtp
 
-    gradient = nnx.to_pure_dict(jax.grad(mtp_loss)(parameters))
+    gradient = nnx.to_pure_dict(jax.jit(jax.grad(mtp_loss))(parameters))
     for name in ("mtp", "embedding", "head", "sparse"):
         assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient[name])) > 1e-6, name

@@ -21,7 +21,7 @@ from moe_jax.machine import gemm_rate, require_memory, require_space
 from moe_jax.model.count import train_flops_per_token
 from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from moe_jax.result import output_folder
-from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.checkpoint import VALIDATION, Checkpoints
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.metrics import MetricsFile, describe
 from moe_jax.train.objective import Batch
@@ -219,7 +219,7 @@ def run_steps(run: Run) -> None:
             line = describe(step, metrics, with_load=_load_due(step, config))
             speed.tick(line)
             if _evaluation_due(step, config):
-                line["validation_bits_per_byte"] = run.evaluate(run.state)
+                line[VALIDATION] = run.evaluate(run.state)
                 speed.pause()
             lines.write(line)
             utilisation = speed.tokens_per_second * run.flops_per_token / run.gemm_rate
@@ -227,7 +227,7 @@ def run_steps(run: Run) -> None:
             _check_finite(run, line)
             if _save_due(step, config) and not line["skipped_in_a_row"]:
                 lines.sync()
-                _save(run, step, line.get("validation_bits_per_byte"))
+                _save(run, step, line.get(VALIDATION))
 
         unread: tuple[int, Metrics] | None = None
         for step in range(first + 1, config.steps + 1):

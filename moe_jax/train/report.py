@@ -16,6 +16,7 @@ from moe_jax.files import write_atomically
 from moe_jax.machine import peak_resident_bytes
 from moe_jax.model.generate import generate
 from moe_jax.result import Measurement, write_result
+from moe_jax.train.checkpoint import VALIDATION
 from moe_jax.train.metrics import read_lines
 from moe_jax.train.progress import console
 from moe_jax.train.step import TrainState, graph_of
@@ -23,7 +24,6 @@ from moe_jax.train.trained import decode_until_end
 from moe_jax.train.yardsticks import text_yardsticks
 
 QUESTION = "How well does this model predict held-out text, and how fast did it learn?"
-VALIDATION = "validation_bits_per_byte"
 YARDSTICK_NAMES = {
     "gzip_bits_per_byte": "gzip -9",
     "xz_bits_per_byte": "xz -9",
@@ -161,6 +161,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 def draw_smoothed(axes: Any, steps: list[int], values: Any, color: str, label: str) -> None:
     """Every value faintly, and their running mean over a fortieth of the run."""
+    values = np.asarray(values, float)  # a skipped step has None: a gap in the curve
     axes.plot(steps, values, alpha=0.25, color=color, linewidth=0.8)
     width = max(1, len(values) // 40)
     smooth = np.convolve(values, np.ones(width) / width, mode="valid")

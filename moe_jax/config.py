@@ -98,6 +98,19 @@ class MoEConfig:
     """Experts that every token goes to; together one SwiGLU of this many times expert_hidden."""
     gate: Literal["softmax", "sigmoid"] = "sigmoid"
     """softmax top-k, or DeepSeek-V3's sigmoid with a bias that acts on the selection only."""
+    rule: Literal["top_k", "noisy_top_k", "expert_choice", "token_rounding", "hash"] = "top_k"
+    """How scores become choices (moe/rules.py). expert_choice: experts choose tokens, so a token's
+    route depends on later ones. token_rounding: in training, loads are rounded to rounding_tile.
+    hash: a fixed hash of the token id, the baseline."""
+    allow_acausal: bool = False
+    """Let rule=expert_choice train an autoregressive model: it then sees which later tokens compete
+    for its experts, and its validation loss is too good."""
+    rounding_tile: int = 64
+    """token_rounding: rows that an expert's load becomes a multiple of."""
+    capacity_factor: float = 0.0
+    """An expert computes at most ceil(factor · T K / E) tokens of a device's share of the batch,
+    the first ones, and drops the others; 0: dropless. expert_choice: the tokens that an expert
+    takes (0 means 1)."""
     normalise: bool = True
     """Divide the K selected weights by their sum."""
     scale: float = 1.0
@@ -105,7 +118,11 @@ class MoEConfig:
     groups: int = 1
     """Group-limited selection: experts are split into this many groups, ..."""
     groups_per_token: int = 1
-    """... of which a token may use this many (the best by the sum of their top-2 scores)."""
+    """... of which a token may use this many, the best by group_score."""
+    group_score: Literal["auto", "max", "top2", "node"] = "auto"
+    """A group's score: its best score (DeepSeek-V2), the sum of its best 2 (DeepSeek-V3's code), or
+    of its best experts_per_token / groups_per_token (node-limited routing as the V3 report has
+    it). auto: top2 with the sigmoid gate, max with softmax."""
     bias_rate: float = 0.001
     """Auxiliary-loss-free balance: step of the router bias after each update; 0 turns it off.
     Needs the sigmoid gate."""
@@ -113,16 +130,22 @@ class MoEConfig:
     """Fraction of training after which the router bias is frozen."""
     sequence_loss: float = 1e-4
     """Weight of the sequence-wise balance loss; 0 turns it off."""
+    expert_loss: float = 0.0
+    """Weight of the expert-level balance loss (DeepSeekMoE); 0 turns it off."""
+    device_loss: float = 0.0
+    """Weight of the device-level balance loss over the groups (DeepSeekMoE); 0 turns it off."""
     z_loss: float = 0.0
     """Weight of the router z-loss, mean(logsumexp(logits)^2); 0 turns it off."""
-    implementation: Literal["auto", "reference"] = "auto"
-    """Expert dispatch: the best that can run here, or one by name."""
+    implementation: Literal["auto", "reference", "xla"] = "auto"
+    """Expert dispatch (moe/layer.py): the best that can run here, or one by name."""
 
     def __post_init__(self) -> None:
         owner = "model.moe"
         _positive(owner, self, "experts", "experts_per_token", "expert_hidden", "groups")
         _positive(owner, self, "groups_per_token", "scale")
-        _not_negative(owner, self, "shared_experts", "bias_rate", "sequence_loss", "z_loss")
+        _not_negative(owner, self, "shared_experts", "bias_rate", "capacity_factor")
+        _not_negative(owner, self, "sequence_loss", "expert_loss", "device_loss", "z_loss")
+        _positive(owner, self, "rounding_tile")
         _fraction(owner, self, "bias_until")
         require(
             self.experts_per_token <= self.experts,
@@ -148,6 +171,35 @@ class MoEConfig:
             f"{owner}.bias_rate={self.bias_rate} needs gate=sigmoid: softmax routing has no "
             "selection bias (set bias_rate to 0)",
         )
+        self._check_rule(owner)
+
+    def _check_rule(self, owner: str) -> None:
+        rule = f"{owner}.rule={self.rule}"
+        require(
+            self.rule != "expert_choice" or self.allow_acausal,
+            f"{rule} is not causal: a token's route depends on later tokens, so the model sees the "
+            "future; set allow_acausal to train with it all the same",
+        )
+        require(
+            self.rule not in ("expert_choice", "hash") or self.bias_rate == 0,
+            f"{rule} uses no selection bias: set bias_rate={self.bias_rate} to 0",
+        )
+        require(
+            self.rule not in ("expert_choice", "hash") or self.groups_per_token == self.groups,
+            f"{rule} knows no groups: set groups_per_token={self.groups_per_token} to "
+            f"groups={self.groups}",
+        )
+        require(
+            self.device_loss == 0 or self.groups > 1,
+            f"{owner}.device_loss={self.device_loss} needs groups of experts: with groups=1 it is "
+            "constant",
+        )
+
+    @property
+    def slots(self) -> int:
+        """Experts that a token may be given: K, or up to 4 K where the experts have a say."""
+        free = self.rule in ("expert_choice", "token_rounding")
+        return min(self.experts, 4 * self.experts_per_token if free else self.experts_per_token)
 
 
 @dataclass(frozen=True)

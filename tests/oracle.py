@@ -23,7 +23,9 @@ def gate(logits: np.ndarray, bias: np.ndarray, c: MoEConfig) -> tuple[list[int],
 
     def group_score(g: int) -> float:
         best = sorted((selection[e] for e in members[g]), reverse=True)
-        return best[0] if c.gate == "softmax" else sum(best[:2])
+        automatic = 1 if c.gate == "softmax" else 2
+        node = -(-c.experts_per_token // c.groups_per_token)
+        return sum(best[: {"auto": automatic, "max": 1, "top2": 2, "node": node}[c.group_score]])
 
     kept = sorted(range(c.groups), key=lambda g: (-group_score(g), g))[: c.groups_per_token]
     allowed = [e for g in kept for e in members[g]]

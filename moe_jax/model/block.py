@@ -14,6 +14,7 @@ from moe_jax.model.attention import Cache, Sight, make_attention
 from moe_jax.model.feed_forward import FeedForward
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import MoE, RouterStats
+from moe_jax.moe.rules import NO_CONTEXT, Context
 
 
 class Block(nnx.Module):
@@ -42,14 +43,18 @@ class Block(nnx.Module):
             )
 
     def __call__(
-        self, x: Float[Array, "B L D"], sight: Sight, cache: Cache | None = None
+        self,
+        x: Float[Array, "B L D"],
+        sight: Sight,
+        cache: Cache | None = None,
+        context: Context = NO_CONTEXT,
     ) -> tuple[Float[Array, "B L D"], tuple[Cache, RouterStats | None]]:
         attended, cache = self.attention(self.attention_norm(x), sight, cache)
         x = x + attended
         normed = self.feed_forward_norm(x)
         stats = None
         if self.sparse:
-            routed, stats = self.moe(normed)
+            routed, stats = self.moe(normed, context)
             x = x + routed
         if self.dense:
             x = x + self.feed_forward(normed)
@@ -72,6 +77,7 @@ class Stack(nnx.Module):
 
     def __init__(self, model: ModelConfig, count: int, *, sparse: bool, rngs: nnx.Rngs) -> None:
         self.remat = model.remat
+        self.count = count
         self.unroll = min(model.unroll, count)
 
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -81,16 +87,23 @@ class Stack(nnx.Module):
         self.blocks = make(jax.random.split(rngs.params(), count))
 
     def __call__(
-        self, x: Float[Array, "B L D"], sight: Sight, caches: Cache | None = None
+        self,
+        x: Float[Array, "B L D"],
+        sight: Sight,
+        caches: Cache | None = None,
+        context: Context = NO_CONTEXT,
     ) -> tuple[Float[Array, "B L D"], tuple[Cache | None, RouterStats | None]]:
         """Runs the blocks in order. Caches and statistics carry a leading layer axis; without
         caches given, none are returned."""
         graph, parameters = nnx.split(self.blocks)
+        keys = None if context.key is None else jax.random.split(context.key, self.count)
 
-        def step(x: Array, layer: tuple[Any, Cache | None]) -> tuple[Array, Any]:
-            x, (cache, stats) = nnx.merge(graph, layer[0])(x, sight, layer[1])
-            return x, (None if layer[1] is None else cache, stats)
+        def step(x: Array, layer: tuple[Any, Cache | None, Array | None]) -> tuple[Array, Any]:
+            parameters, cache, key = layer
+            block = nnx.merge(graph, parameters)
+            x, (extended, stats) = block(x, sight, cache, Context(context.tokens, key))
+            return x, (None if cache is None else extended, stats)
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(step, x, (parameters, caches), unroll=self.unroll)
+        return jax.lax.scan(step, x, (parameters, caches, keys), unroll=self.unroll)

@@ -15,6 +15,7 @@ from moe_jax.model.attention import document_sight
 from moe_jax.model.block import Block
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import RouterStats
+from moe_jax.moe.rules import Context
 
 if TYPE_CHECKING:
     from moe_jax.model.transformer import Transformer
@@ -38,10 +39,11 @@ class MTPModule(nnx.Module):
         hidden: Float[Array, "B L D"],
         embedded: Float[Array, "B L D"],
         segments: Int[Array, "B L"],
+        context: Context,
     ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
         joined = [self.hidden_norm(hidden), self.embedding_norm(embedded)]
         x = self.projection(jnp.concatenate(joined, axis=-1))
-        x, (_, stats) = self.block(x, document_sight(self.config, segments))
+        x, (_, stats) = self.block(x, document_sight(self.config, segments), context=context)
         return x, stats
 
 
@@ -63,6 +65,7 @@ class MultiTokenPrediction(nnx.Module):
         hidden: Float[Array, "B L D"],
         tokens: Int[Array, "B N"],
         segments: Int[Array, "B L"],
+        key: Array | None = None,
     ) -> Iterator[tuple[int, Float[Array, "B L V"], RouterStats | None]]:
         """For k = 1 … depth: (k, logits of token i + k + 1 at position i, statistics).
 
@@ -72,6 +75,7 @@ class MultiTokenPrediction(nnx.Module):
         graph, parameters = nnx.split(self.modules)
         for index in range(self.depth):
             module = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], parameters))
-            ahead = model.embed(tokens[:, index + 1 : index + 1 + length])
-            hidden, stats = module(hidden, ahead, segments)
+            ahead = tokens[:, index + 1 : index + 1 + length]
+            own_key = None if key is None else jax.random.fold_in(key, index)
+            hidden, stats = module(hidden, model.embed(ahead), segments, Context(ahead, own_key))
             yield index + 1, model.logits(hidden, module.norm), stats

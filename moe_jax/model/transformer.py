@@ -14,6 +14,7 @@ from moe_jax.model.block import Stack
 from moe_jax.model.mtp import MultiTokenPrediction
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import RouterStats
+from moe_jax.moe.rules import Context
 
 
 class Caches(NamedTuple):
@@ -51,17 +52,23 @@ class Transformer(nnx.Module):
         return rows.astype(self.config.compute_dtype)
 
     def hidden(
-        self, tokens: Int[Array, "B L"], sight: Sight, caches: Caches | None = None
+        self,
+        tokens: Int[Array, "B L"],
+        sight: Sight,
+        caches: Caches | None = None,
+        key: Array | None = None,
     ) -> tuple[Float[Array, "B L D"], Caches, RouterStats | None]:
         """The residual stream before the final norm, the caches extended by these tokens, and the
-        statistics of the mixture-of-experts blocks (None in a dense model)."""
+        statistics of the mixture-of-experts blocks (None in a dense model). A `key` marks a
+        training step (moe.rules.Context)."""
+        context = Context(tokens, key)
         x = self.embed(tokens)
         dense, sparse = caches or Caches(None, None)
         stats = None
         if self.config.dense_layers:
-            x, (dense, _) = self.dense(x, sight, dense)
+            x, (dense, _) = self.dense(x, sight, dense, context)
         if self.config.moe_layers:
-            x, (sparse, stats) = self.sparse(x, sight, sparse)
+            x, (sparse, stats) = self.sparse(x, sight, sparse, context)
         return x, Caches(dense, sparse), stats
 
     def logits(

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from moe_jax.parallel.mesh import DATA, data_parallel
+
 
 def update_bias(
     bias: Float[Array, "*layers E"], load: Int[Array, "*layers E"], rate: Float[Array, ""] | float
@@ -29,6 +31,26 @@ def sequence_loss(scores: Float[Array, "B L E"], per_token: int) -> Float[Array,
     frequency = picked.astype(jnp.float32).sum(axis=1) * experts / (per_token * length)
     probability = (scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)).mean(axis=1)
     return (frequency * probability).sum(axis=-1).mean()
+
+
+def expert_loss(
+    scores: Float[Array, "T E"], load: Int[Array, "E"], groups: int | None = None
+) -> Float[Array, ""]:
+    """sum_g f_g P_g over the whole batch; 1 when balanced (arXiv:2401.06066, eq. 12-17).
+
+    f_e = E / (K T) · load_e and P_e = mean over tokens of s_e / sum s: the expert-level loss. With
+    `groups` the device-level one: f_g is the mean of f over the group's experts, P_g the sum of P.
+    Under data parallelism both means are taken over all devices. The gradient flows through P.
+    """
+    experts = scores.shape[-1]
+    probability = (scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)).mean(axis=0)
+    if data_parallel() > 1:
+        load, probability = lax.psum(load, DATA), lax.pmean(probability, DATA)
+    frequency = load * (experts / jnp.maximum(load.sum(), 1))
+    if groups is not None:
+        frequency = frequency.reshape(groups, -1).mean(axis=1)
+        probability = probability.reshape(groups, -1).sum(axis=1)
+    return (frequency * probability).sum()
 
 
 def z_loss(logits: Float[Array, "*batch E"]) -> Float[Array, ""]:

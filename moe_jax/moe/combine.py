@@ -14,10 +14,10 @@ def combine(
 ) -> Float[Array, "T D"]:
     """out[t] = sum_k weights[t, k] · rows[row[t, k]], summed in float32 in the order of k.
 
-    Deterministic: a gather by the plan's inverse, no atomic additions. The gradient in `rows` is
-    the weighted dispatch, a gather as well.
+    A dropped assignment adds nothing. Deterministic: a gather by the plan's inverse, no atomic
+    additions. The gradient in `rows` is the weighted dispatch, a gather as well.
     """
-    gathered = jnp.take(rows, plan.row, axis=0, mode="clip")
+    gathered = jnp.take(rows, plan.row, axis=0, mode="fill", fill_value=0)
     out = jnp.einsum(
         "tk,tkd->td", weights.astype(rows.dtype), gathered, preferred_element_type=jnp.float32
     )
@@ -35,7 +35,7 @@ def _backward(saved: tuple[Array, Array, Plan], d_out: Array) -> tuple[Array, Ar
     row_weight = jnp.take(weights.reshape(-1), plan.assignment, mode="clip")
     row_weight = jnp.where(filled, row_weight, 0)[:, None]
     d_rows = row_weight * jnp.take(d_out, plan.assignment // per_token, axis=0, mode="clip")
-    gathered = jnp.take(rows, plan.row, axis=0, mode="clip")
+    gathered = jnp.take(rows, plan.row, axis=0, mode="fill", fill_value=0)
     d_weights = jnp.einsum(
         "td,tkd->tk", d_out, gathered, preferred_element_type=jnp.float32
     ).astype(weights.dtype)

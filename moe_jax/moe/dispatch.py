@@ -26,8 +26,8 @@ def _forward(x: Array, plan: Plan) -> tuple[Array, Plan]:
 
 
 def _backward(plan: Plan, d_rows: Array) -> tuple[Array, None]:
-    gathered = jnp.take(d_rows, plan.row, axis=0, mode="clip").astype(jnp.float32)
-    return gathered.sum(axis=1).astype(d_rows.dtype), None
+    gathered = jnp.take(d_rows, plan.row, axis=0, mode="fill", fill_value=0)
+    return gathered.astype(jnp.float32).sum(axis=1).astype(d_rows.dtype), None
 
 
 dispatch.defvjp(_forward, _backward)

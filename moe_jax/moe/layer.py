@@ -1,7 +1,8 @@
 """The mixture-of-experts layer: a router, its bias, and the stacked experts' matrices."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -9,16 +10,14 @@ from jaxtyping import Float, Int
 
 from moe_jax.config import MoEConfig
 from moe_jax.linear import normal_param
-from moe_jax.moe import balance
-from moe_jax.moe.combine import combine
-from moe_jax.moe.dispatch import dispatch
-from moe_jax.moe.experts import grouped_swiglu
-from moe_jax.moe.plan import make_plan
+from moe_jax.moe import balance, reference, xla
+from moe_jax.moe.plan import Plan, make_plan
 from moe_jax.moe.route import Route, route
+from moe_jax.moe.rules import NO_CONTEXT, Context, expert_capacity
 from moe_jax.parallel.mesh import DATA, data_parallel, map_over_data
 
-IMPLEMENTATIONS = {"auto": grouped_swiglu, "reference": grouped_swiglu}
-"""Expert products by `model.moe.implementation`; so far the reference is the best there is."""
+IMPLEMENTATIONS = {"auto": xla.mixture, "reference": reference.mixture, "xla": xla.mixture}
+"""(x, weights, gate_up, down, plan) -> outputs, by `model.moe.implementation`."""
 
 
 class RouterBias(nnx.Variable):
@@ -29,15 +28,15 @@ class RouterStats(NamedTuple):
     """What a layer's routing did, over the whole batch."""
 
     load: Int[Array, "E"]
-    """Assignments per expert."""
+    """Assignments that the gate made to each expert."""
     dropped: Int[Array, ""]
-    """Assignments that no expert computed: S minus the rows that the plan holds."""
+    """Assignments that no expert computed, because it was at its capacity."""
     entropy: Float[Array, ""]
     """balance.router_entropy."""
     loss: Float[Array, ""]
     """The weighted balance losses, to be added to the objective."""
     experts: Int[Array, "B L K"] | None = None
-    """Each token's experts; the training step drops them."""
+    """Each token's experts, E for nobody; the training step drops them."""
 
 
 class MoE(nnx.Module):
@@ -61,54 +60,91 @@ class MoE(nnx.Module):
         self.router = normal_param(rngs.params(), (width, experts), std, dtype)
         self.gate_up = normal_param(rngs.params(), (experts, width, 2 * hidden), std, dtype)
         self.down = normal_param(rngs.params(), (experts, hidden, width), out_std, dtype)
+        if config.rule == "noisy_top_k":
+            self.router_noise = nnx.Param(jnp.zeros((width, experts), dtype))
         self.bias = RouterBias(jnp.zeros((experts,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RouterStats]:
-        gate_up, down = self.gate_up[...].astype(x.dtype), self.down[...].astype(x.dtype)
-        parameters = (self.router[...], self.bias[...], gate_up, down)
-        layer = map_over_data(lambda x, p: moe_layer(x, *p, config=self.config))
-        (out, experts), stats = layer(x, parameters)
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        context: Context = NO_CONTEXT,
+    ) -> tuple[Float[Array, "B L D"], RouterStats]:
+        noisy = self.config.rule == "noisy_top_k"
+        parameters = Parameters(
+            self.router[...],
+            self.bias[...],
+            self.gate_up[...].astype(x.dtype),
+            self.down[...].astype(x.dtype),
+            self.router_noise[...] if noisy else None,
+        )
+
+        def run(batch: tuple[Array, Array | None], shared: tuple[Parameters, Array | None]) -> Any:
+            parameters, key = shared
+            if key is not None and data_parallel() > 1:
+                key = jax.random.fold_in(key, lax.axis_index(DATA))
+            return moe_layer(batch[0], parameters, self.config, Context(batch[1], key))
+
+        (out, experts), stats = map_over_data(run)((x, context.tokens), (parameters, context.key))
         return out, stats._replace(experts=experts)
+
+
+class Parameters(NamedTuple):
+    """The arrays of one layer."""
+
+    router: Float[Array, "D E"]
+    bias: Float[Array, "E"]
+    gate_up: Float[Array, "E D twoF"]
+    down: Float[Array, "E F D"]
+    router_noise: Float[Array, "D E"] | None = None
 
 
 def moe_layer(
     x: Float[Array, "B L D"],
-    router: Float[Array, "D E"],
-    bias: Float[Array, "E"],
-    gate_up: Float[Array, "E D twoF"],
-    down: Float[Array, "E F D"],
+    parameters: Parameters,
     config: MoEConfig,
+    context: Context = NO_CONTEXT,
 ) -> tuple[tuple[Float[Array, "B L D"], Int[Array, "B L K"]], RouterStats]:
-    """route -> plan -> dispatch -> experts -> combine, on this device's share of the batch.
+    """route -> plan -> (dispatch -> experts -> combine), on this device's share of the batch.
 
     Returns ((outputs, chosen experts), statistics over the whole batch).
     """
     tokens = x.reshape(-1, x.shape[-1])
-    logits = jnp.matmul(
-        tokens.astype(jnp.float32), router.astype(jnp.float32), precision=lax.Precision.HIGHEST
-    )
-    chosen = route(logits, bias, config)
-    plan = make_plan(chosen.experts, config.experts)
-    rows = dispatch(tokens, plan)
-    rows = IMPLEMENTATIONS[config.implementation](rows, gate_up, down, plan)
-    out = combine(rows, chosen.weights, plan)
-    kept = jnp.sum(plan.assignment < plan.row.size)
-    stats = _stats(chosen, plan.counts, plan.row.size - kept, x.shape, config)
+    logits = _project(tokens, parameters.router)
+    noise = parameters.router_noise
+    spread = None if noise is None else _project(tokens, noise)
+    chosen = route(logits, parameters.bias, config, context, spread)
+    factor = config.capacity_factor
+    if config.rule == "expert_choice":
+        factor = factor or 1.0
+    capacity = expert_capacity(len(tokens), config, factor) if factor else None
+    plan = make_plan(chosen.experts, config.experts, capacity)
+    mixture = IMPLEMENTATIONS[config.implementation]
+    out = mixture(tokens, chosen.weights, parameters.gate_up, parameters.down, plan)
+    stats = _stats(chosen, plan, x.shape, config)
     return (out.reshape(x.shape), chosen.experts.reshape(*x.shape[:-1], -1)), stats
 
 
-def _stats(
-    chosen: Route, counts: Array, dropped: Array, shape: tuple[int, ...], config: MoEConfig
-) -> RouterStats:
+def _project(tokens: Array, matrix: Array) -> Array:
+    """Router outputs, in float32 whatever the dtypes."""
+    tokens, matrix = tokens.astype(jnp.float32), matrix.astype(jnp.float32)
+    return jnp.matmul(tokens, matrix, precision=lax.Precision.HIGHEST)
+
+
+def _stats(chosen: Route, plan: Plan, shape: tuple[int, ...], config: MoEConfig) -> RouterStats:
     """Statistics over the whole batch, also when each device holds a part of it."""
     loss = jnp.zeros((), jnp.float32)
     if config.sequence_loss:
         scores = chosen.scores.reshape(*shape[:-1], config.experts)
         loss += config.sequence_loss * balance.sequence_loss(scores, config.experts_per_token)
+    if config.expert_loss:
+        loss += config.expert_loss * balance.expert_loss(chosen.scores, plan.load)
+    if config.device_loss:
+        loss += config.device_loss * balance.expert_loss(chosen.scores, plan.load, config.groups)
     if config.z_loss:
         loss += config.z_loss * balance.z_loss(chosen.logits)
     entropy = lax.stop_gradient(balance.router_entropy(chosen.scores))
+    load, dropped = plan.load, jnp.sum(plan.load - plan.counts)
     if data_parallel() > 1:
-        counts, dropped = lax.psum((counts, dropped), DATA)
+        load, dropped = lax.psum((load, dropped), DATA)
         entropy, loss = lax.pmean((entropy, loss), DATA)
-    return RouterStats(counts, dropped, entropy, loss)
+    return RouterStats(load, dropped, entropy, loss)

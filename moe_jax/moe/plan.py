@@ -1,31 +1,43 @@
 """Step 2: where every (token, expert) assignment goes, as integers only.
 
 Assignments are sorted by expert and each expert's rows are padded to whole blocks, so that a block
-belongs to one expert. All shapes are static, nothing is dropped, and there is no scatter: XLA runs
-scatters one by one on the CPU, while sorts and gathers are fast everywhere.
+belongs to one expert. All shapes are static and there is no scatter: XLA runs scatters one by one
+on the CPU, while sorts and gathers are fast everywhere.
 """
 
-from typing import NamedTuple
+import dataclasses
+from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Int
 
 
-class Plan(NamedTuple):
-    """One layer's dispatch, shared by dispatch, experts and combine.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """One layer's dispatch, shared by every implementation of the experts.
 
     S = T·K assignments, numbered t·K + k; R = blocks · block_rows padded rows.
     """
 
+    load: Int[Array, "E"]
+    """Assignments that the gate made to each expert."""
     counts: Int[Array, "E"]
-    """Assignments per expert; they sum to S."""
+    """Rows that each expert computes: its load, cut at the capacity where there is one."""
+    starts: Int[Array, "E"]
+    """First row of each expert; the others follow it without a gap."""
     assignment: Int[Array, "R"]
     """The assignment in a padded row, or S where the row is padding."""
     row: Int[Array, "T K"]
-    """The padded row that holds an assignment: assignment[row[t, k]] = t·K + k."""
+    """The inverse, assignment[row[t, k]] = t·K + k; R where the assignment was dropped."""
     block_expert: Int[Array, "blocks"]
     """The expert of each block (that of an unused block is arbitrary: all its rows are padding)."""
+    block_rows: int = dataclasses.field(metadata={"static": True})
+    """Rows of a block."""
+    most: int = dataclasses.field(metadata={"static": True})
+    """The experts compute at most so many rows together: S, or E times the capacity."""
 
 
 def block_rows(assignments: int, experts: int) -> int:
@@ -39,30 +51,57 @@ def block_count(assignments: int, experts: int, rows: int) -> int:
     return assignments // rows + min(experts, assignments)
 
 
-def make_plan(experts: Int[Array, "T K"], num_experts: int) -> Plan:
-    """Sorts the assignments by expert, earlier tokens first, and lays out the blocks."""
+def sort_with_index(keys: Int[Array, "S"], below: int) -> tuple[Int[Array, "S"], Int[Array, "S"]]:
+    """(sorted keys, their former indices), stable, for 0 <= keys < `below`.
+
+    Key and index share one 32-bit word where they fit: XLA:CPU sorts one plain array several times
+    faster than a pair (measured at S = 12288: 0.3 against 1.9 ms).
+    """
+    size = keys.size
+    index = jnp.arange(size, dtype=jnp.int32)
+    bits = (size - 1).bit_length()
+    if (below - 1).bit_length() + bits > 32:
+        first, second = lax.sort((keys, index), num_keys=1, is_stable=True)
+        return first, second
+    word = jnp.sort((keys.astype(jnp.uint32) << bits) | index.astype(jnp.uint32))
+    mask = jnp.uint32((1 << bits) - 1)
+    return (word >> bits).astype(keys.dtype), (word & mask).astype(jnp.int32)
+
+
+def make_plan(experts: Int[Array, "T K"], num_experts: int, capacity: int | None = None) -> Plan:
+    """Sorts the assignments by expert, earlier tokens first, and lays out the blocks.
+
+    An assignment to expert `num_experts` is to none (route.NOBODY) and has no row. With a
+    `capacity` an expert keeps its first so many assignments and the others have no row either;
+    without one nothing is dropped.
+    """
     tokens, per_token = experts.shape
     assignments = tokens * per_token
-    rows = block_rows(assignments, num_experts)
-    blocks = block_count(assignments, num_experts, rows)
+    most = assignments if capacity is None else min(assignments, num_experts * capacity)
+    rows = block_rows(most, num_experts)
+    blocks = block_count(most, num_experts, rows)
 
     flat = experts.reshape(assignments)
-    order = jnp.argsort(flat, stable=True)
-    ends = jnp.searchsorted(flat[order], jnp.arange(num_experts), side="right")
-    counts = jnp.diff(ends, prepend=0)
-    starts = ends - counts
-    padded_ends = jnp.cumsum(-(-counts // rows) * rows)
-    padded_starts = padded_ends - -(-counts // rows) * rows
+    in_order, order = sort_with_index(flat, num_experts + 1)
+    ends = jnp.searchsorted(in_order, jnp.arange(num_experts), side="right").astype(jnp.int32)
+    load = jnp.diff(ends, prepend=0)
+    counts = load if capacity is None else jnp.minimum(load, capacity)
+    sorted_starts = ends - load
+    padded = -(-counts // rows) * rows
+    padded_ends = jnp.cumsum(padded)
+    starts = padded_ends - padded
 
-    rank = jnp.argsort(order)
-    row = padded_starts[flat] + rank - starts[flat]
+    _, rank = sort_with_index(order, assignments)
+    owner = jnp.minimum(flat, num_experts - 1)
+    within = rank - sorted_starts[owner]
+    kept = (flat < num_experts) & (within < counts[owner])
+    row = jnp.where(kept, starts[owner] + within, blocks * rows)
 
-    first_rows = jnp.arange(blocks) * rows
-    block_expert = jnp.searchsorted(padded_ends, first_rows, side="right")
-    block_expert = jnp.minimum(block_expert, num_experts - 1)
+    block_expert = jnp.searchsorted(padded_ends, jnp.arange(blocks) * rows, side="right")
+    block_expert = jnp.minimum(block_expert, num_experts - 1).astype(jnp.int32)
     of_row = jnp.repeat(block_expert, rows)
-    within = jnp.arange(blocks * rows) - padded_starts[of_row]
-    filled = within < counts[of_row]
-    sorted_row = jnp.minimum(starts[of_row] + within, assignments - 1)
-    assignment = jnp.where(filled, order[sorted_row], assignments)
-    return Plan(counts, assignment, row.reshape(tokens, per_token), block_expert)
+    within = jnp.arange(blocks * rows) - starts[of_row]
+    sorted_row = jnp.minimum(sorted_starts[of_row] + within, assignments - 1)
+    assignment = jnp.where(within < counts[of_row], order[sorted_row], assignments)
+    row = row.reshape(tokens, per_token)
+    return Plan(load, counts, starts, assignment, row, block_expert, rows, most)

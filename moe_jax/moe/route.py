@@ -1,4 +1,4 @@
-"""Step 1: which K experts a token goes to, and with what weight."""
+"""Step 1: which experts a token goes to, and with what weight."""
 
 from typing import NamedTuple
 
@@ -8,35 +8,47 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from moe_jax.config import MoEConfig
+from moe_jax.moe.rules import NO_CONTEXT, RULES, Context
 
 
 class Route(NamedTuple):
     """A routing decision, with what the balance losses need."""
 
     experts: Int[Array, "T K"]
-    """Chosen experts, best first; distinct within a token."""
+    """Chosen experts, best first, distinct within a token; E stands for nobody."""
     weights: Float[Array, "T K"]
-    """Factors on the chosen experts' outputs (float32)."""
+    """Factors on the chosen experts' outputs (float32); 0 for nobody."""
     scores: Float[Array, "T E"]
     """Affinities before any bias: softmax or sigmoid of the logits (float32)."""
     logits: Float[Array, "T E"]
-    """Router outputs (float32)."""
+    """Router outputs, with their noise if there is any (float32)."""
 
 
-def route(logits: Float[Array, "T E"], bias: Float[Array, "E"], config: MoEConfig) -> Route:
-    """Applies the configured gate. Ties go to the lower index; NaN logits give NaN weights."""
+def route(
+    logits: Float[Array, "T E"],
+    bias: Float[Array, "E"],
+    config: MoEConfig,
+    context: Context = NO_CONTEXT,
+    spread: Float[Array, "T E"] | None = None,
+) -> Route:
+    """Applies the configured gate and rule. NaN logits give NaN weights.
+
+    softmax: s = softmax(logits) chooses and weighs; sigmoid: s + bias chooses, s weighs
+    (arXiv:2412.19437, eq. 12-16). `spread` is noisy top-k's second router output.
+    """
     logits = logits.astype(jnp.float32)
+    if spread is not None and context.key is not None:
+        logits = add_noise(logits, spread, context.key)
     if config.gate == "softmax":
         scores = selection = jax.nn.softmax(logits, axis=-1)
-        representatives = 1
     else:
         scores = jax.nn.sigmoid(logits)
         selection = scores + bias
-        representatives = 2
-    if config.groups_per_token < config.groups:
-        selection = limit_groups(selection, config.groups, config.groups_per_token, representatives)
-    _, experts = lax.top_k(lax.stop_gradient(selection), config.experts_per_token)
-    weights = gate_weights(scores, experts, config.normalise, config.scale)
+    experts = RULES[config.rule](lax.stop_gradient(selection), config, context)
+    if config.rule == "hash":
+        weights = jnp.full(experts.shape, config.scale / experts.shape[1], jnp.float32)
+    else:
+        weights = gate_weights(scores, experts, config.normalise, config.scale)
     return Route(experts, weights, scores, logits)
 
 
@@ -47,23 +59,15 @@ def gate_weights(
 
     The selection bias is not part of `scores`: it decides who is chosen, never how much counts.
     """
-    chosen = jnp.take_along_axis(scores, experts, axis=-1)
+    chosen = jnp.take_along_axis(scores, experts, axis=-1, mode="clip")
+    chosen = jnp.where(experts < scores.shape[1], chosen, 0.0)
     if normalise:
         chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
     return scale * chosen
 
 
-def limit_groups(
-    scores: Float[Array, "T E"], groups: int, kept: int, representatives: int
+def add_noise(
+    logits: Float[Array, "T E"], spread: Float[Array, "T E"], key: Array
 ) -> Float[Array, "T E"]:
-    """Sets the scores of all but the best `kept` groups to -inf (arXiv:2412.19437, §2.1.2).
-
-    A group (E / groups neighbouring experts) is as good as the sum of its best `representatives`
-    scores: 2 in DeepSeek-V3, 1 where there is no selection bias.
-    """
-    tokens, experts = scores.shape
-    grouped = scores.reshape(tokens, groups, experts // groups)
-    best, _ = lax.top_k(grouped, min(representatives, experts // groups))
-    _, winners = lax.top_k(best.sum(axis=-1), kept)
-    keep = jnp.any(winners[:, :, None] == jnp.arange(groups), axis=1)
-    return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
+    """logits + N(0, 1) · softplus(spread) (noisy top-k gating, arXiv:1701.06538, eq. 4)."""
+    return logits + jax.random.normal(key, logits.shape) * jax.nn.softplus(spread)

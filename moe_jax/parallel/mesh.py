@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,8 +31,14 @@ def map_over_data(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
     """
     if data_parallel() == 1:
         return function
+
+    def local(batch: Any, shared: Any) -> Any:
+        # Marked as each device's own, so that a custom_vjp may return its device's part of their
+        # gradient; the transpose of the mark is the sum over devices.
+        return function(batch, jax.tree.map(lambda a: lax.pcast(a, DATA, to="varying"), shared))
+
     return jax.shard_map(
-        function, in_specs=(P(DATA), P()), out_specs=(P(DATA), P()), axis_names={DATA}
+        local, in_specs=(P(DATA), P()), out_specs=(P(DATA), P()), axis_names={DATA}
     )
 
 

@@ -44,29 +44,43 @@ def valid_targets(batch: Batch, length: int, offset: int = 1) -> Float[Array, ""
     return jnp.maximum(mask.sum(), 1).astype(jnp.float32)
 
 
-def losses(model: Transformer, batch: Batch, length: int, normalisers: list[Array]) -> Losses:
+def losses(
+    model: Transformer,
+    batch: Batch,
+    length: int,
+    normalisers: list[Array],
+    key: Array | None = None,
+) -> Losses:
     """Losses of a (micro-)batch. normalisers[k] counts the whole batch's targets at offset k + 1,
-    so that micro-batches add up to exactly the gradient of the whole batch."""
+    so that micro-batches add up to exactly the gradient of the whole batch. `key` is for routing
+    rules that draw or round (moe.rules.Context)."""
+    main_key, mtp_key = (None, None) if key is None else jax.random.split(key)
     tokens, segments = batch["tokens"], batch["segments"][:, :length]
-    hidden, _, stats = model.hidden(tokens[:, :length], document_sight(model.config, segments))
+    sight = document_sight(model.config, segments)
+    hidden, _, stats = model.hidden(tokens[:, :length], sight, key=main_key)
     targets, mask = shifted_targets(tokens, batch["segments"], length, 1)
     cross_entropy = token_nats(model.logits(hidden), targets, mask) / normalisers[0]
     collected = {} if stats is None else {"sparse": stats._replace(experts=None)}
     mtp = jnp.zeros((), jnp.float32)
     if model.config.mtp_depth:
-        mtp, mtp_stats = _mtp_loss(model, hidden, batch, length, normalisers[1:])
+        mtp, mtp_stats = _mtp_loss(model, hidden, batch, length, normalisers[1:], mtp_key)
         collected |= mtp_stats
     balance = sum((s.loss.sum() for s in collected.values()), jnp.zeros((), jnp.float32))
     return Losses(cross_entropy, mtp, balance, collected)
 
 
 def _mtp_loss(
-    model: Transformer, hidden: Array, batch: Batch, length: int, normalisers: list[Array]
+    model: Transformer,
+    hidden: Array,
+    batch: Batch,
+    length: int,
+    normalisers: list[Array],
+    key: Array | None,
 ) -> tuple[Array, dict[str, RouterStats]]:
     """lambda-free multi-token loss, 1/depth sum_k CE_k (arXiv:2412.19437, eq. 24-25)."""
     tokens, segments = batch["tokens"], batch["segments"]
     total, collected = jnp.zeros((), jnp.float32), []
-    predictions = model.mtp.predictions(model, hidden, tokens, segments[:, :length])
+    predictions = model.mtp.predictions(model, hidden, tokens, segments[:, :length], key)
     for depth, logits, stats in predictions:
         targets, mask = shifted_targets(tokens, segments, length, depth + 1)
         total += token_nats(logits, targets, mask) / normalisers[depth - 1]

@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from moe_jax.config import OptimConfig
 
 NEVER_DECAYED = ("scale", "embedding")
-ALWAYS_ADAM = ("scale", "embedding", "head", "router")
+ALWAYS_ADAM = ("scale", "embedding", "head", "router", "router_noise")
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
     """The RouterBias variables."""
     optimizer: optax.OptState
     key: Array
-    """Random key data (uint32[2]) that sampling starts from."""
+    """Random key data (uint32[2]) that sampling, and routing rules that draw, start from."""
 
 
 class Metrics(NamedTuple):
@@ -76,7 +76,8 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainS
     gradient = make_gradient(config, graph)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (total, parts), gradients = gradient(state.parameters, state.router, batch)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        (total, parts), gradients = gradient(state.parameters, state.router, batch, key)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
 
@@ -115,28 +116,30 @@ def make_gradient(config: TrainConfig, graph: nnx.GraphDef) -> Callable[..., Any
     length, weight = config.data.length, config.model.mtp_weight
     depth, parts = config.model.mtp_depth, config.optim.accumulation
 
-    def total(parameters: Any, router: Any, batch: Batch, normalisers: list[Array]) -> Any:
-        found = losses(nnx.merge(graph, parameters, router), batch, length, normalisers)
+    def total(
+        parameters: Any, router: Any, batch: Batch, normalisers: list[Array], key: Array
+    ) -> Any:
+        found = losses(nnx.merge(graph, parameters, router), batch, length, normalisers, key)
         found = found._replace(balance=found.balance / parts)
         return found.cross_entropy + weight * found.mtp + found.balance, found
 
     gradient = jax.value_and_grad(total, has_aux=True)
 
-    def whole(parameters: Any, router: Any, batch: Batch) -> Any:
+    def whole(parameters: Any, router: Any, batch: Batch, key: Array) -> Any:
         normalisers = [valid_targets(batch, length, k + 1) for k in range(depth + 1)]
         if parts == 1:
-            return gradient(parameters, router, batch, normalisers)
+            return gradient(parameters, router, batch, normalisers, key)
         # Strided, so that every micro-batch is spread over all devices like the batch itself.
         micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
-        def add(sums: Any, part: Batch) -> tuple[Any, None]:
-            found = gradient(parameters, router, part, normalisers)
+        def add(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            found = gradient(parameters, router, part[0], normalisers, part[1])
             return jax.tree.map(jnp.add, sums, found), None
 
         first = jax.tree.map(lambda a: a[0], micro)
-        shapes = jax.eval_shape(gradient, parameters, router, first, normalisers)
+        shapes = jax.eval_shape(gradient, parameters, router, first, normalisers, key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (value, found), gradients = lax.scan(add, zeros, micro)[0]
+        (value, found), gradients = lax.scan(add, zeros, (micro, jax.random.split(key, parts)))[0]
         return (value, _averaged(found, parts)), gradients
 
     return whole

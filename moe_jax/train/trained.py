@@ -78,9 +78,12 @@ class Trained:
         _, _, stats = model.hidden(prompt, document_sight(model.config, jnp.ones_like(prompt)))
         if stats is None:
             raise UserError("model.dense_layers equals model.layers: a dense model has no routing")
-        experts = np.asarray(stats.experts)[:, 0]
+        experts, nobody = np.asarray(stats.experts)[:, 0], model.config.moe.experts
         return [
-            (self.tokenizer.decode(np.asarray([token])), experts[:, position].tolist())
+            (
+                self.tokenizer.decode(np.asarray([token])),
+                [[e for e in layer if e < nobody] for layer in experts[:, position].tolist()],
+            )
             for position, token in enumerate(np.asarray(prompt[0]))
             if position > 0
         ]

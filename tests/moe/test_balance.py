@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.moe.balance import router_entropy, sequence_loss, update_bias, z_loss
+from moe_jax.moe.balance import expert_loss, router_entropy, sequence_loss, update_bias, z_loss
 
 
 def test_sequence_loss_equals_the_formula():
@@ -35,6 +35,24 @@ def test_losses_have_gradients(loss):
     gradient = jax.grad(loss)(scores)
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() > 1e-4
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+def test_expert_and_device_loss_equal_the_formula(groups):
+    rng = np.random.default_rng(1)
+    tokens, experts, per_token = 13, 6, 2
+    scores = rng.uniform(0.1, 1, size=(tokens, experts))
+    load = np.zeros(experts, int)
+    for token in scores:
+        load[np.argsort(-token)[:per_token]] += 1
+    frequency = experts / (per_token * tokens) * load
+    probability = (scores / scores.sum(axis=1, keepdims=True)).mean(axis=0)
+    expected = 0.0
+    members = np.array_split(np.arange(experts), groups or experts)
+    for group in members:
+        expected += frequency[group].mean() * probability[group].sum()
+    found = expert_loss(jnp.asarray(scores, jnp.float32), jnp.asarray(load), groups)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_z_loss_equals_the_formula():

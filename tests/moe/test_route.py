@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MoEConfig
-from moe_jax.moe.route import limit_groups, route
+from moe_jax.moe.route import route
 from tests import oracle
 
 SIGMOID = MoEConfig(experts=8, experts_per_token=3, scale=2.5)
@@ -20,6 +20,9 @@ SOFTMAX = MoEConfig(experts=8, experts_per_token=3, gate="softmax", bias_rate=0)
         replace(SIGMOID, normalise=False),
         replace(SIGMOID, groups=4, groups_per_token=2),
         replace(SIGMOID, groups=2, groups_per_token=1, experts_per_token=4),
+        replace(SIGMOID, groups=4, groups_per_token=2, group_score="max"),
+        replace(SIGMOID, groups=4, groups_per_token=2, experts_per_token=4, group_score="node"),
+        replace(SIGMOID, groups=2, groups_per_token=1, experts_per_token=4, group_score="node"),
         replace(SIGMOID, experts_per_token=8),
         SOFTMAX,
         replace(SOFTMAX, normalise=False),
@@ -71,11 +74,3 @@ def test_weights_are_normalised_and_scaled():
     logits = jax.random.normal(jax.random.key(1), (20, 8))
     found = route(logits, jnp.zeros(8), SIGMOID)
     np.testing.assert_allclose(found.weights.sum(axis=-1), 2.5, rtol=1e-6)
-
-
-def test_only_kept_groups_stay_selectable():
-    scores = jnp.array([[0.9, 0.0, 0.5, 0.5, 0.1, 0.1]])
-    by_two = limit_groups(scores, groups=3, kept=1, representatives=2)
-    by_one = limit_groups(scores, groups=3, kept=1, representatives=1)
-    assert np.isfinite(by_two).tolist() == [[False, False, True, True, False, False]]
-    assert np.isfinite(by_one).tolist() == [[True, True, False, False, False, False]]

@@ -55,7 +55,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
     state, batch = init_state(config), make_batch(config)
     graph = graph_of(config.resolved_model())
     (whole, gradient), (parts, accumulated) = (
-        jax.jit(make_gradient(c, graph))(state.parameters, state.router, batch)
+        jax.jit(make_gradient(c, graph))(state.parameters, state.router, batch, jax.random.key(0))
         for c in (config, split)
     )
     assert_close(whole, parts)
@@ -71,12 +71,12 @@ def test_two_devices_equal_one(small_run, name, accumulation):
     config = replace(small_run, model=model, optim=optim)
     state, batch = init_state(config), make_batch(config)
     gradient = make_gradient(config, graph_of(config.resolved_model()))
-    alone = jax.jit(gradient)(state.parameters, state.router, batch)
+    alone = jax.jit(gradient)(state.parameters, state.router, batch, jax.random.key(0))
     mesh = make_mesh(2)
     with jax.set_mesh(mesh):
         parameters, router = jax.device_put((state.parameters, state.router), replicated(mesh))
         spread = jax.device_put(batch, batch_sharding(mesh))
-        shared = jax.jit(gradient)(parameters, router, spread)
+        shared = jax.jit(gradient)(parameters, router, spread, jax.random.key(0))
     if model.compute_dtype == "bfloat16":  # sums of bfloat16 in another order
         assert_close(alone, shared, rtol=0.1, atol=0.02)
     else:

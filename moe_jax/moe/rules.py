@@ -1,0 +1,137 @@
+"""Which experts a token goes to: one function a rule, all from selection scores to expert ids.
+
+A rule takes (selection scores [T, E], config, context) and returns int32[T, slots]: a token's
+experts, best first, distinct, filled up with E for nobody. No gradient passes through a choice.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from moe_jax.config import MoEConfig
+
+
+class Context(NamedTuple):
+    """What some rules need besides the scores."""
+
+    tokens: Int[Array, "..."] | None = None
+    """Token ids, for hash routing."""
+    key: Array | None = None
+    """The random key of a training step; None outside training: no noise and no rounding."""
+
+
+NO_CONTEXT = Context()
+
+Rule = Callable[[Float[Array, "T E"], MoEConfig, Context], Int[Array, "T slots"]]
+
+
+def top_k(selection: Float[Array, "T E"], config: MoEConfig, context: Context) -> Int[Array, "T K"]:
+    """The K best experts of the allowed groups. Ties go to the lower index."""
+    allowed = limit_groups(selection, config)
+    return lax.top_k(allowed, config.experts_per_token)[1]
+
+
+def expert_choice(
+    selection: Float[Array, "T E"], config: MoEConfig, context: Context
+) -> Int[Array, "T slots"]:
+    """Every expert takes its c = ceil(factor · T K / E) best tokens (arXiv:2202.09368, §3.2).
+
+    Not causal: whether a token is taken depends on the tokens after it.
+    """
+    capacity = expert_capacity(len(selection), config, config.capacity_factor or 1.0)
+    order = jnp.argsort(-selection, axis=0, stable=True)
+    return _fill_slots(jnp.argsort(order, axis=0) < capacity, selection, config)
+
+
+def token_rounding(
+    selection: Float[Array, "T E"], config: MoEConfig, context: Context
+) -> Int[Array, "T slots"]:
+    """top_k, and then each expert's load n is rounded to a multiple of the tile: it loses its
+    lowest tokens, or gains the best of those that had not chosen it (arXiv:2512.14080, §5).
+
+    Only in training: like expert choice it looks at other tokens. The rounded load is
+    tile · floor(n / tile + 1/2).
+    """
+    chosen = top_k(selection, config, context)
+    if context.key is None:
+        return chosen
+    picked = jnp.any(chosen[:, :, None] == jnp.arange(selection.shape[1]), axis=1)
+    tile = config.rounding_tile
+    rounded = (2 * picked.sum(axis=0) + tile) // (2 * tile) * tile
+    # A token that may not use the expert's group comes last, and does not come at all.
+    allowed = limit_groups(selection, config)
+    order = jnp.lexsort((-allowed, ~picked), axis=0)
+    taken = (jnp.argsort(order, axis=0) < rounded) & (allowed != -jnp.inf)
+    return _fill_slots(taken, selection, config)
+
+
+def hash_tokens(
+    selection: Float[Array, "T E"], config: MoEConfig, context: Context
+) -> Int[Array, "T K"]:
+    """K experts by a fixed hash of the token's id: a baseline without learning (arXiv:2106.04426).
+
+    Every (id, expert) pair is hashed and the K largest win, so they are distinct.
+    """
+    assert context.tokens is not None, "hash routing needs token ids: pass Context(tokens)"
+    experts = jnp.arange(selection.shape[1], dtype=jnp.uint32)
+    word = context.tokens.reshape(-1, 1).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+    word = word ^ ((experts + 1) * jnp.uint32(0x85EBCA77))
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3's finaliser
+        word = (word ^ (word >> 15)) * jnp.uint32(multiplier)
+    return lax.top_k(word ^ (word >> 16), config.experts_per_token)[1]
+
+
+RULES: dict[str, Rule] = {
+    "top_k": top_k,
+    "noisy_top_k": top_k,
+    "expert_choice": expert_choice,
+    "token_rounding": token_rounding,
+    "hash": hash_tokens,
+}
+"""By `model.moe.rule`; noisy top-k differs in its logits (route.add_noise)."""
+
+
+def expert_capacity(tokens: int, config: MoEConfig, factor: float) -> int:
+    """ceil(factor · T K / E), at least 1 and at most T."""
+    share = factor * tokens * config.experts_per_token / config.experts
+    return min(tokens, max(1, -int(-share // 1)))
+
+
+def limit_groups(selection: Float[Array, "T E"], config: MoEConfig) -> Float[Array, "T E"]:
+    """Sets the scores of all but a token's best groups to -inf (arXiv:2412.19437, §2.1.2).
+
+    A group (E / groups neighbouring experts, those of one device) is as good as the sum of its
+    best `representatives` scores.
+    """
+    if config.groups_per_token == config.groups:
+        return selection
+    tokens, experts = selection.shape
+    size = experts // config.groups
+    grouped = selection.reshape(tokens, config.groups, size)
+    best, _ = lax.top_k(grouped, min(representatives(config), size))
+    _, winners = lax.top_k(best.sum(axis=-1), config.groups_per_token)
+    keep = jnp.any(winners[:, :, None] == jnp.arange(config.groups), axis=1)
+    return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
+
+
+def representatives(config: MoEConfig) -> int:
+    """Scores that speak for a group: 1 (`max`, DeepSeek-V2), 2 (`top2`, DeepSeek-V3's code), or
+    K / groups_per_token (`node`, the report's node-limited routing)."""
+    if config.group_score == "node":
+        return -(-config.experts_per_token // config.groups_per_token)
+    if config.group_score == "auto":
+        return 2 if config.gate == "sigmoid" else 1
+    return {"max": 1, "top2": 2}[config.group_score]
+
+
+def _fill_slots(
+    taken: Bool[Array, "T E"], selection: Float[Array, "T E"], config: MoEConfig
+) -> Int[Array, "T slots"]:
+    """The taken experts of each token, best first; at most `config.slots` of them, then E."""
+    masked = jnp.where(taken, selection, -jnp.inf)
+    _, experts = lax.top_k(masked, config.slots)
+    found = jnp.take_along_axis(taken, experts, axis=1)
+    return jnp.where(found, experts, config.experts)

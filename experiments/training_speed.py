@@ -4,8 +4,8 @@
 
 Times the whole step, and each of its parts alone (gradient of the part at the step's own shapes),
 beside the time that a plain GEMM of the same machine would take for the part's useful FLOPs. Then
-it starts `train.py` from a warm token cache to time the way to the first update, and once more
-without huge pages (moe_jax/startup.py), paired with them.
+it starts `train.py` from a warm token cache to time the way to the first update, and, paired with
+it, once without huge pages (moe_jax/startup.py) and once with the reference dispatch.
 """
 
 import os
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_jax.startup import ask_for_huge_pages
 
@@ -57,7 +58,7 @@ class Settings:
     repeats: int = 15
     """Timed calls of each part; the median counts."""
     quick: bool = False
-    """Fewer repeats, and no pairing with and without huge pages."""
+    """Fewer repeats, and each kind of run once."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +155,32 @@ def part_flops(config: ModelConfig, length: int) -> dict[str, float]:
     }
 
 
-def first_step(config: TrainConfig, tunables: str, steps: int) -> tuple[float, float, float]:
-    """(seconds from start to the first update, median seconds an update, peak resident bytes) of
-    train.py in a process of its own."""
+class Run(NamedTuple):
+    """A short run of train.py in a process of its own."""
+
+    first: float
+    """Seconds from its start to the first update."""
+    update: float
+    """Median seconds of an update."""
+    resident: float
+    """Peak resident bytes."""
+
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+VARIANTS = {
+    "default": (HUGE_PAGES, []),
+    "no huge pages": ("", []),
+    "reference dispatch": (HUGE_PAGES, ["--model.moe.implementation", "reference"]),
+}
+"""(allocator settings, further options) of the runs that are paired."""
+
+
+def short_run(config: TrainConfig, tunables: str, options: list[str], steps: int = 40) -> Run:
+    """Starts train.py on a few steps and waits for its end."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(__file__).with_name("train.py")
         command = [sys.executable, str(script), config.preset, "--out", folder]
-        command += ["--steps", str(steps), "--evaluate-every", "100000", "--samples", "0"]
+        command += ["--steps", str(steps), "--evaluate-every", "100000", "--samples", "0", *options]
         start = time.perf_counter()
         process = subprocess.Popen(
             command,
@@ -175,11 +195,23 @@ def first_step(config: TrainConfig, tunables: str, steps: int) -> tuple[float, f
         first = time.perf_counter() - start
         _, _, usage = os.wait4(process.pid, 0)
         seconds = [line["seconds"] for line in read_lines(metrics) if "seconds" in line]
-        return (
-            first,
-            float(np.median(seconds)),
-            usage.ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0),
-        )
+        resident = usage.ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+        return Run(first, float(np.median(seconds)), resident)
+
+
+def paired_runs(config: TrainConfig, rounds: int) -> dict[str, list[Run]]:
+    """Every variant once a round."""
+    runs: dict[str, list[Run]] = {name: [] for name in VARIANTS}
+    for _ in track(range(rounds), "short runs of train.py"):
+        for name, (tunables, options) in VARIANTS.items():
+            runs[name].append(short_run(config, tunables, options))
+    return runs
+
+
+def speedup(runs: dict[str, list[Run]], over: str) -> float:
+    """How much faster an update of the default run is, the median over pairs."""
+    pairs = zip(runs["default"], runs[over], strict=True)
+    return float(np.median([other.update / mine.update for mine, other in pairs]))
 
 
 def draw(parts: list[Part], step: float) -> Figure:
@@ -209,22 +241,27 @@ def main(argv: list[str]) -> None:
     tokens = config.batch * config.data.length
     flops = train_flops_per_token(config.resolved_model(), config.data.length) * tokens
     utilisation = flops / step / rate
-    huge = "glibc.malloc.hugetlb=1"
-    pairs = []
-    for _ in range(1 if settings.quick else 3):
-        pairs.append((first_step(config, huge, 40), first_step(config, "", 40)))
-    first, _, resident = pairs[-1][0]
-    speedup = float(np.median([plain[1] / with_huge[1] for with_huge, plain in pairs]))
+    runs = paired_runs(config, 1 if settings.quick else 3)
+    huge, dispatch = speedup(runs, "no huge pages"), speedup(runs, "reference dispatch")
+    achieved = {
+        name: flops / float(np.median([run.update for run in some])) / rate
+        for name, some in runs.items()
+    }
+    last = runs["default"][-1]
     gemm = f"plain GEMM, {rate / 1e9:.0f} GFLOP/s"
     measurements = [
         Measurement("tokens_per_second", tokens / step, "tokens/s"),
         Measurement("model_flop_utilisation", utilisation, "fraction", gemm, utilisation),
         Measurement("step_seconds", step, "s", gemm, step * rate / flops),
         Measurement("compile_seconds", compiled, "s"),
-        Measurement("first_step_seconds", first, "s"),
-        Measurement("peak_resident_bytes_short_run", resident, "bytes"),
-        Measurement("huge_pages_speedup", speedup, "ratio", "the same run without", speedup),
+        Measurement("first_step_seconds", last.first, "s"),
+        Measurement("peak_resident_bytes_short_run", last.resident, "bytes"),
+        Measurement("huge_pages_speedup", huge, "ratio", "the same run without", huge),
+        Measurement("dispatch_speedup", dispatch, "ratio", "reference dispatch", dispatch),
     ]
+    for name, value in achieved.items():
+        label = f"run_model_flop_utilisation.{name}"
+        measurements.append(Measurement(label, value, "fraction", gemm, value))
     for part in parts:
         share = part.count * part.seconds / step
         ratio = part.seconds / part.ideal if part.ideal else None

@@ -32,7 +32,7 @@ def count_parameters(config: ModelConfig) -> Counts:
         names = [str(getattr(entry, "key", entry)) for entry in path]
         part = "mtp" if names[0] == "mtp" else "main"
         whole[part] += leaf.size
-        if "moe" in names and "router" not in names:
+        if "moe" in names and not {"router", "router_noise"} & set(names):
             routed[part] += leaf.size
     idle = {
         k: n - n * config.moe.experts_per_token // config.moe.experts for k, n in routed.items()

@@ -46,7 +46,7 @@ def route(
         selection = scores + bias
     experts = RULES[config.rule](lax.stop_gradient(selection), config, context)
     if config.rule == "hash":
-        weights = jnp.full(experts.shape, config.scale / experts.shape[1], jnp.float32)
+        weights = jnp.full_like(scores, config.scale / experts.shape[1], shape=experts.shape)
     else:
         weights = gate_weights(scores, experts, config.normalise, config.scale)
     return Route(experts, weights, scores, logits)

@@ -43,6 +43,12 @@ VARIANTS = {
     "multi-token prediction": {"mtp_depth": 1},
     "rematerialised": {"mtp_depth": 1, "remat": "full"},
     "bfloat16": {"compute_dtype": "bfloat16"},
+    "every balance loss": {
+        "moe": MoEConfig(
+            experts=6, groups=3, groups_per_token=2, expert_loss=0.1, device_loss=0.1, z_loss=0.1
+        )
+    },
+    "hash": {"moe": MoEConfig(experts=6, rule="hash", bias_rate=0)},
 }
 
 
@@ -63,7 +69,14 @@ def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulation"), [("plain", 1), ("rematerialised", 2), ("bfloat16", 1)]
+    ("name", "accumulation"),
+    [
+        ("plain", 1),
+        ("rematerialised", 2),
+        ("bfloat16", 1),
+        ("every balance loss", 1),
+        ("hash", 1),
+    ],
 )
 def test_two_devices_equal_one(small_run, name, accumulation):
     optim = OptimConfig(accumulation=accumulation)
@@ -81,6 +94,25 @@ def test_two_devices_equal_one(small_run, name, accumulation):
         assert_close(alone, shared, rtol=0.1, atol=0.02)
     else:
         assert_close(alone, shared)
+
+
+def test_noise_differs_between_devices_and_steps(small_run):
+    moe = MoEConfig(experts=6, gate="softmax", bias_rate=0, rule="noisy_top_k")
+    config = replace(small_run, model=replace(small_run.model, moe=moe))
+    state, batch = init_state(config), make_batch(config)
+    batch = jax.tree.map(lambda leaf: jnp.tile(leaf[:1], (len(leaf), 1)), batch)
+    mesh = make_mesh(2)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(state, replicated(mesh))
+        step = jax.jit(make_step(config))
+        _, first = step(state, jax.device_put(batch, batch_sharding(mesh)))
+        _, second = step(
+            state._replace(step=state.step + 1), jax.device_put(batch, batch_sharding(mesh))
+        )
+    assert np.isfinite(first.loss)
+    assert first.loss != second.loss, "another step draws other noise"
+    loads = np.stack([m.stats["sparse"].load for m in (first, second)])
+    assert (loads % 2).any(), "equal halves of the batch are routed differently"
 
 
 @pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])

@@ -1,11 +1,11 @@
 """Steps 3 to 5 in plain XLA, fast on a CPU: a batched product of equal shares, a loop for the rest.
 
 Every expert's first C rows go through one batched product [E, C, D] x [E, D, 2F], where C is the
-mean load and one standard deviation of a balanced router's. What a hot expert has beyond C goes
-through a loop of as many turns as this batch needs, each with that expert's matrices and at most
-128 rows. So nothing is dropped, a balanced batch computes about a tenth more rows than it has, and
-the worst routing costs what its rows cost. Rows beyond an expert's own are its neighbour's: they
-are computed and never read, with weight 0 in the gradients, so no mask touches the activations.
+mean load and two standard deviations of a balanced router's. What a hot expert has beyond C goes
+through two loops of as many turns as this batch needs, each with that expert's matrices, of 256
+rows and of at most 64. So nothing is dropped, and the worst routing costs what its rows cost. Rows
+beyond an expert's own are its neighbour's: they are computed and never read, with weight 0 in the
+gradients, so no mask touches the activations.
 
 The backward pass keeps x, the pre-activation z of the batched product and the routing. The second
 product's output is not kept: with dA' = dO down^T, the gate weight's gradient is the row sum of
@@ -14,7 +14,8 @@ recomputes its z.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from jaxtyping import Bool, Float, Int
 
 from moe_jax.moe.experts import swiglu
 from moe_jax.moe.plan import Plan
+
+State = TypeVar("State")
 
 
 class Rows(NamedTuple):
@@ -47,20 +50,20 @@ class Slots(NamedTuple):
 
 
 def batch_share(assignments: int, experts: int, tokens: int) -> int:
-    """Rows of every expert in the batched product (C): S/E + sqrt(S/E), in eights, at most T.
+    """Rows of every expert in the batched product (C): S/E + 2 sqrt(S/E), in eights, at most T.
 
-    0 where an expert has less than half a row to compute (decoding): then the loop reads the
-    matrices of the used experts alone.
+    0 where an expert has less than 4 rows to compute (decoding): then the loop reads the matrices
+    of the used experts alone.
     """
     mean = assignments / experts
-    if mean < 0.5:
-        return 0
-    return min(tokens, 8 * math.ceil((mean + mean**0.5) / 8))
+    return min(tokens, 8 * math.ceil((mean + 2 * mean**0.5) / 8)) if mean >= 4 else 0
 
 
-def turn_rows(share: int, tokens: int) -> int:
-    """Rows of one turn of the loop: about half a share, 8 to 128, at most T."""
-    return min(tokens, max(8, min(128, 1 << (share // 2).bit_length())))
+def turn_sizes(share: int, tokens: int) -> tuple[int, ...]:
+    """Rows of a turn of each loop: 256 for what is far too much, then about a quarter share, 8 to
+    64, for the rest; at most T."""
+    small = min(tokens, max(8, min(64, 1 << (share // 4).bit_length())))
+    return (256, small) if tokens >= share + 256 else (small,)
 
 
 @jax.custom_vjp
@@ -83,7 +86,7 @@ def _forward(
     x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan
 ) -> tuple[Array, Array | None]:
     """(out, z of the batch)"""
-    share, size = _sizes(plan)
+    share = _share(plan)
     out, z = jnp.zeros_like(x, jnp.float32), None
     if share:
         rows = _batch_rows(plan, weights, share)
@@ -91,16 +94,13 @@ def _forward(
         y = swiglu(z) @ down
         slots = _slots(plan, share)
         out = _sum_slots(y, slots, jnp.where(slots.inside, weights, 0.0))
-    turns = _turns(plan, share, size)
 
-    def turn(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        i, out = state
-        expert, rows = _turn(plan, weights, turns, i, share, size)
+    def turn(expert: Array, rows: Rows, out: Array) -> Array:
         y = swiglu(_take(x, rows.source) @ gate_up[expert]) @ down[expert]
         weighted = rows.weight[:, None] * y.astype(jnp.float32)
-        return i + 1, out.at[rows.token].add(weighted, mode="drop")
+        return out.at[rows.token].add(weighted, mode="drop")
 
-    _, out = lax.while_loop(lambda state: state[0] < turns[-1], turn, (jnp.int32(0), out))
+    out = _loop(plan, weights, share, turn, out)
     return out.astype(x.dtype), z
 
 
@@ -140,7 +140,7 @@ def _backward(
     saved: tuple[Array, Array | None, Array, Array, Array, Plan], d_out: Array
 ) -> tuple[Array, Array, Array, Array, None]:
     x, z, weights, gate_up, down, plan = saved
-    share, size = _sizes(plan)
+    share = _share(plan)
     sums = Gradients(
         jnp.zeros_like(x, jnp.float32),
         jnp.zeros_like(weights, jnp.float32).reshape(-1),
@@ -154,22 +154,19 @@ def _backward(
         dx = _sum_slots(d.x, slots, slots.inside.astype(jnp.float32))
         d_weight = jnp.where(slots.inside, _take(d.weight.reshape(-1), slots.index), 0.0)
         sums = d._replace(x=dx, weight=d_weight.reshape(-1))
-    turns = _turns(plan, share, size)
 
-    def turn(state: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
-        i, sums = state
-        expert, rows = _turn(plan, weights, turns, i, share, size)
+    def turn(expert: Array, rows: Rows, sums: Gradients) -> Gradients:
         x_rows, up = _take(x, rows.source), gate_up[expert]
         d_rows = _take(d_out, rows.source)
         d = _pull(x_rows, x_rows @ up, d_rows, rows.weight, up, down[expert])
-        return i + 1, Gradients(
+        return Gradients(
             sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
             sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
             sums.gate_up.at[expert].add(d.gate_up),
             sums.down.at[expert].add(d.down),
         )
 
-    _, sums = lax.while_loop(lambda state: state[0] < turns[-1], turn, (jnp.int32(0), sums))
+    sums = _loop(plan, weights, share, turn, sums)
     d_weights = sums.weight.reshape(weights.shape).astype(weights.dtype)
     return sums.x.astype(x.dtype), d_weights, sums.gate_up, sums.down, None
 
@@ -177,11 +174,9 @@ def _backward(
 mixture.defvjp(_save, _backward)
 
 
-def _sizes(plan: Plan) -> tuple[int, int]:
-    """(share, rows of a turn), from shapes alone."""
-    tokens = plan.row.shape[0]
-    share = batch_share(plan.most, plan.counts.size, tokens)
-    return share, turn_rows(share, tokens)
+def _share(plan: Plan) -> int:
+    """batch_share, from shapes alone."""
+    return batch_share(plan.most, plan.counts.size, plan.row.shape[0])
 
 
 def _take(table: Array, index: Array) -> Array:
@@ -227,15 +222,33 @@ def _sum_slots(rows: Array, slots: Slots, weights: Array) -> Array:
     return out
 
 
-def _turns(plan: Plan, share: int, size: int) -> Int[Array, "E"]:
-    """Turns of the loop up to and including each expert's."""
-    return jnp.cumsum(-(-jnp.maximum(plan.counts - share, 0) // size))
+def _loop(
+    plan: Plan,
+    weights: Array,
+    share: int,
+    turn: Callable[[Array, Rows, State], State],
+    state: State,
+) -> State:
+    """turn(expert, rows, state) over every expert's rows beyond the share: first as many whole
+    turns of the large size as there are, then the rest in turns of the small one."""
+    sizes = turn_sizes(share, plan.row.shape[0])
+    first = jnp.minimum(plan.counts, share)
+    for size in sizes:
+        left = plan.counts - first
+        number = left // size if size != sizes[-1] else -(-left // size)
+        until = jnp.cumsum(number)
 
+        def step(
+            carry: tuple[Array, State], size: int = size, first: Array = first, until: Array = until
+        ) -> tuple[Array, State]:
+            i, state = carry
+            expert = jnp.sum(until <= i)
+            within = i - jnp.where(expert > 0, until[expert - 1], 0)
+            rows = _rows(plan, weights, expert, first[expert] + within * size, size)
+            return i + 1, turn(expert, rows, state)
 
-def _turn(
-    plan: Plan, weights: Array, turns: Array, i: Array, share: int, size: int
-) -> tuple[Array, Rows]:
-    """The expert of the i-th turn, and its rows."""
-    expert = jnp.sum(turns <= i)
-    earlier = jnp.where(expert > 0, turns[expert - 1], 0)
-    return expert, _rows(plan, weights, expert, share + (i - earlier) * size, size)
+        _, state = lax.while_loop(
+            lambda carry, last=until[-1]: carry[0] < last, step, (jnp.int32(0), state)
+        )
+        first = first + number * size
+    return state

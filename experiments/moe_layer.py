@@ -3,12 +3,14 @@
     python experiments/moe_layer.py [--out DIR] [--quick] [--seed N]
 
 Every ratio is taken between two calls of the same round (moe_cases.paired_rounds) in one process:
-the layer with router, routing and plan, its forward pass and forward with backward, beside a
-batched GEMM with the useful FLOPs of one projection, jax.lax.ragged_dot, and transformers' sparse
-block on torch (extra `parity`). torch's OpenMP threads spin after each call and then slow down
-what follows (a GEMM of 18 ms took 26); OMP_WAIT_POLICY=PASSIVE, set before torch is imported,
-makes them sleep, and neither library slows the other. moe_scaling.py: growth with T, E and K,
-decoding, and the proportions of real models.
+the layer with its router, routing and plan, forward and forward with backward, beside a batched
+GEMM of the experts' sizes, jax.lax.ragged_dot, and transformers' sparse block on torch (extra
+`parity`). After each call torch's OpenMP threads would spin for milliseconds and slow down what
+follows (a GEMM of 19 ms took 26), while OMP_WAIT_POLICY=PASSIVE slows torch itself (80 ms became
+136); with the short spin set here neither library slows the other.
+
+moe_comparison.py: that comparison, saved bytes, and the parts. moe_scaling.py: growth with T, E and
+K, decoding, and the proportions of real models. moe_cases.py and moe_peers.py: what is timed.
 """
 
 import os
@@ -18,7 +20,7 @@ from pathlib import Path
 from moe_jax.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     ask_for_huge_pages()
 
 from moe_cases import Shape, Table, Times, show

@@ -89,7 +89,7 @@ def scaling_curve(
 def curve_slopes(letter: str, points: Sequence[Point], base: Shape) -> list[Measurement]:
     """Exponents of time and temporary bytes in the varied size."""
     sizes = [point.value for point in points]
-    where = f"{letter} = {sizes[0]} … {sizes[-1]}, else {base}"
+    where = f"{letter} = {sizes[0]} … {sizes[-1]}, the others of {base}"
     curves = {
         "time": [point.train for point in points],
         "bytes": [float(point.train_bytes) for point in points],

@@ -176,15 +176,16 @@ def measure(scale: Scale, seed: int, table: Table) -> tuple[Found, list[Measurem
 
 
 def save_plots(folder: Path, shape: Shape, found: Found) -> None:
-    """rates.png, scaling.png, decoding.png, models.png."""
+    """rates.png, scaling.png, decoding.png, and models.png where models were timed."""
     kinds = ("forward", "train")
     rates = {name: tuple(found.times.rate_of(f"{name} {kind}") for kind in kinds) for name in ROWS}
     figures = {
         "rates": draw_rates(rates, f"mixture-of-experts layer, {shape}"),
         "scaling": draw_scaling(found.curves, "xla, one size varied"),
         "decoding": draw_decode(found.decoding),
-        "models": draw_models(found.models),
     }
+    if found.models:
+        figures["models"] = draw_models(found.models)
     folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)

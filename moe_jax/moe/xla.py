@@ -12,13 +12,14 @@ product's output is not kept: with dA' = dO down^T, the gate weight's gradient i
 dA' · A (A recomputed from z), as in SonicMoE (arXiv:2512.14080). The loop keeps nothing and
 recomputes its z.
 
-Why this design: fractions of the rate of a batched GEMM of the same FLOPs, forward and forward +
-backward, at T=2048, D=512, F=256, E=64, K=6 on two cores (experiments/moe_layer.py and trials of
-the same sizes; runs differ by a tenth): this one 0.73 and 0.72; one mean and a standard
-deviation as the share with turns of 128, 0.75 and 0.70; the loop alone, turns of 256, 0.60 and
-0.65, and of 224, 0.73 and 0.70; a batch alone with twice the mean load, 0.54 and 0.58; blocks of
-128 rows with a copy of the matrices each (the reference), 0.41 and 0.37; jax.lax.ragged_dot, 0.016
-forward. Time goes to the up-projection (59% of the forward pass), the down-projection (33%),
+Why this design: rates as fractions of that of a batched GEMM of the same FLOPs, forward and forward
++ backward, at T=2048, D=512, F=256, E=64, K=6 in float32 on two cores. In one trial of the layer:
+this design 0.77 and 0.88; one standard deviation in C and turns of 128 rows 0.75 and 0.70; the loop
+alone with turns of 256 rows 0.60 and 0.65, of 224 rows 0.73 and 0.70. In another, with balanced
+logits: C of twice the mean load 0.54 and 0.58, where one deviation gave 0.87 and 0.95. In
+experiments/moe_layer.py, beside other libraries: this design 0.73 and 0.72; blocks of 128 rows with
+a copy of the matrices each (the reference) 0.41 and 0.37; jax.lax.ragged_dot 0.016 forward.
+Time goes to the up-projection (59% of the forward pass), the down-projection (33%),
 routing and plan (4%), the gather (3%) and the sum (2%); the gradients of the matrices
 run at two thirds of the other products' rate, because XLA transposes their left operand.
 """

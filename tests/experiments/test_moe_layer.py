@@ -12,8 +12,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
+import moe_cases
 import moe_layer
-from moe_cases import Shape, layer, make_inputs, moe_config, slope
+import moe_scaling
+from moe_cases import Call, Shape, layer, make_inputs, moe_config, slope, with_gradients
 from moe_peers import VARIANTS, ragged_layer, to_torch, transformers_block
 
 SHAPE = Shape(24, 16, 8, 6, 2)
@@ -48,9 +50,54 @@ def test_transformers_computes_the_same_layer(variant):
     pytest.importorskip("transformers")
     inputs = make_inputs(SHAPE, 0)
     softmax = replace(moe_config(SHAPE), gate="softmax", bias_rate=0.0)
-    ours = layer(softmax)(*inputs.arguments)
-    theirs = transformers_block(SHAPE, inputs, variant)(to_torch(inputs.x[None]))
-    np.testing.assert_allclose(theirs.detach().numpy()[0], ours, rtol=1e-4, atol=1e-5)
+    run = jax.jit(with_gradients(layer(softmax)))
+    out, (dx, d_router, d_gate_up, d_down) = run(inputs.cotangent, inputs.arguments)
+    block = transformers_block(SHAPE, inputs, variant)
+    x = to_torch(inputs.x[None]).requires_grad_()
+    theirs = block(x)
+    theirs.backward(to_torch(inputs.cotangent[None]))
+    theirs_d = {name: p.grad for name, p in block.named_parameters()}
+    pairs = [
+        (theirs.detach()[0], out),
+        (x.grad[0], dx),
+        (theirs_d["gate.weight"], d_router.T),
+        (theirs_d["experts.gate_up_proj"], jnp.swapaxes(d_gate_up, 1, 2)),
+        (theirs_d["experts.down_proj"], jnp.swapaxes(d_down, 1, 2)),
+    ]
+    for found, expected in pairs:  # float32 sums of some dozen terms near 1, in another order
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_point_of_a_curve():
+    point = moe_scaling.scaling_point(SHAPE, value=24, rounds=1, seed=0)
+    assert point.value == 24
+    assert min(point.forward, point.train, point.gemm) > 0
+    assert 0 < point.forward_bytes < point.train_bytes
+
+
+def test_slow_calls_leave_the_rounds_and_ratios_stay_within_one(monkeypatch):
+    seconds = {"slow": iter([9.0, 8.0, 4.0]), "fast": iter([1.0, 2.0, 1.0, 5.0, 5.0])}
+    monkeypatch.setattr(moe_cases, "timed", lambda name: next(seconds[name]))
+    slow, fast = Call("slow", "slow", flops=6.0), Call("fast", "fast", flops=3.0)
+    times = moe_cases.paired_rounds([slow, fast], rounds=4)
+    assert np.isnan(times.seconds["slow"][2:]).all()
+    assert times.speedup("fast", "slow") == 4.0  # 8 / 2 and 4 / 1
+    assert times.rate_of("fast", "slow") == 2.0
+    assert times.speedup("fast", "absent") is None
+    assert times.rate_of("absent", "slow") is None
+
+
+@pytest.mark.parametrize("name", moe_scaling.MODELS)
+def test_real_models_keep_their_experts(name):
+    shape = moe_scaling.model_shape(name, most_flops=4e9, most_tokens=4096)
+    assert (shape.experts, shape.per_token) == moe_scaling.MODELS[name][2:]
+    assert shape.flops <= 4e9
+    assert shape.experts * shape.expert_bytes <= 256e6
+
+
+def power_law(shape, value, rounds, seed):
+    """Stands for scaling_point, whose programs take a second each to compile."""
+    return moe_scaling.Point(value, value, 2 * value, value, value**2, 3 * value**2)
 
 
 def test_writes_every_measurement(tmp_path, monkeypatch):
@@ -68,6 +115,7 @@ def test_writes_every_measurement(tmp_path, monkeypatch):
         models=(),
     )
     monkeypatch.setattr(moe_layer, "QUICK", small)
+    monkeypatch.setattr(moe_scaling, "scaling_point", power_law)
     monkeypatch.setattr("moe_peers.missing_package", lambda: "torch")
     moe_layer.main(["--quick", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "result.json").read_text())
@@ -78,6 +126,7 @@ def test_writes_every_measurement(tmp_path, monkeypatch):
     assert found["saved_bytes_of_formula"]["value"] == 1
     assert found["deterministic"]["value"] == 1
     assert found["forward_of_gemm"]["value"] > 0
-    assert jnp.isfinite(found["slope_time_T"]["value"])
+    assert found["slope_time_T"]["value"] == pytest.approx(1)
+    assert found["slope_bytes_E"]["value"] == pytest.approx(2)
     assert {"rates.png", "scaling.png"} <= {p.name for p in (tmp_path / "plots").iterdir()}
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") > 10

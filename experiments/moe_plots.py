@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from moe_cases import slope
 from moe_scaling import Decode, Point
 
@@ -40,7 +41,7 @@ def draw_rates(rates: Mapping[str, tuple[float | None, ...]], title: str) -> Fig
 def draw_scaling(curves: Mapping[str, Sequence[Point]], title: str) -> Figure:
     """Time over memory for each varied size, log-log, with the slopes in the legends."""
     figure = Figure(figsize=(12, 7), layout="constrained")
-    panels = figure.subplots(2, len(curves), squeeze=False)
+    panels = figure.subplots(2, len(curves), squeeze=False, sharey="row")
     names = {"T": "tokens T", "E": "experts E", "K": "experts a token K"}
     for column, (letter, points) in enumerate(curves.items()):
         times, memory = panels[0][column], panels[1][column]
@@ -54,11 +55,9 @@ def draw_scaling(curves: Mapping[str, Sequence[Point]], title: str) -> Figure:
         _line(memory, sizes, [p.train_bytes / 1e6 for p in points], backward, color=DARK)
         _line(memory, sizes, [p.forward_bytes / 1e6 for p in points], "forward", color="tab:orange")
         for axes in (times, memory):
-            axes.set(xlabel=names[letter], xscale="log", yscale="log")
-            axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
-            axes.minorticks_off()
+            axes.set(xlabel=names[letter])
+            _log_log(axes, sizes)
             axes.legend(fontsize=8, frameon=False)
-            _quiet(axes)
     panels[0][0].set_ylabel("milliseconds")
     panels[1][0].set_ylabel("temporary MB")
     figure.suptitle(title)
@@ -80,12 +79,10 @@ def draw_decode(found: Sequence[Decode]) -> Figure:
         axes.axhline(
             1e3 * decode.every, color=GREY, linestyle="--", label="reading all experts once"
         )
-        axes.set(xlabel="tokens T", ylabel="milliseconds", xscale="log", yscale="log")
-        axes.set_xticks(decode.tokens, [str(t) for t in decode.tokens])
+        axes.set(xlabel="tokens T", ylabel="milliseconds")
         axes.set_title(f"decoding, E={decode.base.experts} K={decode.base.per_token}")
-        axes.minorticks_off()
+        _log_log(axes, decode.tokens)
         axes.legend(fontsize=8, frameon=False)
-        _quiet(axes)
     return figure
 
 
@@ -109,6 +106,16 @@ def draw_models(rates: Mapping[str, Mapping[str, float | None]]) -> Figure:
     figure.legend(loc="outside lower center", ncols=len(names), frameon=False)
     _quiet(axes)
     return figure
+
+
+def _log_log(axes: Axes, sizes: Sequence[int]) -> None:
+    """Logarithmic axes with plain numbers: the sizes, and at most three a decade."""
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45 if len(sizes) > 5 else 0)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.minorticks_off()
+    _quiet(axes)
 
 
 def _quiet(axes: Axes) -> None:

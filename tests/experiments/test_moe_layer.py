@@ -100,6 +100,7 @@ def power_law(shape, value, rounds, seed):
     return moe_scaling.Point(value, value, 2 * value, value, value**2, 3 * value**2)
 
 
+@pytest.mark.slow
 def test_writes_every_measurement(tmp_path, monkeypatch):
     small = replace(
         moe_layer.QUICK,

@@ -71,7 +71,6 @@ def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
 @pytest.mark.parametrize(
     ("name", "accumulation"),
     [
-        ("plain", 1),
         ("rematerialised", 2),
         ("bfloat16", 1),
         ("every balance loss", 1),

@@ -21,6 +21,9 @@ from moe_jax.moe.layer import Parameters, moe_layer
 SLOW = 2.0
 """Seconds of a call beyond which it takes part in two rounds only."""
 
+PAUSE = 0.05
+"""Seconds before each call, in which the threads of the call before go to sleep."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -196,6 +199,11 @@ class Times:
         """Median seconds; None for a call that does not exist."""
         return float(np.nanmedian(self.seconds[name])) if name in self.seconds else None
 
+    def spread(self, name: str) -> float:
+        """Ninth decile of the seconds by the first: how little quiet the machine was."""
+        first, ninth = np.nanquantile(self.seconds[name], (0.1, 0.9))
+        return float(ninth / first)
+
     def speedup(self, name: str, over: str) -> float | None:
         """How many times as fast as `over`: median over rounds of the ratio within a round."""
         if name not in self.seconds or over not in self.seconds:
@@ -214,7 +222,8 @@ class Times:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Wall seconds of one call."""
+    """Wall seconds of one call, after a pause."""
+    time.sleep(PAUSE)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

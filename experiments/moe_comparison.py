@@ -128,6 +128,7 @@ def reference_measurements(times: Times, notes: dict[str, str], shape: Shape) ->
         missing = "" if value else notes.get(other.rpartition(" ")[0], "")
         baseline = f"{other}: {missing}" if missing else other
         found.append(Measurement(name, value, "times as fast", baseline, value))
+    found.append(Measurement("gemm_spread", times.spread("gemm"), "9th decile / 1st", gemm))
     same = all(repeatable(times.calls[name]) for name in ("xla train", "xla skewed train"))
     return [*found, Measurement("deterministic", int(same), "1 if equal bit for bit")]
 

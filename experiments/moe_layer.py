@@ -5,22 +5,21 @@
 Every ratio is taken between two calls of the same round (moe_cases.paired_rounds) in one process:
 the layer with its router, routing and plan, forward and forward with backward, beside a batched
 GEMM of the experts' sizes, jax.lax.ragged_dot, and transformers' sparse block on torch (extra
-`parity`). After each call torch's OpenMP threads would spin for milliseconds and slow down what
-follows (a GEMM of 19 ms took 26), while OMP_WAIT_POLICY=PASSIVE slows torch itself (80 ms became
-136); with the short spin set here neither library slows the other.
+`parity`). After a call torch's OpenMP threads spin for milliseconds and slow down what follows (a
+GEMM of 19 ms took 26), while settings against that slow torch itself (OMP_WAIT_POLICY=PASSIVE: 80
+ms became 136); so there is a pause before every call, and each library runs as its users have it.
 
 moe_comparison.py: that comparison, saved bytes, and the parts. moe_scaling.py: growth with T, E and
 K, decoding, and the proportions of real models. moe_cases.py and moe_peers.py: what is timed.
 """
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moe_jax.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     ask_for_huge_pages()
 
 from moe_cases import Shape, Table, Times, show
@@ -123,7 +122,11 @@ QUICK = replace(
 )
 
 
-def verdict(values: dict[str, float | int | None]) -> str:
+QUIET = 1.5
+"""gemm_spread beyond which the verdict warns that other work disturbed the measurement."""
+
+
+def verdict(values: dict[str, Any]) -> str:
     """One sentence from the numbers."""
     peers = "no other library was there to compare with"
     if values["train_over_transformers"]:
@@ -131,13 +134,19 @@ def verdict(values: dict[str, float | int | None]) -> str:
             f"it is {values['forward_over_transformers']:.2g}x and "
             f"{values['train_over_transformers']:.2g}x as fast as transformers' best block"
         )
+    noise = ""
+    if values["gemm_spread"] > QUIET:
+        noise = (
+            f"; NOT TO BE RELIED ON: the same GEMM took {values['gemm_spread']:.1f} times as long "
+            "in some rounds as in others, so other work was running; repeat it alone"
+        )
     return (
         f"forward the layer does {values['forward_of_gemm']:.0%} of the batched GEMM's rate, with "
         f"the backward pass {values['train_of_gemm']:.0%} (half of all rows on one expert: "
         f"{values['skewed_forward_of_gemm']:.0%} and {values['skewed_train_of_gemm']:.0%}); "
         f"{peers}; time grows as T^{values['slope_time_T']:.2f}, K^{values['slope_time_K']:.2f}, "
         f"E^{values['slope_time_E']:.2f}; decoding a token takes "
-        f"{values['decode_of_all_experts_T1']:.0%} of the time to read all experts"
+        f"{values['decode_of_all_experts_T1']:.0%} of the time to read all experts{noise}"
     )
 
 

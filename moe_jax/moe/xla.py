@@ -142,7 +142,7 @@ def _pull(
     return Gradients(
         jnp.einsum("...cf,...df->...cd", dz, gate_up),
         jnp.sum(d_hidden * hidden, axis=-1, dtype=jnp.float32),
-        jnp.einsum("...cd,...cf->...df", x, dz),
+        lax.optimization_barrier(jnp.swapaxes(x, -1, -2)) @ dz,
         jnp.einsum("...cf,...cd->...fd", weight * hidden, d_out),
     )
 

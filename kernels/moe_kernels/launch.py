@@ -1,34 +1,211 @@
-"""How Triton kernels can run on this machine: through jax-triton, interpreted, or not at all."""
+"""How Triton kernels run here: compiled by jax-triton, interpreted by NumPy, or not at all."""
 
 import importlib.util
 import os
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
+from jax import Array, ShapeDtypeStruct, lax
+
+MINIMUM_CAPABILITY = 80
+"""Ampere: the first with bfloat16 products and asynchronous copies."""
+
+_target: ContextVar[int | None] = ContextVar("target", default=None)
 
 
 class Route(NamedTuple):
     """A way to run kernels, and why it is this one."""
 
-    name: str
-    """`gpu`, `interpreter` or `none`."""
+    name: Literal["gpu", "lower", "interpreter", "none"]
     reason: str
+
+
+class Unavailable(RuntimeError):
+    """Kernels were asked for by name and cannot run; the message says why."""
+
+
+@contextmanager
+def lowering_for(capability: int) -> Iterator[None]:
+    """Programs traced inside hold kernels for this compute capability (80, 90, 100), GPU or not.
+
+    They can be lowered (`jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))`), not run.
+    """
+    token = _target.set(capability)
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 def triton_route() -> Route:
     """Finds the way without importing Triton (it exists for Linux only, and its import is slow).
 
-    `gpu` needs an NVIDIA device of compute capability 8.0 or more; `interpreter` (kernels run by
-    NumPy, for tests) needs TRITON_INTERPRET=1 before the first kernel is imported.
+    `gpu` needs an NVIDIA device of compute capability 8.0 or more; `lower` is inside lowering_for;
+    `interpreter` (kernels run by NumPy, for tests) needs TRITON_INTERPRET=1 before Triton is
+    imported.
     """
     if importlib.util.find_spec("triton") is None:
         return Route("none", "the package triton is not installed (it has wheels for Linux only)")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Route("interpreter", "TRITON_INTERPRET=1")
+    if target := _target.get():
+        return Route("lower", f"lowering for compute capability {target / 10}")
     if jax.default_backend() != "gpu":
         return Route("none", f"the devices are {jax.default_backend()}, not NVIDIA GPUs")
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
-    if capability is None or float(capability) < 8.0:
+    if capability is None or float(capability) * 10 < MINIMUM_CAPABILITY:
         return Route("none", f"{device.device_kind} has compute capability {capability}, below 8.0")
     return Route("gpu", f"{device.device_kind}, compute capability {capability}")
+
+
+def interpreting() -> bool:
+    """Whether kernels are run by NumPy."""
+    return triton_route().name == "interpreter"
+
+
+def require() -> None:
+    """Raises Unavailable, with the reason and the ways out, where kernels cannot run."""
+    route = triton_route()
+    if route.name == "none":
+        raise Unavailable(
+            f"Triton kernels cannot run: {route.reason}; use implementation 'auto' or 'xla', "
+            "or TRITON_INTERPRET=1 to run them in NumPy (slow, for tests)"
+        )
+
+
+class Tuning(NamedTuple):
+    """What a kernel is compiled with."""
+
+    warps: int = 4
+    stages: int = 3
+
+
+def launch(
+    kernel: Any,
+    inputs: Sequence[Array],
+    outputs: Sequence[ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    tuning: Tuning,
+    **constants: Any,
+) -> list[Array]:
+    """Runs `kernel(*inputs, *outputs, **constants)`, a function under triton.jit, on a grid.
+
+    Outputs are not initialised: the kernel writes whatever is read later. Under jit, shard_map and
+    (one element after the other) vmap; gradients are the caller's, by custom_vjp.
+    """
+    require()
+
+    @jax.custom_batching.sequential_vmap
+    def run(*arrays: Array) -> list[Array]:
+        if interpreting():
+            return _interpret(kernel, arrays, outputs, grid, constants)
+        return _compile(kernel, arrays, outputs, grid, tuning, constants)
+
+    axes = frozenset().union(*(_axes(array) for array in inputs))
+    return [_varying(result, axes) for result in run(*inputs)]
+
+
+def _axes(array: Array) -> frozenset[Any]:
+    """The mesh axes over which each device has its own value, inside shard_map."""
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _varying(array: Array, axes: frozenset[Any]) -> Array:
+    """Marks a result as each device's own over the axes that its inputs differ on."""
+    missing = tuple(axes - _axes(array))
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def _compile(
+    kernel: Any,
+    inputs: Sequence[Array],
+    outputs: Sequence[ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    tuning: Tuning,
+    constants: dict[str, Any],
+) -> list[Array]:
+    import jax_triton
+
+    return jax_triton.triton_call(
+        *inputs,
+        kernel=kernel,
+        out_shape=list(outputs),
+        grid=grid,
+        num_warps=tuning.warps,
+        num_stages=tuning.stages,
+        compute_capability=_target.get(),
+        **constants,
+    )
+
+
+class _Tensor:
+    """The part of a torch tensor's interface that Triton's interpreter uses, on a NumPy array."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.dtype = _triton_dtype(array.dtype)
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "_Tensor":
+        return self
+
+    def cpu(self) -> "_Tensor":
+        return self
+
+    def new_empty(self, *_: Any, **__: Any) -> "_Tensor":
+        return _Tensor(np.empty(0, self.array.dtype))
+
+    def set_(self, storage: "_Tensor", *_: Any) -> None:
+        self.array = storage.array
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def copy_(self, other: "_Tensor") -> None:
+        pass  # both are the same memory
+
+
+def _triton_dtype(dtype: np.dtype) -> Any:
+    import triton.language as tl
+
+    names = {"float8_e4m3fn": "float8e4nv", "bool": "int1"}
+    return getattr(tl, names.get(dtype.name, dtype.name))
+
+
+def _interpret(
+    kernel: Any,
+    inputs: Sequence[Array],
+    outputs: Sequence[ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    constants: dict[str, Any],
+) -> list[Array]:
+    """Outputs start as NaN (or the least integer), so that what a kernel forgets is seen."""
+
+    def run(*arrays: Any) -> list[np.ndarray]:
+        held = [np.array(array, order="C") for array in arrays]
+        results = [_poisoned(output) for output in outputs]
+        tensors = [_Tensor(array) for array in (*held, *results)]
+        kernel[grid](*tensors, **constants)
+        return results
+
+    plain = [ShapeDtypeStruct(output.shape, output.dtype) for output in outputs]
+    return jax.pure_callback(run, plain, *inputs)
+
+
+def _poisoned(output: ShapeDtypeStruct) -> np.ndarray:
+    dtype = np.dtype(output.dtype)
+    worst = np.iinfo(dtype).min if np.issubdtype(dtype, np.integer) else np.nan
+    return np.full(output.shape, worst, dtype)

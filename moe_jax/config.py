@@ -136,8 +136,9 @@ class MoEConfig:
     """Weight of the device-level balance loss over the groups (DeepSeekMoE); 0 turns it off."""
     z_loss: float = 0.0
     """Weight of the router z-loss, mean(logsumexp(logits)^2); 0 turns it off."""
-    implementation: Literal["auto", "reference", "xla"] = "auto"
-    """Expert dispatch (moe/layer.py): the best that can run here, or one by name."""
+    implementation: Literal["auto", "reference", "xla", "triton"] = "auto"
+    """Expert dispatch (moe/layer.py): the best that can run here, or one by name. triton needs an
+    NVIDIA GPU of compute capability 8.0 or more."""
 
     def __post_init__(self) -> None:
         owner = "model.moe"

@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Triton decides at its import whether kernels are interpreted; tests that need the compiler start
+# a process of their own.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dataclasses import replace
 from pathlib import Path

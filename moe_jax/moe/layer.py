@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: a router, its bias, and the stacked experts' matrices."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
+from moe_kernels import experts as triton
+from moe_kernels.launch import triton_route
 
 from moe_jax.config import MoEConfig
 from moe_jax.linear import normal_param
@@ -16,8 +19,19 @@ from moe_jax.moe.route import Route, route
 from moe_jax.moe.rules import NO_CONTEXT, Context, expert_capacity
 from moe_jax.parallel.mesh import DATA, data_parallel, map_over_data
 
-IMPLEMENTATIONS = {"auto": xla.mixture, "reference": reference.mixture, "xla": xla.mixture}
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "reference": reference.mixture,
+    "xla": xla.mixture,
+    "triton": triton.mixture,
+}
 """(x, weights, gate_up, down, plan) -> outputs, by `model.moe.implementation`."""
+
+
+def implementation(name: str) -> str:
+    """`auto` is triton on GPUs that it can run on (compute capability 8.0), xla anywhere else."""
+    if name != "auto":
+        return name
+    return "triton" if triton_route().name in ("gpu", "lower") else "xla"
 
 
 class RouterBias(nnx.Variable):
@@ -118,7 +132,7 @@ def moe_layer(
         factor = factor or 1.0
     capacity = expert_capacity(len(tokens), config, factor) if factor else None
     plan = make_plan(chosen.experts, config.experts, capacity)
-    mixture = IMPLEMENTATIONS[config.implementation]
+    mixture = IMPLEMENTATIONS[implementation(config.implementation)]
     out = mixture(tokens, chosen.weights, parameters.gate_up, parameters.down, plan)
     stats = _stats(chosen, plan, x.shape, config)
     return (out.reshape(x.shape), chosen.experts.reshape(*x.shape[:-1], -1)), stats

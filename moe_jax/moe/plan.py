@@ -41,9 +41,10 @@ class Plan:
 
 
 def block_rows(assignments: int, experts: int) -> int:
-    """Rows in a block: the mean load rounded up to a power of two, between 8 and 128."""
+    """Rows in a block: the mean load rounded up to a power of two, between 16 (the least that a
+    GPU's matrix units take) and 128."""
     mean_load = -(-assignments // experts)
-    return min(128, max(8, 1 << (mean_load - 1).bit_length()))
+    return min(128, max(16, 1 << (mean_load - 1).bit_length()))
 
 
 def block_count(assignments: int, experts: int, rows: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from moe_kernels.launch import triton_route
 
 from moe_jax.config import TrainConfig, fields
 from moe_jax.data.batches import train_batches
@@ -50,6 +51,7 @@ def train(config: TrainConfig) -> Path:
     Raises UserError for anything the person at the keyboard can mend, before compiling.
     """
     check_devices(config)
+    check_kernels(config)
     require_memory(config.preset, state_bytes(config))
     out = output_folder(config.out)
     require_space(out, (config.checkpoint.keep + 2) * state_bytes(config))
@@ -76,6 +78,15 @@ def _train(config: TrainConfig, out: Path) -> Path:
     finally:
         checkpoints.close()
     return out
+
+
+def check_kernels(config: TrainConfig) -> None:
+    """An implementation asked for by name must be able to run."""
+    route = triton_route()
+    if config.model.moe.implementation == "triton" and route.name == "none":
+        raise UserError(
+            f"model.moe.implementation triton cannot run: {route.reason}; use auto or xla"
+        )
 
 
 def check_devices(config: TrainConfig) -> None:

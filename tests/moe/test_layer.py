@@ -19,6 +19,7 @@ CONFIGS = {
     "groups": replace(BASE, groups=3, groups_per_token=2),
     "nodes": replace(BASE, groups=3, groups_per_token=1, group_score="node"),
     "reference": replace(BASE, implementation="reference"),
+    "triton": replace(BASE, implementation="triton"),
     "K = E": replace(BASE, experts_per_token=6),
     "E = 1": replace(BASE, experts=1, experts_per_token=1),
 }

@@ -97,4 +97,4 @@ def test_blocks_suffice_for_every_routing(assignments, experts, data):
     # The worst split over `touched` experts: as many blocks as possible hold a single row.
     needed = (touched - 1) + -(-(assignments - touched + 1) // rows)
     assert needed <= block_count(assignments, experts, rows)
-    assert 8 <= rows <= 128
+    assert 16 <= rows <= 128

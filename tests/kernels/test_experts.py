@@ -1,0 +1,129 @@
+"""The kernels of the experts in Triton's interpreter, against the float32 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moe_kernels.experts import mixture
+from moe_kernels.experts.reference import mixture as reference
+
+from moe_jax.moe.plan import make_plan
+
+pytest.importorskip("triton")
+
+TOLERANCE = {jnp.float32: (1e-5, 1e-6), jnp.bfloat16: (2e-2, 4e-3), jnp.float16: (2e-2, 4e-3)}
+"""(largest, root mean square) of error / max(rms(reference), |reference|)."""
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def make_inputs(sizes, experts, dtype, seed=0):
+    t, d, f, e = sizes
+    random = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
+    x, d_out = draw(t, d).astype(dtype), draw(t, d).astype(dtype)
+    gate_up, down = draw(e, d, 2 * f) / d**0.5, draw(e, f, d) / f**0.5
+    weights = jnp.asarray(random.random(experts.shape), jnp.float32)
+    return (x, weights, gate_up.astype(dtype), down.astype(dtype)), d_out
+
+
+def assert_close(name, found, expected, dtype):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    error = np.abs(found - expected) / np.maximum(np.sqrt((expected**2).mean()), np.abs(expected))
+    most, rms = TOLERANCE[dtype]
+    assert error.max() <= most, name  # NaN, the poison of outputs, fails as well
+    assert np.sqrt((error**2).mean()) <= rms, name
+
+
+def check(sizes, experts, dtype=jnp.float32, capacity=None):
+    """Output and every gradient, by name, of the kernels and of the reference."""
+    experts = jnp.asarray(experts, jnp.int32)
+    inputs, d_out = make_inputs(sizes, experts, dtype)
+    plan = make_plan(experts, sizes[3], capacity)
+    kept = jnp.where(plan.row < plan.assignment.size, experts, sizes[3])
+    run = jax.jit(lambda *a: jax.vjp(lambda *b: mixture(*b, plan), *a[:-1])[1](a[-1]))
+    wide = [a.astype(jnp.float32) for a in inputs]
+    expected, pull = jax.vjp(lambda *a: reference(*a, kept), *wide)
+    gradients = run(*inputs, d_out)
+    assert_close("out", mixture(*inputs, plan), expected, dtype)
+    for name, found, right in zip(
+        ("x", "weights", "gate_up", "down"),
+        gradients,
+        pull(d_out.astype(jnp.float32)),
+        strict=True,
+    ):
+        if np.any(np.asarray(right)):
+            assert_close(name, found, right, dtype)
+        else:
+            assert not np.any(np.asarray(found)), name
+    again = run(*inputs, d_out)
+    for first, second in zip(gradients, again, strict=True):
+        assert np.asarray(first).tobytes() == np.asarray(second).tobytes(), "bitwise repeatable"
+
+
+def some_experts(tokens, per_token, experts, seed=0):
+    random = np.random.default_rng(seed)
+    return np.stack([random.permutation(experts)[:per_token] for _ in range(tokens)])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_against_the_reference_by_dtype(dtype):
+    check((37, 40, 24, 5), some_experts(37, 2, 5), dtype)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(16, 32, 32, 4), (33, 57, 23, 6), (150, 130, 70, 3), (300, 16, 136, 2)],
+    ids=["whole tiles", "no powers of two", "several tiles", "128 rows a block"],
+)
+def test_against_the_reference_by_size(sizes):
+    check(sizes, some_experts(sizes[0], 2, sizes[3]))
+
+
+EDGES = {
+    "an expert without a token": ((9, 8, 8, 4), np.full((9, 2), (0, 3))),
+    "all tokens to one": ((40, 8, 8, 4), np.full((40, 1), 2)),
+    "K = E": ((9, 8, 8, 3), some_experts(9, 3, 3)),
+    "E = 1": ((9, 8, 8, 1), np.zeros((9, 1), int)),
+    "T = 1": ((1, 8, 8, 4), some_experts(1, 2, 4)),
+    "nobody": ((9, 8, 8, 4), np.full((9, 2), (1, 4))),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edge_cases(name):
+    check(*EDGES[name])
+
+
+def test_capacity_leaves_dropped_assignments_out():
+    check((30, 8, 8, 3), some_experts(30, 2, 3), capacity=11)
+
+
+def test_no_token_at_all():
+    inputs, _ = make_inputs((0, 8, 8, 4), np.zeros((0, 2)), jnp.float32)
+    assert mixture(*inputs, None).shape == (0, 8)
+
+
+def test_vmap_goes_through_the_elements_one_by_one():
+    experts = jnp.asarray(some_experts(9, 2, 4))
+    inputs, _ = make_inputs((9, 8, 8, 4), experts, jnp.float32)
+    plan = make_plan(experts, 4)
+    both = jax.vmap(lambda x: mixture(x, *inputs[1:], plan))(jnp.stack([inputs[0], -inputs[0]]))
+    np.testing.assert_array_equal(both[0], mixture(*inputs, plan))
+    np.testing.assert_array_equal(both[1], mixture(-inputs[0], *inputs[1:], plan))
+
+
+def test_mixed_dtypes_are_refused():
+    inputs, _ = make_inputs((9, 8, 8, 4), np.zeros((9, 2)), jnp.float32)
+    with pytest.raises(ValueError, match="x bfloat16, gate_up float32"):
+        mixture(inputs[0].astype(jnp.bfloat16), *inputs[1:], None)
+
+
+def test_without_a_way_to_run_it_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    inputs, _ = make_inputs((9, 8, 8, 4), np.zeros((9, 2)), jnp.float32)
+    with pytest.raises(RuntimeError, match=r"the devices are cpu.*use implementation 'auto'"):
+        mixture(*inputs, None)

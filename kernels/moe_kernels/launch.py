@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, ShapeDtypeStruct, lax
 
@@ -15,6 +16,10 @@ MINIMUM_CAPABILITY = 80
 """Ampere: the first with bfloat16 products and asynchronous copies."""
 
 _target: ContextVar[int | None] = ContextVar("target", default=None)
+_record: ContextVar["list[Launch] | None"] = ContextVar("record", default=None)
+
+
+Grid = tuple[int] | tuple[int, int]
 
 
 class Route(NamedTuple):
@@ -24,7 +29,7 @@ class Route(NamedTuple):
     reason: str
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """Kernels were asked for by name and cannot run; the message says why."""
 
 
@@ -39,6 +44,18 @@ def lowering_for(capability: int) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+@contextmanager
+def recording(capability: int) -> Iterator["list[Launch]"]:
+    """Yields a list that grows by every launch that is traced inside; outputs are zeros."""
+    launches: list[Launch] = []
+    token = _record.set(launches)
+    try:
+        with lowering_for(capability):
+            yield launches
+    finally:
+        _record.reset(token)
 
 
 def triton_route() -> Route:
@@ -69,10 +86,10 @@ def interpreting() -> bool:
 
 
 def require() -> None:
-    """Raises Unavailable, with the reason and the ways out, where kernels cannot run."""
+    """Raises UnavailableError, with the reason and the ways out, where kernels cannot run."""
     route = triton_route()
     if route.name == "none":
-        raise Unavailable(
+        raise UnavailableError(
             f"Triton kernels cannot run: {route.reason}; use implementation 'auto' or 'xla', "
             "or TRITON_INTERPRET=1 to run them in NumPy (slow, for tests)"
         )
@@ -85,11 +102,21 @@ class Tuning(NamedTuple):
     stages: int = 3
 
 
+class Launch(NamedTuple):
+    """A kernel with what it is compiled for."""
+
+    kernel: Any
+    inputs: tuple[ShapeDtypeStruct, ...]
+    outputs: tuple[ShapeDtypeStruct, ...]
+    tuning: Tuning
+    constants: dict[str, Any]
+
+
 def launch(
     kernel: Any,
     inputs: Sequence[Array],
     outputs: Sequence[ShapeDtypeStruct],
-    grid: tuple[int, ...],
+    grid: Grid,
     tuning: Tuning,
     **constants: Any,
 ) -> list[Array]:
@@ -99,6 +126,11 @@ def launch(
     (one element after the other) vmap; gradients are the caller's, by custom_vjp.
     """
     require()
+    launches = _record.get()
+    if launches is not None:
+        shapes = tuple(ShapeDtypeStruct(array.shape, array.dtype) for array in inputs)
+        launches.append(Launch(kernel, shapes, tuple(outputs), tuning, constants))
+        return [jnp.zeros(output.shape, output.dtype) for output in outputs]
 
     @jax.custom_batching.sequential_vmap
     def run(*arrays: Array) -> list[Array]:
@@ -125,7 +157,7 @@ def _compile(
     kernel: Any,
     inputs: Sequence[Array],
     outputs: Sequence[ShapeDtypeStruct],
-    grid: tuple[int, ...],
+    grid: Grid,
     tuning: Tuning,
     constants: dict[str, Any],
 ) -> list[Array]:
@@ -189,7 +221,7 @@ def _interpret(
     kernel: Any,
     inputs: Sequence[Array],
     outputs: Sequence[ShapeDtypeStruct],
-    grid: tuple[int, ...],
+    grid: Grid,
     constants: dict[str, Any],
 ) -> list[Array]:
     """Outputs start as NaN (or the least integer), so that what a kernel forgets is seen."""

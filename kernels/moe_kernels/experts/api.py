@@ -71,7 +71,8 @@ def mixture(
     backward pass keeps x, the pre-activation z and the routing: the second product's output is not
     kept, the gate weight's gradient comes from dA' = d_out down^T (arXiv:2512.14080).
 
-    Raises Unavailable where kernels cannot run, ValueError for dtypes or shapes that do not fit.
+    Raises UnavailableError where kernels cannot run, ValueError for dtypes or shapes that do not
+    fit.
     """
     require()
     _check(x, weights, gate_up, down)

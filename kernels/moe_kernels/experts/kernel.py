@@ -50,8 +50,9 @@ def narrow(value, pointer, UPCAST: tl.constexpr):
 
 @triton.jit
 def up_kernel(x, gate_up, assignment, block_expert, starts, counts, z, hidden,
-              S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
-              BLOCKS: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+              S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+              TILES: tl.constexpr, BLOCKS: tl.constexpr, PROGRAMS: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr,
               BK: tl.constexpr, GROUP: tl.constexpr, SAVE: tl.constexpr,
               PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """z[r] = x[token of r] gate_up[e], hidden[r] = silu(z's first half) · its second half.

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,7 +63,7 @@ def launches(case: Case) -> list[Launch]:
     plan = schedule_shape(t, k, e, case.block_rows)
 
     def train(*inputs: Any) -> Any:
-        out, pull = jax.vjp(lambda *a: mixture(*a, inputs[-1]), *inputs[:-1])
+        out, pull = jax.vjp(partial(mixture, plan=inputs[-1]), *inputs[:-1])
         return pull(out)
 
     with recording(case.arch) as found:
@@ -175,7 +176,7 @@ def show(row: dict[str, Any], widths: dict[str, int]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Compiles, prints, writes; 1 if a rule is broken."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What every kernel compiles to.")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--all", action="store_true", help="float16 and every block size as well")
     parser.add_argument("--json", type=Path, help="file for the rows")
@@ -184,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     dtypes = ("bfloat16", "float32", "float16") if options.all else ("bfloat16", "float32")
     blocks = (16, 32, 64, 128) if options.all else (16, 128)
-    cases = [Case(*values) for values in product(dtypes, blocks, options.arch)]
+    cases = [Case(d, b, a) for d, b, a in product(dtypes, blocks, options.arch)]
     rows, broken = [], []
     widths = {"kernel": 16, "config": 42, "arch": 4, "registers": 9, "spill_bytes": 11}
     widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "wide_accesses": 13}
@@ -198,9 +199,9 @@ def main(argv: Sequence[str]) -> int:
                 print(show(row, widths), flush=True)
                 broken += [f"{show(row, widths)}: {fault}" for fault in faults(row)]
     if options.json:
-        partial = options.json.with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=1))
-        partial.replace(options.json)
+        unfinished = options.json.with_suffix(".partial")
+        unfinished.write_text(json.dumps(rows, indent=1))
+        unfinished.replace(options.json)
     for line in broken:
         print(f"BROKEN {line}", file=sys.stderr)
     return 1 if broken else 0

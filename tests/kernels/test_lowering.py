@@ -33,9 +33,9 @@ print(json.dumps(counts))
 
 def test_the_train_step_holds_the_kernels_for_each_architecture(tmp_path):
     pytest.importorskip("jax_cuda13_plugin")
-    text = tmp_path / "text.txt"
-    text.write_text("experts and tokens, " * 2000)
-    settings = ["tiny", f"--data.source=files:{text}", f"--data.cache={tmp_path}/cache"]
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("experts and tokens, " * 2000)
+    settings = ["tiny", f"--data.source=files:{tmp_path}/*.txt", f"--data.cache={tmp_path}/cache"]
     settings += ["--batch=4", "--data.length=32", "--model.mtp-depth=0"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

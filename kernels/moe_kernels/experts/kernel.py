@@ -217,7 +217,7 @@ def combine_kernel(rows, row, weights, out,
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     acc = tl.zeros((BD,), tl.float32)
-    for k in tl.static_range(K):
+    for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
         at = tl.load(row + token * K + k)
         width = tl.where(at < R, D, 0)
         part = tl.load(rows + at.to(tl.int64) * D + d, mask=d < width, other=0.0)

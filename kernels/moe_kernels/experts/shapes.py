@@ -20,7 +20,8 @@ class Tiles(NamedTuple):
 
 
 # By operation, bytes of a number and rows of a block. On sm_90, 4 warps at 128 rows spill, and so
-# does the hidden gradient with 128 columns; the audit (python -m moe_kernels.audit) prints registers, spills and shared bytes of each.
+# does the hidden gradient with 128 columns; the audit (python -m moe_kernels.audit) prints
+# registers, spills and shared bytes of each.
 TABLE: dict[tuple[str, int, int], Tiles] = {
     ("up", 2, 16): Tiles(64, 128, Tuning(4, 4)),
     ("up", 2, 32): Tiles(64, 64, Tuning(4, 4)),

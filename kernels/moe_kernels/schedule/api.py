@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax import Array, ShapeDtypeStruct
@@ -33,7 +34,7 @@ def schedule_shape(tokens: int, per_token: int, experts: int, block_rows: int) -
     assignments = tokens * per_token
     blocks = assignments // block_rows + min(experts, assignments)
 
-    def integers(*shape: int) -> ShapeDtypeStruct:
+    def integers(*shape: int) -> Any:
         return ShapeDtypeStruct(shape, "int32")
 
     return Schedule(

@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,7 +184,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     dtypes = ("bfloat16", "float32", "float16") if options.all else ("bfloat16", "float32")
     blocks = (16, 32, 64, 128) if options.all else (16, 128)
-    cases = [Case(d, b, a) for d, b, a in product(dtypes, blocks, options.arch)]
+    cases = [Case(d, b, a) for d in dtypes for b in blocks for a in options.arch]
     rows, broken = [], []
     widths = {"kernel": 16, "config": 42, "arch": 4, "registers": 9, "spill_bytes": 11}
     widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "wide_accesses": 13}

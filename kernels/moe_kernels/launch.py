@@ -80,6 +80,14 @@ def triton_route() -> Route:
     return Route("gpu", f"{device.device_kind}, compute capability {capability}")
 
 
+def capability() -> int:
+    """Compute capability, times ten, that kernels are compiled for; 90 where they are not."""
+    if target := _target.get():
+        return target
+    device = jax.devices()[0]
+    return round(float(getattr(device, "compute_capability", None) or 9.0) * 10)
+
+
 def interpreting() -> bool:
     """Whether kernels are run by NumPy."""
     return triton_route().name == "interpreter"

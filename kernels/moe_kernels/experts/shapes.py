@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from moe_kernels.launch import Tuning
+from moe_kernels.launch import Tuning, capability
 
 
 class Tiles(NamedTuple):
@@ -49,6 +49,12 @@ TABLE: dict[tuple[str, int, int], Tiles] = {
     ("hidden gradient", 4, 128): Tiles(32, 32, Tuning(8, 3)),
 }
 
+AMPERE: dict[tuple[str, int, int], Tiles] = {
+    ("up", 2, 128): Tiles(64, 64, Tuning(8, 3)),
+}
+"""What differs below compute capability 9.0: accumulators live in registers that mma.sync's operands
+need as well, and two of 128 columns spill."""
+
 MATRIX_GRADIENT: dict[int, tuple[int, Tiles]] = {
     2: (128, Tiles(128, 64, Tuning(8, 3))),
     4: (64, Tiles(64, 32, Tuning(8, 3))),
@@ -63,4 +69,5 @@ def tiles(operation: str, dtype: jnp.dtype, block_rows: int) -> Tiles:
     """The entry of the table. Raises ValueError for a block size that it does not hold."""
     if block_rows not in BLOCK_ROWS:
         raise ValueError(f"blocks of {block_rows} rows: the kernels take {BLOCK_ROWS}")
-    return TABLE[operation, jnp.dtype(dtype).itemsize, block_rows]
+    key = operation, jnp.dtype(dtype).itemsize, block_rows
+    return AMPERE.get(key, TABLE[key]) if capability() < 90 else TABLE[key]

@@ -52,8 +52,8 @@ TABLE: dict[tuple[str, int, int], Tiles] = {
 AMPERE: dict[tuple[str, int, int], Tiles] = {
     ("up", 2, 128): Tiles(64, 64, Tuning(8, 3)),
 }
-"""What differs below compute capability 9.0: accumulators live in registers that mma.sync's operands
-need as well, and two of 128 columns spill."""
+"""What differs below compute capability 9.0: accumulators share the registers with mma.sync's
+operands, and two of 128 columns spill."""
 
 MATRIX_GRADIENT: dict[int, tuple[int, Tiles]] = {
     2: (128, Tiles(128, 64, Tuning(8, 3))),

@@ -57,8 +57,8 @@ class UpcycleConfig:
 def sparse_config(dense: ModelConfig, config: UpcycleConfig) -> ModelConfig:
     """The upcycled model's settings. UserError: `dense` is not dense, or sizes do not divide.
 
-    The K chosen experts are K/G whole copies. Normalised gates give the G parts of copy c the weight
-    w_c / G each, sum w_c = 1, so that scale = G makes the whole one feed-forward.
+    The K chosen experts are K/G whole copies. Normalised gates give the G parts of copy c the
+    weight w_c / G each, sum w_c = 1, so that scale = G makes the whole one feed-forward.
     """
     require(dense.moe_layers == 0, "only a dense model can be upcycled: dense_layers < layers")
     require(dense.mtp_depth == 0, "upcycling a model with multi-token prediction is not supported")

@@ -88,7 +88,10 @@ def test_micro_batches_equal_the_whole_batch(config):
     assert_close(whole[1], parts[1])
 
 
-@pytest.mark.parametrize("kind", ["online", "sampled", "top_k"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sampled", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("online", "top_k"))],
+)
 def test_the_student_approaches_its_teacher(config, kind):
     model = config.resolved_model()
     teacher, batch = states_of(replace(model, init_std=0.3), 5), make_batch(config)

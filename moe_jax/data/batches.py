@@ -1,7 +1,7 @@
 """Packed batches: fixed windows over the token array, shuffled, sharded and resumable (grain)."""
 
 import hashlib
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -38,6 +38,26 @@ class Windows:
         return {"tokens": tokens, "segments": segments}
 
 
+class Beside(Protocol):
+    """More arrays for each window, by the same numbers (distill.cache.TeacherCache)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> dict[str, np.ndarray]: ...
+
+
+class Joined:
+    """Windows with what lies beside them."""
+
+    def __init__(self, windows: Windows, beside: Beside):
+        self._windows, self._beside = windows, beside
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._windows[index] | self._beside[index]
+
+
 def train_batches(
     array: TokenArray,
     length: int,
@@ -46,13 +66,15 @@ def train_batches(
     ahead: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    beside: Beside | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches, in a new order in every epoch.
 
     Each is {"tokens", "segments"}: int32[B / process_count, L + 1 + ahead], this process's rows of
-    the global batch, which is the same for any process_count. The iterator's `get_state()` is
-    small and JSON-serialisable; after `set_state` the batches go on bit for bit. Raises UserError
-    if the array is shorter than one window or the processes do not divide the batch.
+    the global batch, which is the same for any process_count; and the arrays `beside` each window.
+    The iterator's `get_state()` is small and JSON-serialisable; after `set_state` the batches go on
+    bit for bit. Raises UserError if the array is shorter than one window or the processes do not
+    divide the batch.
     """
     size = length + 1 + ahead
     if len(array.tokens) < size:
@@ -61,7 +83,10 @@ def train_batches(
             f"sequence (data.length={length}, {ahead} further predicted): shorten --data.length or "
             "add text"
         )
-    windows = Windows(array, length, ahead, (len(array.tokens) - size) // length + 1)
+    windows: Any = Windows(array, length, ahead, (len(array.tokens) - size) // length + 1)
+    if beside is not None:
+        assert len(beside) >= len(windows), "what lies beside the windows is of another length"
+        windows = Joined(windows, beside)
     order = grain.MapDataset.source(windows).shuffle(_grain_seed(seed)).repeat()
     return _rows(order, batch, process_index, process_count)
 

@@ -12,7 +12,7 @@ from moe_jax.data.documents import digest
 from moe_jax.errors import UserError
 
 SPECIALS = 2
-"""The last two ids are bos and eos. They are ours alone: no text is ever encoded as one."""
+"""The last two ids of a tokenizer of ours are bos and eos. No text is ever encoded as one."""
 
 PATTERN = "|".join(
     (
@@ -37,10 +37,22 @@ class Tokenizer:
     `fingerprint`: hash of everything that decides the ids.
     """
 
-    def __init__(self, kind: str, vocabulary: int, model: tokenizers.Tokenizer | None = None):
+    def __init__(
+        self,
+        kind: str,
+        vocabulary: int,
+        model: tokenizers.Tokenizer | None = None,
+        bos: int | None = None,
+        eos: int | None = None,
+        silent: Sequence[int] = (),
+    ):
+        """`bos`, `eos` where they are not the last two ids; `silent`: ids that have a name in the
+        model and stand for no text, as the special tokens of a model from elsewhere."""
         self.kind, self.vocabulary, self._model = kind, vocabulary, model
-        self.bos, self.eos = vocabulary - 2, vocabulary - 1
-        self._bytes = _byte_strings(model, vocabulary)
+        self.bos = vocabulary - 2 if bos is None else bos
+        self.eos = vocabulary - 1 if eos is None else eos
+        self._silent = sorted(silent)
+        self._bytes = _byte_strings(model, vocabulary, frozenset(silent))
         self.byte_lengths = np.array([len(data) for data in self._bytes], np.int64)
 
     def encode(self, text: str) -> np.ndarray:
@@ -66,7 +78,10 @@ class Tokenizer:
     def to_json(self) -> str:
         """Everything, as text for a checkpoint."""
         model = None if self._model is None else json.loads(self._model.to_str())
-        return json.dumps({"kind": self.kind, "vocabulary": self.vocabulary, "model": model})
+        fields = {"kind": self.kind, "vocabulary": self.vocabulary, "model": model}
+        if (self.bos, self.eos) != (self.vocabulary - 2, self.vocabulary - 1) or self._silent:
+            fields |= {"bos": self.bos, "eos": self.eos, "silent": self._silent}
+        return json.dumps(fields)
 
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
@@ -79,7 +94,8 @@ class Tokenizer:
                 f"this is no stored tokenizer ({text[:40]!r}…): restore the file or train anew"
             ) from error
         loaded = tokenizers.Tokenizer.from_str(json.dumps(model)) if model else None
-        return Tokenizer(kind, vocabulary, loaded)
+        ends = fields.get("bos"), fields.get("eos")
+        return Tokenizer(kind, vocabulary, loaded, *ends, silent=fields.get("silent", ()))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,14 +128,17 @@ def _trainer(vocabulary: int) -> trainers.BpeTrainer:
     )
 
 
-def _byte_strings(model: tokenizers.Tokenizer | None, vocabulary: int) -> list[bytes]:
+def _byte_strings(
+    model: tokenizers.Tokenizer | None, vocabulary: int, silent: frozenset[int] = frozenset()
+) -> list[bytes]:
     """The bytes that each id stands for; empty for specials and unused ids."""
     if model is None:
         return [bytes([i]) for i in range(256)] + [b""] * SPECIALS
     strings = [b""] * vocabulary
     values = _byte_values()
     for token, i in model.get_vocab().items():
-        strings[i] = bytes(values[character] for character in token)
+        if i not in silent:
+            strings[i] = bytes(values[character] for character in token)
     return strings
 
 

@@ -79,6 +79,8 @@ def describe(step: int, metrics: Metrics, with_load: bool) -> dict[str, Any]:
         "balance_loss": float(metrics.balance),
         "mtp_loss": float(metrics.mtp),
     }
+    if metrics.distillation is not None:
+        line["distillation_loss"] = float(metrics.distillation)
     if metrics.stats:
         layers = _all_layers(metrics.stats)
         line["load_imbalance"] = imbalance(np.asarray(layers.load)).tolist()

@@ -27,6 +27,8 @@ class Losses(NamedTuple):
     """The weighted balance losses, summed over layers."""
     stats: dict[str, RouterStats]
     """Router statistics by part of the model ("sparse", "mtp"), with a leading layer axis."""
+    distillation: Float[Array, ""] | None = None
+    """Where there is a teacher, what is minimised in place of the cross-entropy."""
 
 
 def token_nats(

@@ -48,6 +48,7 @@ class Metrics(NamedTuple):
     router_bias: Float[Array, ""]
     """Largest absolute router bias after the update."""
     stats: dict[str, RouterStats]
+    distillation: Float[Array, ""] | None = None
 
 
 def graph_of(config: ModelConfig) -> nnx.GraphDef:
@@ -67,17 +68,26 @@ def init_state(config: TrainConfig) -> TrainState:
     return TrainState(zero, zero, zero, parameters, router, optimizer, key)
 
 
-def make_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update function of a config: gradient, clip, optimizer, router bias."""
+Objective = Callable[..., Losses]
+"""(model, batch, length, normalisers, key, *more) -> Losses, as objective.losses."""
+
+
+def make_step(
+    config: TrainConfig, objective: Objective = losses
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The update function of a config: gradient, clip, optimizer, router bias.
+
+    `more` arguments of a step go to the objective (a teacher's parameters, train.distillation).
+    """
     model = config.resolved_model()
     graph = graph_of(model)
     optimizer = make_optimizer(config.optim, config.steps)
     schedule = learning_rate(config.optim, config.steps)
-    gradient = make_gradient(config, graph)
+    gradient = make_gradient(config, graph, objective)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, *more: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        (total, parts), gradients = gradient(state.parameters, state.router, batch, key)
+        (total, parts), gradients = gradient(state.parameters, state.router, batch, key, *more)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
 
@@ -105,27 +115,31 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainS
             skipped,
             optax.tree.norm(router, ord=jnp.inf) if parts.stats else jnp.zeros(()),
             parts.stats,
+            parts.distillation,
         )
         return new, metrics
 
     return step
 
 
-def make_gradient(config: TrainConfig, graph: nnx.GraphDef) -> Callable[..., Any]:
+def make_gradient(
+    config: TrainConfig, graph: nnx.GraphDef, objective: Objective = losses
+) -> Callable[..., Any]:
     """((total loss, Losses), gradients) of a batch, over `optim.accumulation` micro-batches."""
     length, weight = config.data.length, config.model.mtp_weight
     depth, parts = config.model.mtp_depth, config.optim.accumulation
 
-    def total(
-        parameters: Any, router: Any, batch: Batch, normalisers: list[Array], key: Array
-    ) -> Any:
-        found = losses(nnx.merge(graph, parameters, router), batch, length, normalisers, key)
-        found = found._replace(balance=found.balance / parts)
-        return found.cross_entropy + weight * found.mtp + found.balance, found
+    def whole(parameters: Any, router: Any, batch: Batch, key: Array, *more: Any) -> Any:
+        def total(
+            parameters: Any, router: Any, batch: Batch, normalisers: list[Array], key: Array
+        ) -> Any:
+            model = nnx.merge(graph, parameters, router)
+            found = objective(model, batch, length, normalisers, key, *more)
+            found = found._replace(balance=found.balance / parts)
+            main = found.cross_entropy if found.distillation is None else found.distillation
+            return main + weight * found.mtp + found.balance, found
 
-    gradient = jax.value_and_grad(total, has_aux=True)
-
-    def whole(parameters: Any, router: Any, batch: Batch, key: Array) -> Any:
+        gradient = jax.value_and_grad(total, has_aux=True)
         normalisers = [valid_targets(batch, length, k + 1) for k in range(depth + 1)]
         if parts == 1:
             return gradient(parameters, router, batch, normalisers, key)

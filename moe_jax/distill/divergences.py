@@ -1,0 +1,103 @@
+"""Divergences between a teacher p and a student q, as a sum over the vocabulary of one term each.
+
+A term takes (log p, log q) of some entries and gives their share of the divergence. Being
+elementwise it can be summed in chunks of the vocabulary (chunked.py), and its derivative in log q,
+w, gives the gradient in the student's logits: w - q · sum(w).
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from moe_jax.config import require
+
+Kind = Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse", "total_variation"]
+Entries = Float[Array, "*batch V"]
+
+
+class Divergence(NamedTuple):
+    """Which divergence. `mix` is jsd's b or the skew ones' l; the others ignore it."""
+
+    kind: Kind = "forward"
+    mix: float = 0.5
+
+    def checked(self) -> "Divergence":
+        """Itself. UserError: unknown kind, or `mix` outside its range."""
+        kinds = get_args(Kind)
+        require(self.kind in kinds, f"divergence '{self.kind}' is unknown: use {', '.join(kinds)}")
+        require(0 <= self.mix <= 1, f"mix is {self.mix}: it must lie between 0 and 1")
+        skewed = self.kind.startswith("skew")
+        require(not skewed or 0 < self.mix < 1, f"mix is {self.mix}: {self.kind} needs 0 < mix < 1")
+        return self
+
+    def term(self, log_p: Entries, log_q: Entries) -> Entries:
+        """Every entry's share of the divergence."""
+        return TERMS[self.kind](log_p, log_q, self.mix)
+
+
+def _forward(log_p: Entries, log_q: Entries, mix: float) -> Entries:
+    """KL(p ‖ q) = sum p log(p/q): covers every mode of the teacher."""
+    return jnp.exp(log_p) * (log_p - log_q)
+
+
+def _reverse(log_p: Entries, log_q: Entries, mix: float) -> Entries:
+    """KL(q ‖ p): seeks a mode."""
+    return _forward(log_q, log_p, mix)
+
+
+def _jsd(log_p: Entries, log_q: Entries, mix: float) -> Entries:
+    """(b KL(p ‖ m) + (1-b) KL(q ‖ m)) / (b (1-b)), m = b p + (1-b) q (arXiv:2306.13649, eq. 1,
+    rescaled).
+
+    The scale makes it continuous: KL(p ‖ q) at b = 0 and KL(q ‖ p) at b = 1, where the unscaled
+    divergence and its gradient vanish. 1/b times a difference needs care in float32: the sums are
+    taken of x log(x/m) - x + m, which add up to the same, and log(x/m) by log1p where m is near x.
+    """
+    if mix == 0:
+        return _forward(log_p, log_q, mix)
+    if mix == 1:
+        return _reverse(log_p, log_q, mix)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    from_p = (1 - mix) * (q - p) - p * _log_mixture(log_q - log_p, 1 - mix)
+    from_q = mix * (p - q) - q * _log_mixture(log_p - log_q, mix)
+    return from_p / (1 - mix) + from_q / mix
+
+
+def _log_mixture(ratio: Entries, weight: float) -> Entries:
+    """log(weight · e^ratio + 1 - weight), exact to float32 also for a small weight."""
+    if weight > 0.5:
+        return jnp.logaddexp(jnp.log(weight) + ratio, jnp.log1p(-weight))
+    # Above 60 the entry's own probability is nothing, and e^ratio would overflow.
+    return jnp.log1p(weight * jnp.expm1(jnp.minimum(ratio, 60.0)))
+
+
+def _skew_forward(log_p: Entries, log_q: Entries, mix: float) -> Entries:
+    """KL(p ‖ l p + (1-l) q): its gradient is bounded by 1/l (arXiv:2402.03898, eq. 4)."""
+    return -jnp.exp(log_p) * _log_skew(log_q - log_p, mix)
+
+
+def _skew_reverse(log_p: Entries, log_q: Entries, mix: float) -> Entries:
+    """KL(q ‖ l q + (1-l) p) (arXiv:2402.03898, eq. 5)."""
+    return _skew_forward(log_q, log_p, mix)
+
+
+def _log_skew(ratio: Entries, mix: float) -> Entries:
+    return jnp.logaddexp(jnp.log(mix), jnp.log1p(-mix) + ratio)
+
+
+def _total_variation(log_p: Entries, log_q: Entries, mix: float) -> Entries:
+    """sum |p - q| / 2."""
+    return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
+
+
+TERMS: dict[str, Callable[[Entries, Entries, float], Entries]] = {
+    "forward": _forward,
+    "reverse": _reverse,
+    "jsd": _jsd,
+    "skew_forward": _skew_forward,
+    "skew_reverse": _skew_reverse,
+    "total_variation": _total_variation,
+}

@@ -1,0 +1,76 @@
+"""A teacher: a frozen model with its tokenizer, read out position by position."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from moe_jax.config import ModelConfig
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.distill.chunked import Readout
+from moe_jax.errors import UserError
+from moe_jax.interop.gguf import load
+from moe_jax.model.attention import document_sight
+from moe_jax.model.transformer import Transformer
+from moe_jax.moe.layer import RouterBias
+
+
+class Teacher(NamedTuple):
+    """What distillation needs of a model that was trained before."""
+
+    model: ModelConfig
+    parameters: Any
+    router: Any
+    """The RouterBias variables; empty for a dense model."""
+    tokenizer: Tokenizer
+
+    @staticmethod
+    def from_gguf(path: str) -> "Teacher":
+        """interop.gguf.load; errors as there."""
+        config, parameters, tokenizer = load(path)
+        return Teacher(config, parameters, split_model(config)[2], tokenizer)
+
+    def fingerprint(self) -> str:
+        """Hash of the architecture, every parameter and the tokenizer."""
+        state = hashlib.blake2b(digest_size=16)
+        state.update(f"{self.model}{self.tokenizer.fingerprint}".encode())
+        for leaf in jax.tree.leaves((self.parameters, self.router)):
+            state.update(np.asarray(leaf).tobytes())
+        return state.hexdigest()
+
+
+def split_model(config: ModelConfig) -> tuple[nnx.GraphDef, Any, Any]:
+    """(graph, parameters, router) of a model without memory; an absent router is an empty state."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graph, parameters, router = nnx.split(model, nnx.Param, RouterBias)
+    return graph, parameters, router
+
+
+def readout(model: Transformer, hidden: Float[Array, "B L D"]) -> Readout:
+    """The logits of every position, not yet multiplied out; N = B·L."""
+    table = model.embedding if model.config.tied_embedding else model.head
+    return Readout(model.norm(hidden).reshape(-1, hidden.shape[-1]), table[...])
+
+
+def read(model: Transformer, tokens: Int[Array, "B L"], segments: Int[Array, "B L"]) -> Readout:
+    """The model's readout of packed documents."""
+    hidden, _, _ = model.hidden(tokens, document_sight(model.config, segments))
+    return readout(model, hidden)
+
+
+def require_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
+    """Probabilities can only be compared over the same tokens. UserError: they are not the same.
+
+    A string has many tokenisations, so that aligning two vocabularies by their longest common
+    tokens compares different events. Text is common ground: let the teacher write or choose it.
+    """
+    if student.fingerprint != teacher.fingerprint:
+        raise UserError(
+            f"the student's tokenizer ({student.vocabulary} tokens) is not the teacher's "
+            f"({teacher.vocabulary}): train the student with the teacher's tokenizer, or on text "
+            "that the teacher wrote (sequence-level distillation)"
+        )

@@ -1,0 +1,211 @@
+"""The teacher's cache: what it holds, how it survives, how it is read."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.data.batches import Windows, train_batches
+from moe_jax.data.tokenizer import make_tokenizer
+from moe_jax.data.tokens import TokenArray
+from moe_jax.distill import losses
+from moe_jax.distill.cache import CacheConfig, build_cache
+from moe_jax.distill.chunked import Readout, make_columns
+from moe_jax.distill.teacher import Teacher, split_model
+from moe_jax.errors import UserError
+from moe_jax.model.transformer import Transformer
+from moe_jax.moe.layer import RouterBias
+from tests.conftest import SMALL_MODEL
+from tests.distill.formulas import kl, softmax
+
+LENGTH = 16
+TOKENIZER = make_tokenizer("bytes", ())
+MODEL = replace(SMALL_MODEL, vocabulary=300, layers=1, dense_layers=0)  # rows beyond the tokenizer
+
+
+def make_teacher(seed=0):
+    model = Transformer(MODEL, rngs=nnx.Rngs(seed))
+    _, parameters, router = nnx.split(model, nnx.Param, RouterBias)
+    return Teacher(MODEL, parameters, router, TOKENIZER)
+
+
+def make_array(count=LENGTH * 21 + 1):
+    tokens = np.random.default_rng(0).integers(0, 256, count).astype(np.uint16)
+    starts = np.arange(0, count, 37)
+    tokens[starts] = TOKENIZER.bos
+    return TokenArray(tokens, starts, count, TOKENIZER)
+
+
+TEACHER, ARRAY = make_teacher(), make_array()
+SAMPLED = CacheConfig(count=12, batch=4, shard=8)
+TOP_K = replace(SAMPLED, kind="top_k", count=5)
+
+
+def build(folder, config=SAMPLED, teacher=TEACHER, array=ARRAY, say=lambda line: None):
+    return build_cache(folder, teacher, array, LENGTH, config, say)
+
+
+def probabilities(index):
+    """The teacher's distributions in a window, directly."""
+    window = Windows(ARRAY, LENGTH, 0, 21)[index]
+    model = nnx.merge(split_model(MODEL)[0], TEACHER.parameters, TEACHER.router)
+    logits = model(*(jnp.asarray(window[k][None, :LENGTH]) for k in ("tokens", "segments")))
+    return softmax(np.asarray(logits[0])[:, : TOKENIZER.vocabulary])
+
+
+@pytest.mark.parametrize("index", [0, 7, 20])
+def test_top_k_holds_the_best_tokens_and_their_probabilities(tmp_path, index):
+    cache = build(tmp_path, TOP_K)
+    assert len(cache) == 21
+    found, p = cache[index], probabilities(index)
+    tokens = found["teacher_tokens"]
+    np.testing.assert_array_equal(tokens, np.argsort(-p, axis=-1, kind="stable")[:, :5])
+    expected = np.take_along_axis(p, tokens, -1)
+    # float16 keeps a logarithm of size 8 to 0.4%.
+    np.testing.assert_allclose(np.exp(found["teacher_log_p"]), expected, rtol=1e-2)
+
+
+def test_samples_follow_the_teacher(tmp_path):
+    """Chi-square of 4,000 draws against the teacher's probabilities at one position."""
+    cache = build(tmp_path, replace(SAMPLED, count=200, shard=4), array=make_array(5 * LENGTH))
+    p, count = probabilities(0), 200
+    total, freedom = 0.0, 0
+    for position in range(LENGTH):
+        likely = p[position] > 0.02
+        seen = np.bincount(cache[0]["teacher_tokens"][position], minlength=len(p[0]))
+        seen = np.append(seen[likely], seen[~likely].sum())
+        expected = count * np.append(p[position][likely], p[position][~likely].sum())
+        total += np.sum((seen - expected) ** 2 / expected)
+        freedom += likely.sum()
+    assert freedom > 50
+    assert abs(total - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_no_sample_lies_beyond_the_tokenizer_and_draws_differ(tmp_path):
+    cache = build(tmp_path)
+    drawn = np.stack([cache[i]["teacher_tokens"] for i in range(len(cache))])
+    assert drawn.max() < TOKENIZER.vocabulary
+    other = build(tmp_path, replace(SAMPLED, seed=1))
+    assert other.folder != cache.folder
+    assert (other[0]["teacher_tokens"] != drawn[0]).any()
+
+
+def test_bytes_per_token(tmp_path):
+    config = replace(SAMPLED, shard=32)
+    cache, said = build(tmp_path, config), []
+    size = sum(path.stat().st_size for path in cache.folder.iterdir())
+    assert size / (21 * LENGTH) == pytest.approx(cache.bytes_per_token, abs=0.1)
+    assert cache.bytes_per_token == pytest.approx(24, abs=0.1)
+    assert build(tmp_path, replace(TOP_K, shard=32)).bytes_per_token == pytest.approx(22, abs=0.1)
+    build(tmp_path / "other", config, say=said.append)
+    assert "24.0 bytes each" in said[0]
+
+
+def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
+    whole = build(tmp_path / "whole")
+
+    def killed(line):
+        if line.startswith("teacher: 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", say=killed)
+    said = []
+    resumed = build(tmp_path / "cut", say=said.append)
+    assert said[-1] == "teacher: 1 of 1 parts"
+    for shard in whole.shards():
+        assert whole.path(shard).read_bytes() == resumed.path(shard).read_bytes()
+    again = []
+    build(tmp_path / "cut", say=again.append)
+    assert again == []
+
+
+def test_samples_do_not_depend_on_the_batch(tmp_path):
+    one = build(tmp_path / "one")
+    two = build(tmp_path / "two", replace(SAMPLED, batch=2))
+    assert one.path(1).read_bytes() == two.path(1).read_bytes()
+
+
+def test_damage_is_noticed(tmp_path):
+    cache = build(tmp_path)
+    data = bytearray(cache.path(1).read_bytes())
+    data[5] ^= 1
+    cache.path(1).write_bytes(data)
+    fresh = build(tmp_path)
+    fresh[0]
+    with pytest.raises(UserError, match="is damaged: remove it"):
+        fresh[9]
+    cache.path(1).write_bytes(data[:-9])
+    repaired = build(tmp_path)  # a file of another size is built again
+    np.testing.assert_array_equal(repaired[9]["teacher_tokens"], cache[9]["teacher_tokens"])
+
+
+def test_another_teacher_text_or_temperature_has_another_cache(tmp_path):
+    base = build(tmp_path).folder
+    assert build(tmp_path, teacher=make_teacher(1)).folder != base
+    assert build(tmp_path, array=make_array(LENGTH * 22)).folder != base
+    assert build(tmp_path, replace(SAMPLED, temperature=2.0)).folder != base
+
+
+def test_batches_bring_the_teacher_to_its_tokens(tmp_path):
+    cache = build(tmp_path, TOP_K)
+    batches = train_batches(ARRAY, LENGTH, 3, seed=0, beside=cache)
+    windows = Windows(ARRAY, LENGTH, 0, 21)
+    numbers = {windows[i]["tokens"].tobytes(): i for i in range(21)}
+    state = None
+    for step in range(9):
+        if step == 5:
+            state = batches.get_state()
+        batch = next(batches)
+        for row, tokens in enumerate(batch["tokens"]):
+            expected = cache[numbers[tokens.tobytes()]]
+            np.testing.assert_array_equal(batch["teacher_tokens"][row], expected["teacher_tokens"])
+    last = batch["teacher_tokens"]
+    batches.set_state(state)
+    for _ in range(4):
+        batch = next(batches)
+    np.testing.assert_array_equal(batch["teacher_tokens"], last)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    other = make_tokenizer("bpe:300", ["some text, some text"], say=lambda line: None)
+    array = replace(ARRAY, tokenizer=other)
+    with pytest.raises(UserError, match="is not the teacher's") as caught:
+        build(tmp_path, array=array)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_student_learns_from_each_cache():
+    """A student of free logits, trained to the end: top-k with the tail gets the tail's mass right,
+    and, renormalised on the top k, a tail that stays whatever it was: its mass and KL are wrong.
+    """
+    rng = np.random.default_rng(3)
+    p = softmax(2 * rng.normal(size=(1, 40)))
+    tokens = jnp.asarray(np.argsort(-p)[:, :4])
+    log_p = jnp.asarray(np.log(np.take_along_axis(p, tokens, -1)), jnp.float32)
+    columns = make_columns([Readout(jnp.zeros((1, 40)), jnp.eye(40))])
+    begin = jnp.asarray(4 * rng.normal(size=(1, 40)), jnp.float32)
+
+    def tail(z):
+        return losses.top_k_tail(Readout(z, jnp.eye(40)), tokens, log_p, columns).sum()
+
+    def renormalised(z):
+        log_q = jax.nn.log_softmax(jnp.take_along_axis(z, tokens, -1))
+        return -jnp.sum(jnp.exp(jax.nn.log_softmax(log_p)) * log_q)
+
+    def learned(loss):
+        step = jax.jit(lambda z: z - 0.5 * jax.grad(loss)(z))
+        z = begin
+        for _ in range(1500):
+            z = step(z)
+        return float(kl(p, softmax(z))[0]), float(np.take_along_axis(softmax(z), tokens, -1).sum())
+
+    kept = float(np.take_along_axis(p, tokens, -1).sum())
+    tail_kl, tail_mass = learned(tail)
+    wrong_kl, wrong_mass = learned(renormalised)
+    assert abs(tail_mass - kept) < 0.01
+    assert abs(wrong_mass - kept) > 0.2
+    assert tail_kl < 0.6 * wrong_kl

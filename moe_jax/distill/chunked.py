@@ -70,7 +70,7 @@ def make_columns(
     require(
         vocabulary is not None or len(set(heights)) == 1,
         f"output tables have {heights} rows: pass vocabulary=N if the first N tokens are the same, "
-        "else distil through text (distill.text)",
+        "else distil through text: train on what the teacher writes",
     )
     vocabulary = vocabulary or heights[0]
     require(

@@ -48,7 +48,7 @@ def model_config(out: Path, seed: int, quick: bool) -> TrainConfig:
     )
     return TrainConfig(
         preset="placement",
-        out=str(out / "model"),
+        out=str(out / f"model-{seed}{'-quick' * quick}"),
         seed=seed,
         steps=30 if quick else 400,
         batch=8,
@@ -72,9 +72,10 @@ def model_config(out: Path, seed: int, quick: bool) -> TrainConfig:
 
 def trained_model(out: Path, seed: int, quick: bool) -> Trained:
     """The model, trained now or before; a killed training goes on where it was."""
-    write_corpus(out)
     config = model_config(out, seed, quick)
-    train(config)
+    if not (Path(config.out) / "result.json").exists():  # written when a run is complete
+        write_corpus(out)
+        train(config)
     return load_run(config.out)
 
 

@@ -64,7 +64,7 @@ def recorded_trace(settings: Settings, out: Path) -> tuple[Trace, int]:
     run = trained_model(out, settings.seed, settings.quick)
     path = out / "routing.trace"
     path.unlink(missing_ok=True)
-    total = 30_000 if settings.quick else 150_000
+    total = 9_000 if settings.quick else 36_000
     record_routing(run, held_out_texts(out, STRETCH, total), path, domains=DOMAINS)
     model = run.config.model
     return read_trace(path), 3 * model.width * model.moe.expert_hidden * 4

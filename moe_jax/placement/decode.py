@@ -6,7 +6,7 @@ expert, so the result is the same bit for bit whatever is resident.
 """
 
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig, require
-from moe_jax.model.attention import Cache, cached_sight
+from moe_jax.model.attention import Cache, cached_sight, empty_cache
 from moe_jax.model.block import Block
 from moe_jax.model.generate import sample
 from moe_jax.model.transformer import Transformer
@@ -83,24 +83,18 @@ class TieredDecoder:
         self.config, self.store, self.look_ahead = config, store, look_ahead
         self.routing: list[np.ndarray] | None = None
         """Set to [] to collect the chosen experts, [B, K] for each token and layer."""
-        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-        trunk = nnx.state(model)
-        nnx.replace_by_pure_dict(trunk, _merged(parameters, router))
-        blocks = trunk.pop("sparse") if "sparse" in trunk else None
-        assert blocks is not None
-        pure = nnx.to_pure_dict(blocks)["blocks"]
-        block = nnx.eval_shape(lambda: Block(config, sparse=True, rngs=nnx.Rngs(0)))
-        self._block_graph, block_state = nnx.split(block)
+        self._programs = _programs(config)
+        everything = nnx.to_pure_dict(nnx.merge_state(parameters, router))
+        pure: Any = everything.pop("sparse")["blocks"]
+        everything.pop("mtp", None)
+        # Plain tuples: an nnx.State is flattened in Python, anew at every call.
+        self._trunk = _filled(self._programs.trunk, everything)
         for name in ("gate_up", "down"):
             pure["moe"][name] = jnp.zeros((config.moe_layers, 0))
-        self._blocks = []
-        for layer in range(config.moe_layers):
-            nnx.replace_by_pure_dict(block_state, jax.tree.map(lambda a, i=layer: a[i], pure))
-            self._blocks.append(jax.tree.map(lambda leaf: leaf, block_state))
-        if "mtp" in trunk:
-            trunk.pop("mtp")
-        self._trunk = trunk
-        self._trunk_graph = nnx.split(_trunk_model(config))[0]
+        self._blocks = [
+            _filled(self._programs.block, jax.tree.map(lambda a, i=layer: a[i], pure))
+            for layer in range(config.moe_layers)
+        ]
 
     def generate(
         self,
@@ -131,11 +125,14 @@ class TieredDecoder:
 
     def empty_caches(self, batch: int, slots: int) -> tuple[Any, list[Cache]]:
         """Attention memory: of the dense blocks together, and of each sparse block."""
-        model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
-        dense, sparse = model.empty_caches(batch, slots)
-        assert sparse is not None
-        layers = range(self.config.moe_layers)
-        return dense, [(sparse[0][layer], sparse[1][layer]) for layer in layers]
+        c = self.config
+
+        def one() -> Cache:
+            return empty_cache(c.attention, batch, slots, jnp.dtype(c.compute_dtype))
+
+        dense = [one() for _ in range(c.dense_layers)]
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *dense) if dense else None
+        return stacked, [one() for _ in range(c.moe_layers)]
 
     def step(
         self, tokens: Int[np.ndarray, "B"], position: int, caches: tuple[Any, list[Cache]]
@@ -145,15 +142,13 @@ class TieredDecoder:
         dense, sparse = caches
         ids = jnp.asarray(tokens, jnp.int32)
         at, extended = jnp.int32(position), []
-        x, dense = _begin(self._trunk_graph, self.config, self._trunk, ids, at, dense)
+        x, dense = self._programs.begin(self._trunk, ids, at, dense)
         for layer, block in enumerate(self._blocks):
             following = self._blocks[min(layer + 1, len(self._blocks) - 1)]
-            entered, cache = _enter(
-                self._block_graph, self.config, block, following, x, ids, at, sparse[layer]
-            )
+            entered, cache = self._programs.enter(block, following, x, ids, at, sparse[layer])
             extended.append(cache)
             x = self._experts(layer, block, entered)
-        return _end(self._trunk_graph, self._trunk, x), (dense, extended)
+        return self._programs.end(self._trunk, x), (dense, extended)
 
     def _experts(self, layer: int, block: Any, entered: Entered) -> Array:
         """The block's second half, with its experts from the store."""
@@ -170,7 +165,7 @@ class TieredDecoder:
         padding = width - len(active)
         ids = np.concatenate([active, np.full(padding, -1)]).astype(np.int32)
         matrices += matrices[:1] * padding
-        return _leave(self._block_graph, block, entered, ids, matrices)
+        return self._programs.leave(block, entered, ids, matrices)
 
 
 def _by_rank(ahead: Int[np.ndarray, "B K"], experts: int) -> Int[np.ndarray, "m"]:
@@ -197,68 +192,95 @@ def _check(config: ModelConfig, store: ExpertStore) -> None:
     )
 
 
-def _merged(parameters: nnx.State, router: nnx.State) -> Any:
-    """Both states as one nested dictionary of arrays."""
-    return nnx.to_pure_dict(nnx.merge_state(parameters, router))
+class Part(NamedTuple):
+    """A part of the model: its static graph and the structure of its state."""
+
+    graph: Any
+    structure: Any
+    state: Any
+    """Abstract."""
+
+    def merge(self, leaves: tuple[Array, ...]) -> Any:
+        """The part as an object that can be called."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, leaves))
 
 
-def _trunk_model(config: ModelConfig) -> Transformer:
-    """The model's static part without sparse blocks and without multi-token prediction."""
+def _part(module: nnx.Module) -> Part:
+    graph, state = nnx.split(module)
+    return Part(graph, jax.tree.structure(state), state)
+
+
+def _filled(part: Part, pure: Any) -> tuple[Array, ...]:
+    """The leaves of a part, from a nested dictionary of its arrays."""
+    state = jax.tree.map(lambda leaf: leaf, part.state)
+    nnx.replace_by_pure_dict(state, pure)
+    return tuple(jax.tree.leaves(state))
+
+
+class Programs(NamedTuple):
+    """The compiled steps, shared by all decoders of one config."""
+
+    trunk: Part
+    block: Part
+    begin: Any
+    """(trunk, tokens [B], position, dense caches) -> (x [B, D] after the dense blocks, caches)"""
+    enter: Any
+    """(block, next block, x, tokens, position, cache) -> (Entered, cache)"""
+    leave: Any
+    """(block, Entered, ids [A], matrices) -> x"""
+    end: Any
+    """(trunk, x) -> logits [B, V]"""
+
+
+@lru_cache(maxsize=8)
+def _programs(config: ModelConfig) -> Programs:
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     del model.sparse
     if config.mtp_depth:
         del model.mtp
-    return model
+    trunk = _part(model)
+    block = _part(nnx.eval_shape(lambda: Block(config, sparse=True, rngs=nnx.Rngs(0))))
 
+    def begin(leaves: Any, tokens: Array, at: Array, dense: Any) -> tuple[Array, Any]:
+        model = trunk.merge(leaves)
+        x = model.embed(tokens[:, None])
+        if config.dense_layers:
+            sight = cached_sight(config, at, 1, dense[0].shape[2])
+            x, (dense, _) = model.dense(x, sight, dense, Context(tokens[:, None]))
+        return x[:, 0], dense
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _begin(
-    graph: Any, config: ModelConfig, trunk: Any, tokens: Array, at: Array, dense: Any
-) -> tuple[Array, Any]:
-    """Embedding and dense blocks of one token: (x [B, D], caches)."""
-    model = nnx.merge(graph, trunk)
-    x = model.embed(tokens[:, None])
-    if config.dense_layers:
-        sight = cached_sight(config, at, 1, dense[0].shape[2])
-        x, (dense, _) = model.dense(x, sight, dense, Context(tokens[:, None]))
-    return x[:, 0], dense
+    def enter(
+        leaves: Any, following: Any, x: Array, tokens: Array, at: Array, cache: Cache
+    ) -> tuple[Entered, Cache]:
+        own, after, context = block.merge(leaves), block.merge(following), Context(tokens)
+        sight = cached_sight(config, at, 1, cache[0].shape[1])
+        attended, cache = own.attention(own.attention_norm(x[:, None]), sight, cache)
+        x = x + attended[:, 0]
+        normed = own.feed_forward_norm(x)
 
+        def gate(moe: Any, normed: Array) -> Any:
+            logits = project(normed, moe.router[...])
+            return route(logits, moe.bias[...], config.moe, context)
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
-def _enter(
-    graph: Any,
-    config: ModelConfig,
-    block: Any,
-    following: Any,
-    x: Array,
-    tokens: Array,
-    at: Array,
-    cache: Cache,
-) -> tuple[Entered, Cache]:
-    """Attention and gate of a block, and the next block's gate on what this one's reads."""
-    own, context = nnx.merge(graph, block), Context(tokens)
-    sight = cached_sight(config, at, 1, cache[0].shape[1])
-    attended, cache = own.attention(own.attention_norm(x[:, None]), sight, cache)
-    x = x + attended[:, 0]
-    normed = own.feed_forward_norm(x)
-    chosen = route(project(normed, own.moe.router[...]), own.moe.bias[...], config.moe, context)
-    after = nnx.merge(graph, following)
-    logits = project(after.feed_forward_norm(x), after.moe.router[...])
-    ahead = route(logits, after.moe.bias[...], config.moe, context)
-    return Entered(x, normed, chosen.experts, chosen.weights, ahead.experts), cache
+        chosen, ahead = gate(own.moe, normed), gate(after.moe, after.feed_forward_norm(x))
+        return Entered(x, normed, chosen.experts, chosen.weights, ahead.experts), cache
 
+    def leave(leaves: Any, entered: Entered, ids: Array, matrices: list[Expert]) -> Array:
+        own = block.merge(leaves)
+        x = entered.x + mix(entered.normed, entered.experts, entered.weights, ids, matrices)
+        return x + own.feed_forward(entered.normed) if own.dense else x
 
-@partial(jax.jit, static_argnums=0)
-def _leave(graph: Any, block: Any, entered: Entered, ids: Array, matrices: list[Expert]) -> Array:
-    """The residual stream after a block's routed and shared experts."""
-    own = nnx.merge(graph, block)
-    x = entered.x + mix(entered.normed, entered.experts, entered.weights, ids, matrices)
-    return x + own.feed_forward(entered.normed) if own.dense else x
+    def end(leaves: Any, x: Array) -> Array:
+        return trunk.merge(leaves).logits(x[:, None])[:, 0]
 
-
-@partial(jax.jit, static_argnums=0)
-def _end(graph: Any, trunk: Any, x: Array) -> Array:
-    return nnx.merge(graph, trunk).logits(x[:, None])[:, 0]
+    return Programs(
+        trunk,
+        block,
+        jax.jit(begin, donate_argnums=3),
+        jax.jit(enter, donate_argnums=5),
+        jax.jit(leave),
+        jax.jit(end),
+    )
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))

@@ -123,9 +123,9 @@ def moe_layer(
     Returns ((outputs, chosen experts), statistics over the whole batch).
     """
     tokens = x.reshape(-1, x.shape[-1])
-    logits = _project(tokens, parameters.router)
+    logits = project(tokens, parameters.router)
     noise = parameters.router_noise
-    spread = None if noise is None else _project(tokens, noise)
+    spread = None if noise is None else project(tokens, noise)
     chosen = route(logits, parameters.bias, config, context, spread)
     factor = config.capacity_factor
     if config.rule == "expert_choice":
@@ -138,7 +138,7 @@ def moe_layer(
     return (out.reshape(x.shape), chosen.experts.reshape(*x.shape[:-1], -1)), stats
 
 
-def _project(tokens: Array, matrix: Array) -> Array:
+def project(tokens: Array, matrix: Array) -> Array:
     """Router outputs, in float32 whatever the dtypes."""
     tokens, matrix = tokens.astype(jnp.float32), matrix.astype(jnp.float32)
     return jnp.matmul(tokens, matrix, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,164 @@
+"""Who is resident: exact capacities, admission and eviction, replay of a trace, Belady's bound.
+
+A step is one layer's turn: the distinct experts that its tokens need. Residents among them are
+hits; the others pass through a buffer beside the residents, and afterwards each may take a place.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from moe_jax.config import require
+from moe_jax.placement.policy import Policy
+
+Scope = Literal["pool", "quota"]
+Step = tuple[int, Int[np.ndarray, "n"]]
+"""(layer, distinct experts of that layer, ascending)"""
+
+
+class Change(NamedTuple):
+    """What one step did; experts numbered over all layers."""
+
+    hits: Int[np.ndarray, "hits"]
+    misses: Int[np.ndarray, "misses"]
+    admitted: list[int]
+    evicted: list[int]
+
+
+class Placement:
+    """At most `capacity` residents of layers · experts, chosen by `policy`.
+
+    `pool`: all layers share the capacity; `quota`: each has capacity // layers of it, the first
+    ones take the remainder.
+    """
+
+    def __init__(
+        self, policy: Policy, layers: int, experts: int, capacity: int, scope: Scope = "pool"
+    ) -> None:
+        require(capacity >= 0, f"placement capacity is {capacity}: it must not be negative")
+        require(
+            policy.size == layers * experts,
+            f"the policy is for {policy.size} experts, not {layers} layers of {experts}",
+        )
+        require(scope in ("pool", "quota"), f"unknown scope '{scope}': use pool or quota")
+        self.policy, self.layers, self.experts, self.scope = policy, layers, experts, scope
+        self.capacity = min(capacity, policy.size)
+        self.resident = np.zeros(policy.size, bool)
+
+    def room(self, layer: int) -> tuple[slice, int]:
+        """The experts that compete with those of `layer`, and how many of them may stay."""
+        if self.scope == "pool":
+            return slice(0, self.policy.size), self.capacity
+        share = self.capacity // self.layers + (layer < self.capacity % self.layers)
+        return slice(layer * self.experts, (layer + 1) * self.experts), min(share, self.experts)
+
+    def fill(self) -> list[int]:
+        """Makes the most worthy experts resident; returns them. For a static start."""
+        self.resident[:] = False
+        for layer in range(self.layers if self.scope == "quota" else 1):
+            scope, room = self.room(layer)
+            rivals = np.arange(self.policy.size)[scope]
+            order = np.argsort(-self.policy.worth(rivals), kind="stable")
+            self.resident[rivals[order[:room]]] = True
+        return np.flatnonzero(self.resident).tolist()
+
+    def use(self, layer: int, experts: Int[np.ndarray, "n"]) -> Change:
+        """One step: `experts` of `layer`, distinct, are used."""
+        ids = layer * self.experts + np.asarray(experts)
+        self.policy.use(ids)
+        inside = self.resident[ids]
+        misses = ids[~inside]
+        admitted, evicted = [], []
+        for newcomer in misses.tolist():
+            leaves = self._admit(layer, newcomer)
+            if leaves is not None:
+                admitted.append(newcomer)
+                if leaves >= 0:
+                    evicted.append(leaves)
+        # One newcomer may push out another of the same step: neither then comes nor goes.
+        came_and_went = set(admitted) & set(evicted)
+        return Change(
+            ids[inside],
+            misses,
+            [e for e in admitted if e not in came_and_went],
+            [e for e in evicted if e not in came_and_went],
+        )
+
+    def _admit(self, layer: int, newcomer: int) -> int | None:
+        """Makes room for `newcomer`: who leaves, -1 for nobody, or None if it is not kept."""
+        scope, room = self.room(layer)
+        residents = np.flatnonzero(self.resident[scope]) + scope.start
+        if len(residents) < room:
+            self.resident[newcomer] = True
+            return -1
+        if room == 0:
+            return None
+        worth = self.policy.worth(residents)
+        weakest = int(np.argmin(worth))
+        own = self.policy.worth(np.array([newcomer]))[0]
+        if own <= (1 + self.policy.hysteresis) * worth[weakest]:
+            return None
+        self.resident[residents[weakest]] = False
+        self.resident[newcomer] = True
+        return int(residents[weakest])
+
+
+class Replay(NamedTuple):
+    """Counts over a replayed trace."""
+
+    uses: int
+    hits: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits of all uses; 1 for no use at all."""
+        return self.hits / self.uses if self.uses else 1.0
+
+
+def replay(placement: Placement, steps: Iterable[Step]) -> Replay:
+    """Runs the steps through the placement, which keeps what it has learnt."""
+    uses = hits = 0
+    for layer, experts in steps:
+        change = placement.use(layer, experts)
+        uses += len(experts)
+        hits += len(change.hits)
+    return Replay(uses, hits)
+
+
+def belady(steps: list[Step], layers: int, experts: int, capacity: int) -> Replay:
+    """The most hits that any placement of `capacity` experts can have, knowing the future.
+
+    After every step the experts that are needed soonest stay (Belady 1966, with the choice not to
+    keep a newcomer). It begins with the best contents, so it bounds warm starts as well, and
+    shares its capacity over layers, so it bounds quotas as well. It does not bound prefetching.
+    """
+    numbered = [layer * experts + np.asarray(chosen) for layer, chosen in steps]
+    upcoming = _next_uses(numbered, layers * experts)
+    next_use = np.full(layers * experts, len(steps))
+    for index in range(len(numbered) - 1, -1, -1):
+        next_use[numbered[index]] = index
+    first = np.argsort(next_use, kind="stable")[:capacity]
+    resident = np.zeros(layers * experts, bool)
+    resident[first] = True
+    uses = hits = 0
+    for ids, after in zip(numbered, upcoming, strict=True):
+        uses += len(ids)
+        hits += int(resident[ids].sum())
+        next_use[ids] = after
+        resident[ids] = True
+        held = np.flatnonzero(resident)
+        if len(held) > capacity:
+            resident[held[np.argsort(next_use[held], kind="stable")[capacity:]]] = False
+    return Replay(uses, hits)
+
+
+def _next_uses(numbered: list[np.ndarray], size: int) -> list[np.ndarray]:
+    """For every step, when each of its experts is used next: a step's number, or their count."""
+    soonest = np.full(size, len(numbered))
+    found: list[np.ndarray] = []
+    for index in range(len(numbered) - 1, -1, -1):
+        found.append(soonest[numbered[index]].copy())
+        soonest[numbered[index]] = index
+    return found[::-1]

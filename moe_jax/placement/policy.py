@@ -1,0 +1,150 @@
+"""Which experts are worth keeping in fast memory: one number for each, updated at every use.
+
+Experts of all layers are numbered together, layer · E + expert, N in all. A policy gives every one
+a worth; placement.place decides with it who leaves and who enters. No policy ever changes a result:
+an expert that is not resident is fetched.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from moe_jax.config import require
+
+
+class Policy(ABC):
+    """Worth of keeping each of `size` experts; equal ones go in the order of their numbers.
+
+    `hysteresis`: a newcomer replaces the least worthy resident only where its worth exceeds that
+    one's by this fraction. 0 asks for any advantage, so an expert that is not better than what is
+    there is used once and not kept.
+    """
+
+    name: str
+
+    def __init__(self, size: int, hysteresis: float = 0.0) -> None:
+        require(size > 0, f"placement over {size} experts: there must be at least one")
+        require(hysteresis >= 0, f"hysteresis is {hysteresis}: it must not be negative")
+        self.size, self.hysteresis, self.now = size, hysteresis, 0
+
+    def use(self, experts: Int[np.ndarray, "n"]) -> None:
+        """The distinct `experts` are used together, one step after the last use."""
+        self.now += 1
+        self._use(experts)
+
+    @abstractmethod
+    def _use(self, experts: Int[np.ndarray, "n"]) -> None:
+        """Updates what `worth` is computed from; `now` is the step's number."""
+
+    @abstractmethod
+    def worth(self, experts: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+        """Not negative; higher ones stay."""
+
+
+class LRU(Policy):
+    """Least recently used leaves: worth = number of the step of the last use."""
+
+    name = "lru"
+
+    def __init__(self, size: int, hysteresis: float = 0.0) -> None:
+        super().__init__(size, 0.0)  # a time has no meaningful fraction
+        self.last = np.zeros(size, np.int64)
+
+    def _use(self, experts: np.ndarray) -> None:
+        self.last[experts] = self.now
+
+    def worth(self, experts: np.ndarray) -> np.ndarray:
+        return self.last[experts].astype(float)
+
+
+class LFU(Policy):
+    """Least frequently used leaves: worth = uses so far, whether resident or not."""
+
+    name = "lfu"
+
+    def __init__(self, size: int, hysteresis: float = 0.0) -> None:
+        super().__init__(size, hysteresis)
+        self.count = np.zeros(size)
+
+    def _use(self, experts: np.ndarray) -> None:
+        self.count[experts] += 1
+
+    def worth(self, experts: np.ndarray) -> np.ndarray:
+        return self.count[experts]
+
+
+class DecayedLFU(Policy):
+    """worth = sum over uses of 2^(-age / half_life), age in steps (LRFU, Lee et al. 2001).
+
+    The sum is kept scaled by 2^(now / half_life), so that a step touches the used experts only.
+    """
+
+    name = "decayed_lfu"
+
+    def __init__(self, size: int, hysteresis: float = 0.0, half_life: float = 256.0) -> None:
+        super().__init__(size, hysteresis)
+        require(half_life > 0, f"half_life is {half_life}: it must be positive")
+        self.half_life, self.origin = half_life, 0
+        self.scaled = np.zeros(size)
+
+    def _use(self, experts: np.ndarray) -> None:
+        if self.now - self.origin > 500 * self.half_life:  # long before 2^1023
+            self.scaled *= 2.0 ** (-(self.now - self.origin) / self.half_life)
+            self.origin = self.now
+        self.scaled[experts] += 2.0 ** ((self.now - self.origin) / self.half_life)
+
+    def worth(self, experts: np.ndarray) -> np.ndarray:
+        return self.scaled[experts] * 2.0 ** (-(self.now - self.origin) / self.half_life)
+
+
+class LFRU(Policy):
+    """Frequent and recent: worth = uses / (1 + steps since the last use)."""
+
+    name = "lfru"
+
+    def __init__(self, size: int, hysteresis: float = 0.25) -> None:
+        super().__init__(size, hysteresis)
+        self.count, self.last = np.zeros(size), np.zeros(size, np.int64)
+
+    def _use(self, experts: np.ndarray) -> None:
+        self.count[experts] += 1
+        self.last[experts] = self.now
+
+    def worth(self, experts: np.ndarray) -> np.ndarray:
+        return self.count[experts] / (1 + self.now - self.last[experts])
+
+
+class Static(Policy):
+    """The placement never changes: worth = how often each expert was used in a calibration run."""
+
+    name = "static"
+
+    def __init__(self, frequency: Float[np.ndarray, "N"]) -> None:
+        super().__init__(len(frequency), 0.0)
+        require(bool(np.all(frequency >= 0)), "static placement: a frequency is negative")
+        self.frequency = np.asarray(frequency, float)
+
+    def _use(self, experts: np.ndarray) -> None:
+        pass
+
+    def worth(self, experts: np.ndarray) -> np.ndarray:
+        return self.frequency[experts]
+
+
+ONLINE: dict[str, Callable[[int], Policy]] = {
+    policy.name: policy for policy in (LRU, LFU, DecayedLFU, LFRU)
+}
+"""Policies that learn as they go, by name; each takes the number of experts."""
+
+
+def make_policy(name: str, size: int, frequency: Float[np.ndarray, "N"] | None = None) -> Policy:
+    """The policy called `name`; `static` needs frequencies. UserError: there is none."""
+    if name == Static.name:
+        require(frequency is not None, "placement policy static needs a trace to count uses in")
+        assert frequency is not None
+        return Static(frequency)
+    known = ", ".join([Static.name, *ONLINE])
+    require(name in ONLINE, f"unknown placement policy '{name}': use one of {known}")
+    return ONLINE[name](size)

@@ -1,0 +1,108 @@
+"""Decoding with tiers: the model's own tokens, and the same bits whatever is resident."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.errors import UserError
+from moe_jax.model.generate import generate
+from moe_jax.model.transformer import Transformer
+from moe_jax.moe.layer import RouterBias
+from moe_jax.placement.decode import TieredDecoder, save_experts
+from moe_jax.placement.files import ExpertFiles
+from moe_jax.placement.policy import make_policy
+from moe_jax.placement.store import ExpertStore
+from tests.conftest import MLA
+
+
+def split(config):
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    graph, parameters, router = nnx.split(model, nnx.Param, RouterBias)
+    router = jax.tree.map(lambda b: 0.2 * jax.random.normal(jax.random.key(3), b.shape), router)
+    return graph, parameters, router
+
+
+def store(folder, name, slots, working_set, **settings):
+    files = ExpertFiles(folder)
+    size = files.layers * files.experts
+    made = ExpertStore(
+        files,
+        make_policy(name, size, np.arange(size)),
+        device_bytes=slots * files.expert_bytes,
+        working_set=working_set,
+        **settings,
+    )
+    if name == "static":
+        made.fill()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("attention", "temperature", "change"),
+    [("gqa", 1.0, {"tied_embedding": False, "dense_layers": 0}), ("mla", 0.0, {"mtp_depth": 1})],
+)
+def test_the_models_own_tokens(small_model, tmp_path, attention, temperature, change):
+    config = replace(small_model, **change)
+    if attention == "mla":
+        config = replace(config, attention=MLA)
+    graph, parameters, router = split(config)
+    save_experts(tmp_path, parameters)
+    prompt = jax.random.randint(jax.random.key(1), (2, 4), 0, 61)
+    settings = {"count": 6, "vocabulary": 50, "temperature": temperature, "top_k": 7}
+    expected = generate(graph, (parameters, router), prompt, jax.random.key(2), **settings)
+    with store(tmp_path, "lru", 6, 4, look_ahead=2) as tiers:
+        decoder = TieredDecoder(config, parameters, router, tiers)
+        found = decoder.generate(prompt, jax.random.key(2), **settings)
+        assert tiers.traffic.hits < tiers.traffic.uses  # some experts did have to come
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_the_same_bits_whatever_is_resident(small_model, tmp_path):
+    _, parameters, router = split(small_model)
+    save_experts(tmp_path, parameters)
+    tokens = np.asarray(jax.random.randint(jax.random.key(1), (7, 2), 0, 61))
+
+    def logits(*arguments, **settings):
+        with store(tmp_path, *arguments, **settings) as tiers:
+            decoder = TieredDecoder(small_model, parameters, router, tiers)
+            caches, found = decoder.empty_caches(2, len(tokens)), []
+            for position, token in enumerate(tokens):
+                out, caches = decoder.step(token, position, caches)
+                found.append(np.asarray(out))
+            return np.stack(found)
+
+    everything = logits("static", 16, 4)
+    for name in ("static", "lru", "lfu", "decayed_lfu", "lfru"):
+        for slots in (4, 8):
+            np.testing.assert_array_equal(logits(name, slots, 4, look_ahead=3), everything)
+    host = 4 * 3 * small_model.width * small_model.moe.expert_hidden * 4
+    np.testing.assert_array_equal(logits("lru", 5, 4, host_bytes=host), everything)
+    np.testing.assert_array_equal(logits("lru", 5, 4, blocking=True), everything)
+    np.testing.assert_array_equal(logits("lru", 9, 4, scope="quota"), everything)
+
+
+def test_routing_without_a_capacity_only_and_experts_of_this_model(small_model, tmp_path):
+    _, parameters, router = split(small_model)
+    save_experts(tmp_path, parameters)
+    with store(tmp_path, "lru", 6, 2) as tiers:
+        for change, message in (
+            ({"moe": replace(small_model.moe, capacity_factor=1.0)}, "capacity_factor=1.0"),
+            ({"moe": replace(small_model.moe, expert_hidden=7)}, r"20, 28\), the model has"),
+            ({"dense_layers": 3}, "has no experts"),
+        ):
+            with pytest.raises(UserError, match=message):
+                TieredDecoder(replace(small_model, **change), parameters, router, tiers)
+
+
+def test_the_routing_of_a_decoded_text_can_be_collected(small_model, tmp_path):
+    _, parameters, router = split(small_model)
+    save_experts(tmp_path, parameters)
+    with store(tmp_path, "lru", 6, 2) as tiers:
+        decoder = TieredDecoder(small_model, parameters, router, tiers)
+        decoder.routing = []
+        decoder.generate(jnp.zeros((1, 3), jnp.int32), jax.random.key(0), count=2, vocabulary=61)
+    assert [chosen.shape for chosen in decoder.routing] == [(1, 2)] * (4 * 2)

@@ -1,0 +1,175 @@
+"""Policies and placement against slow obvious references, and Belady against trying everything."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.errors import UserError
+from moe_jax.placement.place import Placement, belady, replay
+from moe_jax.placement.policy import LFRU, LFU, LRU, ONLINE, DecayedLFU, Static, make_policy
+
+LAYERS, EXPERTS = 2, 4
+NAMES = ["static", *ONLINE]
+
+
+@st.composite
+def traces(draw, longest=30):
+    """Steps of alternating layers, each with some distinct experts in ascending order."""
+    count = draw(st.integers(1, longest))
+    chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=3)
+    return [(i % LAYERS, np.array(sorted(draw(chosen)))) for i in range(count)]
+
+
+def make(name, capacity, scope="pool"):
+    policy = make_policy(name, LAYERS * EXPERTS, np.arange(LAYERS * EXPERTS) % 5)
+    return Placement(policy, LAYERS, EXPERTS, capacity, scope)
+
+
+def slow_worth(name, uses, now):
+    """Worth of one expert from the list of the steps of its uses (numbered from 1)."""
+    if name == "lru":
+        return max(uses, default=0)
+    if name == "lfu":
+        return len(uses)
+    if name == "decayed_lfu":
+        return sum(2.0 ** (-(now - t) / 256.0) for t in uses)
+    assert name == "lfru"
+    return len(uses) / (1 + now - max(uses, default=0))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    traces(), st.sampled_from(list(ONLINE)), st.integers(0, 9), st.sampled_from(["pool", "quota"])
+)
+def test_every_policy_follows_its_definition(steps, name, capacity, scope):
+    """A reference that keeps lists and looks at everything at each step."""
+    placement = make(name, capacity, scope)
+    uses = {e: [] for e in range(LAYERS * EXPERTS)}
+    resident: set[int] = set()
+    margin = 1.25 if name == "lfru" else 1.0
+    for now, (layer, experts) in enumerate(steps, 1):
+        ids = [layer * EXPERTS + int(e) for e in experts]
+        for e in ids:
+            uses[e].append(now)
+        worth = {e: slow_worth(name, uses[e], now) for e in uses}
+        expected_hits = [e for e in ids if e in resident]
+        for e in ids:
+            if e in resident or e in expected_hits:
+                continue
+            rivals = [r for r in sorted(resident) if scope == "pool" or r // EXPERTS == layer]
+            room = min(capacity, 8)
+            if scope == "quota":
+                room = min(room // LAYERS + (layer < room % LAYERS), EXPERTS)
+            if len(rivals) < room:
+                resident.add(e)
+            elif rivals:
+                weakest = min(rivals, key=lambda r: (worth[r], r))
+                if worth[e] > margin * worth[weakest] * (1 + 1e-12):
+                    resident -= {weakest}
+                    resident.add(e)
+        before = set(np.flatnonzero(placement.resident).tolist())
+        change = placement.use(layer, experts)
+        after = set(np.flatnonzero(placement.resident).tolist())
+        assert change.hits.tolist() == expected_hits
+        assert after == resident
+        assert after == (before | set(change.admitted)) - set(change.evicted)
+        assert not set(change.admitted) & before
+        assert set(change.evicted) <= before
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    traces(),
+    st.sampled_from(NAMES),
+    st.integers(0, 9),
+    st.sampled_from(["pool", "quota"]),
+    st.booleans(),
+)
+def test_capacity_is_exact_and_belady_is_never_beaten(steps, name, capacity, scope, warm):
+    placement = make(name, capacity, scope)
+    if name == "static" or warm:
+        placement.fill()
+    hits = 0
+    for layer, experts in steps:
+        hits += len(placement.use(layer, experts).hits)
+        assert placement.resident.sum() <= capacity
+        if scope == "quota":
+            for index in range(LAYERS):
+                assert (
+                    placement.resident[placement.room(index)[0]].sum() <= placement.room(index)[1]
+                )
+    assert hits <= belady(steps, LAYERS, EXPERTS, capacity).hits
+
+
+@settings(deadline=None, max_examples=25)
+@given(traces(longest=6), st.integers(1, 3))
+def test_belady_equals_the_best_of_all_placements(steps, capacity):
+    everything = range(LAYERS * EXPERTS)
+    best = {frozenset(start): 0 for start in combinations(everything, capacity)}
+    for layer, experts in steps:
+        ids = {layer * EXPERTS + int(e) for e in experts}
+        following: dict[frozenset, int] = {}
+        for held, hits in best.items():
+            hits += len(held & ids)
+            for kept in combinations(sorted(held | ids), capacity):
+                key = frozenset(kept)
+                following[key] = max(following.get(key, 0), hits)
+        best = following
+    assert belady(steps, LAYERS, EXPERTS, capacity).hits == max(best.values())
+
+
+def test_everything_fits_or_nothing_does():
+    steps = [(i % 2, np.array([0, 2])) for i in range(10)]
+    for name in ONLINE:
+        assert replay(make(name, 8), steps).hits == 16  # all but the first two steps
+        assert replay(make(name, 0), steps).hits == 0
+    assert belady(steps, LAYERS, EXPERTS, 8).hits == 20
+    assert replay(make("lru", 3), []).hit_rate == 1.0
+
+
+def test_static_never_moves_and_takes_the_most_frequent():
+    frequency = np.array([5, 1, 0, 3, 9, 9, 0, 2])
+    placement = Placement(Static(frequency), 2, 4, 3)
+    assert placement.fill() == [0, 4, 5]
+    for layer, experts in [(0, [1, 2, 3]), (1, [2, 3])] * 5:
+        change = placement.use(layer, np.array(experts))
+        assert change.admitted == change.evicted == []
+    quota = Placement(Static(frequency), 2, 4, 3, "quota")
+    assert quota.fill() == [0, 3, 4]
+
+
+def test_hysteresis_holds_back_a_newcomer():
+    for hysteresis, kept in ((0.0, 1), (1.0, 0)):
+        placement = Placement(LFU(2, hysteresis), 1, 2, 1)
+        for expert in (0, 0, 1, 1, 1):
+            placement.use(0, np.array([expert]))
+        assert np.flatnonzero(placement.resident).tolist() == [kept]
+
+
+def test_decay_forgets_and_does_not_overflow():
+    policy = DecayedLFU(2, half_life=2.0)
+    for _ in range(50):
+        policy.use(np.array([0]))
+    for _ in range(5000):
+        policy.use(np.array([1]))
+    worth = policy.worth(np.array([0, 1]))
+    assert worth[0] < 1e-9
+    assert worth[1] == pytest.approx(1 / (1 - 2**-0.5))
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda: make_policy("mru", 4), "unknown placement policy 'mru': use one of static, lru"),
+        (lambda: make_policy("static", 4), "static needs a trace"),
+        (lambda: Placement(LRU(4), 2, 3, 1), "for 4 experts, not 2 layers of 3"),
+        (lambda: Placement(LRU(4), 2, 2, -1), "capacity is -1"),
+        (lambda: LFRU(4, -0.5), "hysteresis is -0.5"),
+    ],
+)
+def test_impossible_settings_are_named(make_it, message):
+    with pytest.raises(UserError, match=message):
+        make_it()

@@ -1,0 +1,188 @@
+"""Files of experts name their damage; the store gives the right experts within its budget."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.placement import files as expert_files
+from moe_jax.placement.files import ExpertFiles, layer_name, write_experts
+from moe_jax.placement.policy import LFU, LRU, Static, make_policy
+from moe_jax.placement.store import ExpertStore
+
+LAYERS, EXPERTS, WIDTH, HIDDEN = 3, 5, 6, 4
+
+
+def matrices(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [
+        (
+            rng.normal(size=(EXPERTS, WIDTH, 2 * HIDDEN)).astype(dtype),
+            rng.normal(size=(EXPERTS, HIDDEN, WIDTH)).astype(dtype),
+        )
+        for _ in range(LAYERS)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    assert write_experts(tmp_path / "experts", matrices()) == LAYERS
+    return tmp_path / "experts"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jax.numpy.bfloat16])
+@pytest.mark.parametrize("direct", [False, True])
+def test_what_is_written_is_read(tmp_path, dtype, direct):
+    if direct and not hasattr(os, "O_DIRECT"):
+        pytest.skip("no O_DIRECT here")
+    content = matrices(dtype)
+    write_experts(tmp_path, content)
+    try:
+        files = ExpertFiles(tmp_path, direct=direct)
+    except UserError as error:
+        pytest.skip(str(error))  # a file system without O_DIRECT
+    assert (files.layers, files.experts) == (LAYERS, EXPERTS)
+    assert files.expert_bytes == 3 * WIDTH * HIDDEN * np.dtype(dtype).itemsize
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            gate_up, down = files.read(layer, expert)
+            np.testing.assert_array_equal(gate_up, content[layer][0][expert])
+            np.testing.assert_array_equal(down, content[layer][1][expert])
+    files.close()
+
+
+def test_the_files_are_safetensors(folder):
+    from safetensors.numpy import load_file
+
+    tensors = load_file(folder / layer_name(1))
+    np.testing.assert_array_equal(tensors["expert-00003.down"], matrices()[1][1][3])
+
+
+def test_a_corrupt_expert_is_named_and_the_others_are_read(folder):
+    path = folder / layer_name(1)
+    content = bytearray(path.read_bytes())
+    content[ExpertFiles(folder).records[1][3].start + 7] ^= 1
+    path.write_bytes(content)
+    files = ExpertFiles(folder)
+    files.read(1, 2)
+    with pytest.raises(UserError, match=r"expert 3 of layer 1 in .*layer-001.* is corrupt"):
+        files.read(1, 3)
+
+
+@pytest.mark.parametrize("cut", ["header", "first", "last"])
+def test_a_truncated_file_is_named(folder, cut):
+    path, files = folder / layer_name(2), ExpertFiles(folder)
+    size = {"header": 20, "first": files.records[2][0].start + 3, "last": path.stat().st_size - 1}
+    os.truncate(path, size[cut])
+    with (
+        pytest.raises(UserError, match=r"expert 4 of layer 2 .* truncated")
+        if (cut == "last")
+        else pytest.raises(UserError, match="truncated")
+    ):
+        files.read(2, 4)  # the file shrinks while it is open
+    expected = {"header": "inside its header", "first": "expert 0 and", "last": "expert 4 and"}
+    with pytest.raises(UserError, match=rf"layer-002.safetensors is truncated.*{expected[cut]}"):
+        ExpertFiles(folder)
+
+
+def test_missing_and_foreign_files_are_named(folder, tmp_path):
+    with pytest.raises(UserError, match="holds no experts"):
+        ExpertFiles(tmp_path)
+    (folder / layer_name(0)).unlink()
+    with pytest.raises(UserError, match=r"layer-000.safetensors is missing"):
+        ExpertFiles(folder)
+    (folder / layer_name(0)).write_bytes((5).to_bytes(8, "little") + b"[1,2]" * 9)
+    with pytest.raises(UserError, match="no file of experts"):
+        ExpertFiles(folder)
+
+
+def budget(experts):
+    return experts * 3 * WIDTH * HIDDEN * 4
+
+
+@pytest.mark.parametrize("name", ["static", "lru", "lfu", "decayed_lfu", "lfru"])
+@pytest.mark.parametrize("slots", [2, 5, 9, 19])
+@pytest.mark.parametrize("host", [0, 4])
+@pytest.mark.parametrize("blocking", [False, True])
+def test_the_right_experts_within_the_budget(folder, name, slots, host, blocking):
+    rng, content = np.random.default_rng(slots), matrices()
+    policy = make_policy(name, LAYERS * EXPERTS, np.arange(LAYERS * EXPERTS))
+    with ExpertStore(
+        ExpertFiles(folder),
+        policy,
+        device_bytes=budget(slots) + 3,
+        working_set=2,
+        host_bytes=budget(host),
+        look_ahead=2,
+        blocking=blocking,
+    ) as store:
+        if name == "static":
+            store.fill()
+        for step in range(60):
+            layer = step % LAYERS
+            experts = np.sort(rng.permutation(EXPERTS)[: rng.integers(1, 3)])
+            ahead = rng.permutation(EXPERTS)[:3] if layer + 1 < LAYERS else None
+            for expert, found in zip(experts, store.fetch(layer, experts, ahead), strict=True):
+                np.testing.assert_array_equal(found[0], content[layer][0][expert])
+                np.testing.assert_array_equal(found[1], content[layer][1][expert])
+        traffic = store.traffic
+        assert 0 < traffic.peak_bytes <= budget(slots)
+        assert len(store._host) <= host
+        assert not store._host.keys() & store._resident.keys()
+        assert traffic.hits + traffic.ahead <= traffic.uses
+        copied = traffic.disk_bytes + traffic.host_bytes
+        assert copied == len(traffic.copies) * store.files.expert_bytes
+        if host == 0:
+            assert traffic.host_bytes == 0
+        if slots == 19:
+            assert store.placement.capacity == LAYERS * EXPERTS
+
+
+def test_a_budget_below_the_working_set_states_the_minimum(folder):
+    files = ExpertFiles(folder)
+    with pytest.raises(UserError, match=f"2 experts of 288 bytes need at least {budget(2)}"):
+        ExpertStore(files, LRU(15), device_bytes=budget(2) - 1, working_set=2)
+
+
+def test_a_failing_read_stops_the_fetch_and_names_the_expert(folder, monkeypatch):
+    with ExpertStore(ExpertFiles(folder), LFU(15), device_bytes=budget(4), working_set=2) as store:
+        store.fetch(0, np.array([0, 1]))
+
+        def broken(*_):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(expert_files.os, "preadv", broken)
+        with pytest.raises(UserError, match=r"expert 3 of layer 1 .*: Input/output error"):
+            store.fetch(1, np.array([3]))
+        store.fetch(0, np.array([0, 1]))  # residents are still there
+
+
+def test_predictions_that_come_true_are_counted_and_wrong_ones_switch_off(folder):
+    with ExpertStore(
+        ExpertFiles(folder),
+        Static(np.zeros(15)),
+        device_bytes=budget(4),
+        working_set=2,
+        look_ahead=2,
+        recall_floor=0.5,
+    ) as store:
+        for _ in range(5):
+            store.fetch(0, np.array([0]), np.array([2, 3]))
+            store.fetch(1, np.array([2, 3]))
+        assert store.traffic.ahead == 10
+        assert store.traffic.wasted_bytes == 0
+        assert store.ahead.recall == 1
+        for _ in range(40):
+            store.fetch(0, np.array([0]), np.array([0, 1]))
+            store.fetch(1, np.array([2, 3]))
+        assert not store.ahead.active
+        copies = len(store.traffic.copies)
+        store.fetch(0, np.array([0]), np.array([2, 3]))
+        assert not store._arriving
+        assert len(store.traffic.copies) == copies + 1
+        for _ in range(60):
+            store.fetch(0, np.array([0]), np.array([2, 3]))
+            store.fetch(1, np.array([2, 3]))
+        assert store.ahead.active

@@ -84,6 +84,7 @@ def test_noise_and_reinitialisation_make_experts_differ_a_little(change):
     assert not np.allclose(run(*moved)[0], dense_logits(), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_experts_part_ways_in_training():
     """Copies under a router that treats them differently get different gradients."""
     model, parameters, router = upcycle(DENSE, dense_parameters(), UpcycleConfig())

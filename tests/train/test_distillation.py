@@ -43,6 +43,7 @@ def config(small_run):
     return replace(small_run, optim=OptimConfig(learning_rate=1e-2, warmup=0.0), steps=30)
 
 
+@pytest.mark.slow
 def test_without_a_teacher_it_is_the_plain_loss(config):
     """alpha = 0: the same loss and gradient as training without distillation."""
     state, batch, key = init_state(config), make_batch(config), jax.random.key(0)
@@ -144,6 +145,7 @@ def test_the_students_own_text(config):
     assert np.isfinite([first.distillation, second.distillation]).all()
 
 
+@pytest.mark.slow
 def test_own_tokens_have_no_cross_entropy(config):
     """The gradient of a batch that is all the student's own is alpha times the divergence's."""
     state, batch, key = init_state(config), make_batch(config), jax.random.key(0)

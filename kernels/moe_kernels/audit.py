@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
+from moe_kernels.experts.shapes import BLOCK_ROWS, OPERATIONS, Tiles, tiles, using
 from moe_kernels.launch import Launch, recording
 
 ARCHITECTURES = (80, 90, 100)
@@ -34,8 +35,25 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS, WARPS, SHARED_SM = 65536, {80: 64, 90: 64, 100: 64}, {80: 164, 90: 228, 100: 228}
 """Of a multiprocessor: registers, warps, KiB of shared memory."""
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+FLAGS = ("SAVE", "GATHER_LEFT", "GATHER_RIGHT", "WEIGHTED", "SWIGLU", "FAST_SILU")
+PLAIN = ("combine", "decode")
+"""Kernels without products on the matrix units, limited by what memory gives."""
 SIZES = {"T": 4096, "D": 2048, "F": 1024, "E": 64, "K": 8}
 """OLMoE-1B-7B's."""
+
+
+class Variant(NamedTuple):
+    """A change to the table's entries that bench.py and lever_kernels.py measure."""
+
+    operations: tuple[str, ...]
+    change: dict[str, Any]
+
+
+VARIANTS = {
+    "persistent": Variant(("up", "rows"), {"resident": 1}),
+    "keep": Variant(OPERATIONS, {"keep_rows": "evict_first", "keep_matrix": "evict_last"}),
+    "fast_silu": Variant(("up",), {"fast_silu": True}),
+}
 
 
 class Case(NamedTuple):
@@ -44,42 +62,62 @@ class Case(NamedTuple):
     dtype: str
     block_rows: int
     arch: int
+    variant: str | None = None
 
 
 def launches(case: Case) -> list[Launch]:
-    """What a forward pass without gradients and one with them launch, each kernel once."""
+    """What a forward pass without gradients, one with them, and decoding launch, each once; of a
+    variant those that it changes."""
     from moe_kernels.experts import mixture
     from moe_kernels.schedule.api import schedule_shape
 
-    t, d, f, e, k = SIZES.values()
-    dtype = jnp.dtype(case.dtype)
-    arrays = (
-        ShapeDtypeStruct((t, d), dtype),
-        ShapeDtypeStruct((t, k), jnp.float32),
-        ShapeDtypeStruct((e, d, 2 * f), dtype),
-        ShapeDtypeStruct((e, f, d), dtype),
-    )
-    plan = schedule_shape(t, k, e, case.block_rows)
+    def arguments(tokens: int) -> tuple[Any, ...]:
+        _, d, f, e, k = SIZES.values()
+        x = ShapeDtypeStruct((tokens, d), case.dtype)
+        weights = ShapeDtypeStruct((tokens, k), jnp.float32)
+        gate_up = ShapeDtypeStruct((e, d, 2 * f), case.dtype)
+        down = ShapeDtypeStruct((e, f, d), case.dtype)
+        return x, weights, gate_up, down, schedule_shape(tokens, k, e, case.block_rows)
+
+    # New functions each time: a function that JAX has traced before would launch nothing.
+    def forward(*inputs: Any) -> Any:
+        return mixture(*inputs)
 
     def train(*inputs: Any) -> Any:
         out, pull = jax.vjp(partial(mixture, plan=inputs[-1]), *inputs[:-1])
         return pull(out)
 
-    with recording(case.arch) as found:
-        jax.eval_shape(mixture, *arrays, plan)
-        jax.eval_shape(train, *arrays, plan)
-    return list({describe(launch): launch for launch in found}.values())
+    with recording(case.arch) as found, using(entries(case)):
+        jax.eval_shape(forward, *arguments(SIZES["T"]))
+        jax.eval_shape(train, *arguments(SIZES["T"]))
+        if case.block_rows == BLOCK_ROWS[0]:
+            jax.eval_shape(forward, *arguments(1))
+    named = {describe(launch): launch for launch in found}
+    if case.variant:
+        plain = {describe(launch) for launch in launches(case._replace(variant=None))}
+        named = {name: launch for name, launch in named.items() if name not in plain}
+    return list(named.values())
+
+
+def entries(case: Case) -> dict[str, Tiles]:
+    """The table's tiles for a variant; none for what the table says anyhow."""
+    if not case.variant:
+        return {}
+    operations, change = VARIANTS[case.variant]
+    table = {op: tiles(op, jnp.dtype(case.dtype), case.block_rows) for op in operations}
+    return {op: entry._replace(**change) for op, entry in table.items()}
 
 
 def describe(launch: Launch) -> str:
     """Kernel and configuration, as the table shows them."""
     c, dtype = launch.constants, NAMES[launch.inputs[0].dtype.name]
     tile = "x".join(str(c[key]) for key in ("BM", "BN", "BK", "BD") if key in c)
-    flags = [
-        key.lower() for key in ("SAVE", "GATHER_LEFT", "GATHER_RIGHT", "WEIGHTED") if c.get(key)
-    ]
+    flags = [key.lower() for key in FLAGS if c.get(key)]
     if c.get("STRIDE_K") == 1:
         flags.append("transposed")
+    if c.get("PROGRAMS", 0) < c.get("BLOCKS", 0) * c.get("TILES", 0):
+        flags.append("persistent")
+    flags += [f"{key}={c[key]}".lower() for key in ("KEEP_ROWS", "KEEP_MATRIX") if c.get(key)]
     name = launch.kernel.__name__.removesuffix("_kernel")
     tuning = f"{launch.tuning.warps}w{launch.tuning.stages}s"
     return " ".join([name, dtype, tile, tuning, *flags])
@@ -154,7 +192,7 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['spill_bytes']} bytes spilled, {row['local_accesses']} local accesses"
     if row["shared_bytes"] > limit:
         yield f"{row['shared_bytes']} bytes of shared memory, above {limit}"
-    if row["kernel"] == "combine":
+    if row["kernel"] in PLAIN:
         return
     if not row["cp_async"]:
         yield "no asynchronous copy"
@@ -183,10 +221,11 @@ def main(argv: Sequence[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     dtypes = ("bfloat16", "float32", "float16") if options.all else ("bfloat16", "float32")
-    blocks = (16, 32, 64, 128) if options.all else (16, 128)
+    blocks = BLOCK_ROWS if options.all else (BLOCK_ROWS[0], BLOCK_ROWS[-1])
     cases = [Case(d, b, a) for d in dtypes for b in blocks for a in options.arch]
+    cases += [Case("bfloat16", BLOCK_ROWS[-1], a, v) for a in options.arch for v in VARIANTS]
     rows, broken = [], []
-    widths = {"kernel": 16, "config": 42, "arch": 4, "registers": 9, "spill_bytes": 11}
+    widths = {"kernel": 16, "config": 68, "arch": 4, "registers": 9, "spill_bytes": 11}
     widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "wide_accesses": 13}
     widths |= {"local_accesses": 14, "occupancy": 9}
     print("  ".join(key.ljust(width) for key, width in widths.items()))

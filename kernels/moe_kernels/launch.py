@@ -15,6 +15,9 @@ from jax import Array, ShapeDtypeStruct, lax
 MINIMUM_CAPABILITY = 80
 """Ampere: the first with bfloat16 products and asynchronous copies."""
 
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+"""Of A100, H100 and B200, for programs that are lowered without the device."""
+
 _target: ContextVar[int | None] = ContextVar("target", default=None)
 _record: ContextVar["list[Launch] | None"] = ContextVar("record", default=None)
 
@@ -86,6 +89,12 @@ def capability() -> int:
         return target
     device = jax.devices()[0]
     return round(float(getattr(device, "compute_capability", None) or 9.0) * 10)
+
+
+def multiprocessors() -> int:
+    """Of the device that kernels run on, or of the one that they are lowered for."""
+    own = None if _target.get() else getattr(jax.devices()[0], "core_count", None)
+    return own or MULTIPROCESSORS.get(capability(), MULTIPROCESSORS[90])
 
 
 def interpreting() -> bool:

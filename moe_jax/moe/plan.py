@@ -32,6 +32,8 @@ class Plan:
     """The assignment in a padded row, or S where the row is padding."""
     row: Int[Array, "T K"]
     """The inverse, assignment[row[t, k]] = t·K + k; R where the assignment was dropped."""
+    experts: Int[Array, "T K"]
+    """The expert of each assignment; E where it has no row."""
     block_expert: Int[Array, "blocks"]
     """The expert of each block (that of an unused block is arbitrary: all its rows are padding)."""
     block_rows: int = dataclasses.field(metadata={"static": True})
@@ -105,4 +107,6 @@ def make_plan(experts: Int[Array, "T K"], num_experts: int, capacity: int | None
     sorted_row = jnp.minimum(sorted_starts[of_row] + within, assignments - 1)
     assignment = jnp.where(within < counts[of_row], order[sorted_row], assignments)
     row = row.reshape(tokens, per_token)
-    return Plan(load, counts, starts, assignment, row, block_expert, rows, most)
+    if capacity is not None:
+        experts = jnp.where(row < blocks * rows, experts, num_experts)
+    return Plan(load, counts, starts, assignment, row, experts, block_expert, rows, most)

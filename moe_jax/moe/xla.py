@@ -220,10 +220,9 @@ def _batch_rows(plan: Plan, weights: Array, share: int) -> Rows:
 
 
 def _slots(plan: Plan, share: int) -> Slots:
-    expert = jnp.take(plan.block_expert, plan.row // plan.block_rows, mode="clip")
-    rank = plan.row - plan.starts[expert]
+    rank = plan.row - jnp.take(plan.starts, plan.experts, mode="clip")
     inside = (plan.row < plan.assignment.size) & (rank < share)
-    return Slots(jnp.where(inside, expert * share + rank, 0), inside)
+    return Slots(jnp.where(inside, plan.experts * share + rank, 0), inside)
 
 
 def _sum_slots(rows: Array, slots: Slots, weights: Array) -> Array:

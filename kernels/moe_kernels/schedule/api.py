@@ -22,6 +22,8 @@ class Schedule:
     """The assignment of a row, S where it is padding."""
     row: Int[Array, "T K"]
     """The inverse; R where the assignment has no row."""
+    experts: Int[Array, "T K"]
+    """The expert of each assignment, E where it has no row."""
     block_expert: Int[Array, "blocks"]
     """The expert of each block."""
     block_rows: int = dataclasses.field(metadata={"static": True})
@@ -41,6 +43,7 @@ def schedule_shape(tokens: int, per_token: int, experts: int, block_rows: int) -
         integers(experts),
         integers(experts),
         integers(blocks * block_rows),
+        integers(tokens, per_token),
         integers(tokens, per_token),
         integers(blocks),
         block_rows,

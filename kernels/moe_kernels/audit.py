@@ -35,7 +35,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS, WARPS, SHARED_SM = 65536, {80: 64, 90: 64, 100: 64}, {80: 164, 90: 228, 100: 228}
 """Of a multiprocessor: registers, warps, KiB of shared memory."""
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
-FLAGS = ("SAVE", "GATHER_LEFT", "GATHER_RIGHT", "WEIGHTED", "SWIGLU", "FAST_SILU")
+FLAGS = ("SAVE", "GATHER", "GATHER_LEFT", "GATHER_RIGHT", "WEIGHTED", "SWIGLU", "FAST_SILU")
 PLAIN = ("combine", "decode")
 """Kernels without products on the matrix units, limited by what memory gives."""
 SIZES = {"T": 4096, "D": 2048, "F": 1024, "E": 64, "K": 8}
@@ -68,7 +68,7 @@ class Case(NamedTuple):
 def launches(case: Case) -> list[Launch]:
     """What a forward pass without gradients, one with them, and decoding launch, each once; of a
     variant those that it changes."""
-    from moe_kernels.experts import mixture
+    from moe_kernels.experts import grouped, mixture
     from moe_kernels.schedule.api import schedule_shape
 
     def arguments(tokens: int) -> tuple[Any, ...]:
@@ -88,8 +88,10 @@ def launches(case: Case) -> list[Launch]:
         return pull(out)
 
     with recording(case.arch) as found, using(entries(case)):
-        jax.eval_shape(forward, *arguments(SIZES["T"]))
-        jax.eval_shape(train, *arguments(SIZES["T"]))
+        inputs = arguments(SIZES["T"])
+        jax.eval_shape(forward, *inputs)
+        jax.eval_shape(train, *inputs)
+        jax.eval_shape(lambda x, up, plan: grouped(x, up, plan, gathered=True), *inputs[::2])
         if case.block_rows == BLOCK_ROWS[0]:
             jax.eval_shape(forward, *arguments(1))
     named = {describe(launch): launch for launch in found}

@@ -110,6 +110,20 @@ def test_decoding_computes_each_assignment_by_itself(dtype):
     assert_close("out", mixture(*inputs, plan), reference(*wide, experts), dtype)
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+def test_one_grouped_product(gathered):
+    experts = jnp.asarray(some_experts(40, 2, 3))
+    (x, _, gate_up, _), _ = make_inputs((40, 30, 22, 3), experts, jnp.float32)
+    plan = make_plan(experts, 3)
+    real = np.asarray(plan.assignment) < experts.size
+    token = np.where(real, np.asarray(plan.assignment) // 2, 0)
+    rows = x if gathered else jnp.asarray(np.asarray(x)[token])
+    found = np.asarray(api.grouped(rows, gate_up, plan, gathered))[real]
+    owner = np.repeat(np.asarray(plan.block_expert), plan.block_rows)
+    expected = np.einsum("rd,rdf->rf", np.asarray(x)[token], np.asarray(gate_up)[owner])[real]
+    assert_close("rows", found, expected, jnp.float32)
+
+
 def test_persistent_programs_give_the_same_bits(monkeypatch):
     monkeypatch.setattr(api, "multiprocessors", lambda: 3)
     experts = jnp.asarray(some_experts(150, 2, 3))

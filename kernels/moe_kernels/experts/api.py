@@ -184,7 +184,23 @@ def _up(x: Array, gate_up: Array, plan: Any, save: bool) -> tuple[Array, Array]:
     return result, z
 
 
-def _rows(rows: Array, matrix: Array, plan: Any, transposed: bool = False) -> Array:
+def grouped(
+    rows: Float[Array, "N KD"],
+    matrix: Float[Array, "E KD N"],
+    plan: Schedule,
+    gathered: bool = False,
+) -> Float[Array, "R N"]:
+    """out[r] = rows[r] matrix[e], e the expert of row r; gathered: rows[token of r] instead.
+
+    Rows of unused blocks are not written. No gradients: they are `mixture`'s.
+    """
+    require()
+    return _rows(rows, matrix, plan, gathered=gathered)
+
+
+def _rows(
+    rows: Array, matrix: Array, plan: Any, transposed: bool = False, gathered: bool = False
+) -> Array:
     """rows[r] matrix[e], or rows[r] matrix[e]^T; rows of unused blocks are not written."""
     from moe_kernels.experts.kernel import rows_kernel
 
@@ -194,12 +210,15 @@ def _rows(rows: Array, matrix: Array, plan: Any, transposed: bool = False) -> Ar
     grid, tuning, constants = _blocks(plan, columns, "rows", rows.dtype)
     (out,) = launch(
         rows_kernel,
-        (rows, matrix, plan.block_expert, plan.starts, plan.counts),
-        (ShapeDtypeStruct((len(rows), columns), rows.dtype),),
+        (rows, matrix, plan.assignment, plan.block_expert, plan.starts, plan.counts),
+        (ShapeDtypeStruct((plan.assignment.size, columns), rows.dtype),),
         grid,
         tuning,
+        S=plan.row.size,
         KD=depth,
         N=columns,
+        K=plan.row.shape[1],
+        GATHER=gathered,
         STRIDE_K=strides[0],
         STRIDE_N=strides[1],
         **constants,

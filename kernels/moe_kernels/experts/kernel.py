@@ -113,28 +113,38 @@ def up_kernel(x, gate_up, assignment, block_expert, starts, counts, z, hidden,
 
 
 @triton.jit
-def rows_kernel(a_rows, matrix, block_expert, starts, counts, out,
-                KD: tl.constexpr, N: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
+def rows_kernel(a_rows, matrix, assignment, block_expert, starts, counts, out,
+                S: tl.constexpr, KD: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+                GATHER: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
                 TILES: tl.constexpr, BLOCKS: tl.constexpr, PROGRAMS: tl.constexpr,
                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
                 KEEP_ROWS: tl.constexpr, KEEP_MATRIX: tl.constexpr,
                 PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """out[r] = a_rows[r] M[e], M = matrix[e] or, by its strides, matrix[e] transposed."""
+    """out[r] = a_rows[r] M[e], M = matrix[e] or, by its strides, matrix[e] transposed. GATHER:
+    a_rows[token of r], zeros where r is padding."""
     for tile in range(tl.program_id(0), BLOCKS * TILES, PROGRAMS):
         expert, block, column, used = locate(
             tile, block_expert, starts, counts, TILES, BM, GROUP)  # fmt: skip
         if used:
-            row = (block * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+            rows = block * BM + tl.arange(0, BM)
+            row = rows.to(tl.int64)[:, None]
+            if GATHER:
+                chosen = tl.load(assignment + rows)
+                real = (chosen < S)[:, None]
+                source = tl.where(real, (chosen // K)[:, None], 0).to(tl.int64)
+            else:
+                real = tl.full((BM, 1), True, tl.int1)
+                source = row
             n = column * BN + tl.arange(0, BN)
             inside = n < N
             k = tl.arange(0, BK)
-            a = a_rows + row * KD + k[None, :]
+            a = a_rows + source * KD + k[None, :]
             b = matrix + expert.to(tl.int64) * KD * N
             b += k[:, None] * STRIDE_K + n[None, :] * STRIDE_N
             acc = tl.zeros((BM, BN), tl.float32)
             for step in range(0, tl.cdiv(KD, BK)):
                 left = k < KD - step * BK
-                part = fetch(a, left[None, :], KEEP_ROWS)
+                part = fetch(a, real & left[None, :], KEEP_ROWS)
                 wide = left[:, None] & inside[None, :]
                 right = fetch(b, wide, KEEP_MATRIX)
                 acc = product(part, right, acc, PRECISION, UPCAST)

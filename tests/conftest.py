@@ -1,11 +1,13 @@
 """Small settings that all tests share."""
 
 import os
+import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Triton decides at its import whether kernels are interpreted; tests that need the compiler start
-# a process of their own.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if "gpu" not in sys.argv:  # pytest -m gpu
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Triton decides at its import whether kernels are interpreted; tests that need the compiler
+    # start a process of their own.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dataclasses import replace
 from pathlib import Path

@@ -127,6 +127,7 @@ def describe(launch: Launch) -> str:
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     """A row of the table."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton asks for a choice
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -158,6 +159,7 @@ def measure(compiled: Any, arch: int, launch: Launch) -> dict[str, int | float]:
         "mma": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
         "wide_accesses": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", sass)),
         "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "special": len(re.findall(r"\bMUFU\b", sass)),
         "occupancy": occupancy(registers, shared, launch.tuning.warps, arch),
     }
 
@@ -221,7 +223,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     dtypes = ("bfloat16", "float32", "float16") if options.all else ("bfloat16", "float32")
     blocks = BLOCK_ROWS if options.all else (BLOCK_ROWS[0], BLOCK_ROWS[-1])
     cases = [Case(d, b, a) for d in dtypes for b in blocks for a in options.arch]
@@ -229,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
     rows, broken = [], []
     widths = {"kernel": 16, "config": 68, "arch": 4, "registers": 9, "spill_bytes": 11}
     widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "wide_accesses": 13}
-    widths |= {"local_accesses": 14, "occupancy": 9}
+    widths |= {"local_accesses": 14, "special": 7, "occupancy": 9}
     print("  ".join(key.ljust(width) for key, width in widths.items()))
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

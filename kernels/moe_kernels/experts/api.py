@@ -110,12 +110,12 @@ def _mixture(x: Array, weights: Array, gate_up: Array, down: Array, plan: Any) -
     if plan.experts.size <= len(down):
         return _decode(x, weights, gate_up, down, plan.experts)
     hidden, _ = _up(x, gate_up, plan, save=False)
-    return _combine(_rows(hidden, down, plan), plan.row, weights)
+    return combine(_rows(hidden, down, plan), plan.row, weights)
 
 
 def _save(x: Array, weights: Array, gate_up: Array, down: Array, plan: Any) -> tuple[Array, Saved]:
     hidden, z = _up(x, gate_up, plan, save=True)
-    out = _combine(_rows(hidden, down, plan), plan.row, weights)
+    out = combine(_rows(hidden, down, plan), plan.row, weights)
     return out, Saved(x, weights, gate_up, down, plan, z)
 
 
@@ -124,7 +124,7 @@ def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, Array, N
     dz, weighted, d_row = _hidden_gradient(d_out, down, z, weights, plan)
     d_down = _matrix_gradient(weighted, d_out, plan, gathered="right")
     d_gate_up = _matrix_gradient(x, dz, plan, gathered="left")
-    dx = _combine(_rows(dz, gate_up, plan, transposed=True), plan.row)
+    dx = combine(_rows(dz, gate_up, plan, transposed=True), plan.row)
     own = plan.row < plan.assignment.size
     d_weights = jnp.where(own, jnp.take(d_row, plan.row, mode="clip"), 0.0)
     return dx, d_weights.astype(weights.dtype), d_gate_up, d_down, None
@@ -299,7 +299,7 @@ def _decode(x: Array, weights: Array, gate_up: Array, down: Array, experts: Arra
     hidden = _single_rows(x, gate_up, experts, per_token, swiglu=True)
     y = _single_rows(hidden, down, experts, per=1, swiglu=False)
     row = jnp.where(real, jnp.arange(experts.size).reshape(experts.shape), experts.size)
-    return _combine(y, row, weights)
+    return combine(y, row, weights)
 
 
 def _single_rows(vectors: Array, matrix: Array, experts: Array, per: int, swiglu: bool) -> Array:
@@ -329,8 +329,11 @@ def _single_rows(vectors: Array, matrix: Array, experts: Array, per: int, swiglu
     return out
 
 
-def _combine(rows: Array, row: Array, weights: Array | None = None) -> Array:
-    """out[t] = sum_k w[t, k] · rows[row[t, k]] in float32; without weights the plain sum."""
+def combine(
+    rows: Float[Array, "R D"], row: Int[Array, "T K"], weights: Float[Array, "T K"] | None = None
+) -> Float[Array, "T D"]:
+    """out[t] = sum_k w[t, k] · rows[row[t, k]] in float32, without w the plain sum; k after k, so
+    the same bits every time. An index of R adds nothing."""
     from moe_kernels.experts.kernel import combine_kernel
 
     (tokens, per_token), width = row.shape, rows.shape[1]

@@ -23,9 +23,12 @@ PRODUCT = model.Product(
 DEVICE = model.Device("two", 90, 2, 1e12, 1e11, 1e6, 1e12, 1e-6, 1e9)
 
 
-def test_every_rung_computes_the_layer(monkeypatch):
-    monkeypatch.setattr(lever, "DTYPE", "float32")
-    inputs, plan = lever.make_inputs(TINY, 0), lever.routing(TINY, 0)
+def make_inputs():
+    return [a.astype(jnp.float32) for a in lever.make_inputs(TINY, 0)], lever.routing(TINY, 0)
+
+
+def test_every_rung_computes_the_layer():
+    inputs, plan = make_inputs()
     expected = RUNGS[0].layer(*inputs, plan)
     for rung in RUNGS:
         if rung.name == "ptx":
@@ -40,9 +43,7 @@ def test_the_gradient_from_y_is_the_one_without_it():
 
     from moe_jax.moe.experts import swiglu
 
-    dtype, lever_inputs = lever.DTYPE, lever.make_inputs
-    assert dtype == "bfloat16"
-    inputs, plan = [a.astype(jnp.float32) for a in lever_inputs(TINY, 0)], lever.routing(TINY, 0)
+    inputs, plan = make_inputs()
     x, _, gate_up, down = inputs
     y = grouped(swiglu(grouped(x, gate_up, plan, gathered=True)), down, plan)
     y = jnp.nan_to_num(y)  # rows of unused blocks

@@ -80,6 +80,11 @@ def triton_route() -> Route:
     return Route("gpu", f"{device.device_kind}, compute capability {capability}")
 
 
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`: Triton's tiles have no other sizes."""
+    return 1 << (number - 1).bit_length()
+
+
 def capability() -> int:
     """Compute capability, times ten, that kernels are compiled for; 90 where they are not."""
     if target := _target.get():

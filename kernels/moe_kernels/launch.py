@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,9 @@ MINIMUM_CAPABILITY = 80
 
 _target: ContextVar[int | None] = ContextVar("target", default=None)
 _record: ContextVar["list[Launch] | None"] = ContextVar("record", default=None)
+_interpreter = threading.Lock()
+"""Triton's interpreter replaces Triton's own functions while it runs: one kernel at a time, though
+devices call from threads of their own."""
 
 
 Grid = tuple[int] | tuple[int, int]
@@ -243,7 +247,8 @@ def _interpret(
         held = [np.array(array, order="C") for array in arrays]
         results = [_poisoned(output) for output in outputs]
         tensors = [_Tensor(array) for array in (*held, *results)]
-        kernel[grid](*tensors, **constants)
+        with _interpreter:
+            kernel[grid](*tensors, **constants)
         return results
 
     plain = [ShapeDtypeStruct(output.shape, output.dtype) for output in outputs]

@@ -53,6 +53,8 @@ def route(
     else:
         scores = jax.nn.sigmoid(logits)
         selection = scores + bias
+    # A NaN of either sign is the largest, so that it shows; lax.top_k puts -NaN last.
+    selection = jnp.where(jnp.isnan(selection), jnp.nan, selection)
     experts = RULES[config.rule](lax.stop_gradient(selection), config, context)
     if config.rule == "hash":
         weights = jnp.full_like(scores, config.scale / experts.shape[1], shape=experts.shape)

@@ -24,8 +24,9 @@ def gate(
 
 
 def select(selection: Float[Array, "T E"], choice: Choice) -> Int[Array, "T K"]:
-    """The K best of the best groups; the lower index wins a tie."""
+    """The K best of the best groups; the lower index wins a tie, and NaN against any number."""
     tokens, experts = selection.shape
+    selection = jnp.where(jnp.isnan(selection), jnp.nan, selection)  # -NaN would come last
     if choice.groups_per_token < choice.groups:
         grouped = selection.reshape(tokens, choice.groups, experts // choice.groups)
         best, _ = lax.top_k(grouped, min(choice.representatives, grouped.shape[2]))

@@ -25,6 +25,8 @@ pytest.importorskip("triton")
 # NumPy, the interpreter's arithmetic, warns of NaN and overflow where a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+specified = jax.jit(reference.gate, static_argnums=2)
+selected = jax.jit(reference.select, static_argnums=1)
 SOFTMAX = Choice(3, "softmax")
 SIGMOID = Choice(3, "sigmoid", scale=2.5)
 # The logistic function and its exponential, in NumPy and in XLA: a few units in the last place.
@@ -46,7 +48,7 @@ def draw(tokens, experts, seed=0):
 def assert_exact(found, bias, choice):
     """The choice is top_k's from the returned scores; the weights are the chosen ones' scores."""
     selection = found.scores if bias is None else found.scores + bias
-    np.testing.assert_array_equal(found.experts, reference.select(selection, choice))
+    np.testing.assert_array_equal(found.experts, selected(selection, choice))
     weights = np.take_along_axis(np.asarray(found.scores), np.asarray(found.experts), axis=1)
     if choice.normalise:
         weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
@@ -54,7 +56,7 @@ def assert_exact(found, bias, choice):
 
 
 def check(tokens, experts, choice, seed=0):
-    """Choice, weights, scores and the gradient."""
+    """Choice, weights and scores."""
     logits, bias = draw(tokens, experts, seed)
     bias = bias if choice.function == "sigmoid" else None
     found = gate(logits, bias, choice)
@@ -62,17 +64,11 @@ def check(tokens, experts, choice, seed=0):
     for name, one, other in zip(
         ("experts", "weights", "scores"),
         found,
-        reference.gate(logits, bias, choice),
+        specified(logits, bias, choice),
         strict=True,
     ):
         assert (one.shape, one.dtype) == (other.shape, other.dtype), name
         np.testing.assert_allclose(one, other, **CLOSE, err_msg=name)
-    np.testing.assert_allclose(
-        gradient(gate, logits, bias, choice),
-        gradient(reference.gate, logits, bias, choice),
-        rtol=1e-5,
-        atol=1e-6,
-    )
 
 
 def gradient(function, logits, bias, choice):
@@ -109,11 +105,26 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference_with_its_gradient(name):
+def test_equals_the_reference(name):
     check(*CASES[name])
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize(
+    "name", ["softmax", "softmax, not normalised", "sigmoid", "DeepSeek-V3", "K = E", "E = 1"]
+)
+def test_the_gradient_is_autodiff_s_of_the_reference(name):
+    tokens, experts, choice = CASES[name]
+    logits, bias = draw(tokens, experts)
+    bias = bias if choice.function == "sigmoid" else None
+    np.testing.assert_allclose(
+        gradient(gate, logits, bias, choice),
+        gradient(reference.gate, logits, bias, choice),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_the_choice_is_exactly_top_k_of_the_returned_scores(data):
     groups = data.draw(st.sampled_from([1, 2, 3, 5]))
@@ -139,7 +150,7 @@ def test_ties_go_to_the_lower_index(choice):
     found = gate(logits, None, choice)
     assert found.experts[0].tolist() == [0, 1, 2]
     assert found.experts[1, 0] == 6
-    np.testing.assert_array_equal(found.experts, reference.gate(logits, None, choice)[0])
+    np.testing.assert_array_equal(found.experts, specified(logits, None, choice)[0])
 
 
 def test_saturated_scores_tie_although_their_logits_differ():
@@ -214,7 +225,7 @@ def test_noise_is_added_before_and_learned_from():
         found = route(logits, bias, config, context, spread, kernels)
         return jnp.sum(found.weights * jnp.arange(4)), found.experts
 
-    run = jax.value_and_grad(of_weights, has_aux=True)
+    run = jax.jit(jax.value_and_grad(of_weights, has_aux=True), static_argnums=1)
     ((one, experts), slope), ((two, expected), right) = run(spread, True), run(spread, False)
     np.testing.assert_array_equal(experts, expected)
     np.testing.assert_allclose((one, *slope.ravel()), (two, *right.ravel()), rtol=1e-5, atol=1e-6)

@@ -27,7 +27,9 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
 from moe_kernels.experts.shapes import BLOCK_ROWS, OPERATIONS, Tiles, tiles, using
+from moe_kernels.gate import Choice, gate
 from moe_kernels.launch import Launch, recording
+from moe_kernels.schedule import schedule
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -36,8 +38,10 @@ REGISTERS, WARPS, SHARED_SM = 65536, {80: 64, 90: 64, 100: 64}, {80: 164, 90: 22
 """Of a multiprocessor: registers, warps, KiB of shared memory."""
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
 FLAGS = ("SAVE", "GATHER", "GATHER_LEFT", "GATHER_RIGHT", "WEIGHTED", "SWIGLU", "FAST_SILU")
+FLAGS += ("SIGMOID", "BIASED")
 PLAIN = ("combine", "decode")
-"""Kernels without products on the matrix units, limited by what memory gives."""
+ROUTING = ("gate", "histogram", "scan", "layout", "place")
+"""Kernels that move, compare and sum: neither matrix units nor asynchronous copies are due."""
 SIZES = {"T": 4096, "D": 2048, "F": 1024, "E": 64, "K": 8}
 """OLMoE-1B-7B's."""
 
@@ -54,6 +58,24 @@ VARIANTS = {
     "keep": Variant(OPERATIONS, {"keep_rows": "evict_first", "keep_matrix": "evict_last"}),
     "fast_silu": Variant(("up",), {"fast_silu": True}),
 }
+
+
+class Routing(NamedTuple):
+    """The launches of a model's gate and schedule for one architecture."""
+
+    model: str
+    arch: int
+
+
+ROUTERS = {
+    "DeepSeek-V3": (256, Choice(8, "sigmoid", True, 2.5, 8, 4, 2)),
+    "Kimi-K2": (384, Choice(8, "sigmoid", True, 2.827)),
+    "Qwen3": (128, Choice(8, "softmax")),
+    "OLMoE": (64, Choice(8, "softmax", normalise=False)),
+    "Qwen1.5-MoE": (60, Choice(4, "softmax", normalise=False)),
+    "512 experts, top 16": (512, Choice(16, "softmax")),
+}
+"""Experts and gate of what is audited."""
 
 
 class Case(NamedTuple):
@@ -110,17 +132,32 @@ def entries(case: Case) -> dict[str, Tiles]:
     return {op: entry._replace(**change) for op, entry in table.items()}
 
 
+def routing(case: Routing) -> list[Launch]:
+    """What the model's gate and its schedule launch."""
+    experts, choice = ROUTERS[case.model]
+    tokens = SIZES["T"]
+    logits = ShapeDtypeStruct((tokens, experts), jnp.float32)
+    bias = ShapeDtypeStruct((experts,), jnp.float32) if choice.function == "sigmoid" else None
+    chosen = ShapeDtypeStruct((tokens, choice.per_token), jnp.int32)
+    with recording(case.arch) as found:
+        jax.eval_shape(partial(gate, choice=choice), logits, bias)
+        jax.eval_shape(partial(schedule, num_experts=experts, block_rows=128), chosen)
+    return found
+
+
 def describe(launch: Launch) -> str:
     """Kernel and configuration, as the table shows them."""
     c, dtype = launch.constants, NAMES[launch.inputs[0].dtype.name]
-    tile = "x".join(str(c[key]) for key in ("BM", "BN", "BK", "BD") if key in c)
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    keys = ("E", "K", "G", "BT", "C", "BM") if name in ROUTING else ("BM", "BN", "BK", "BD")
+    sep = " " if name in ROUTING else "x"
+    tile = sep.join(f"{key if name in ROUTING else ''}{c[key]}" for key in keys if key in c)
     flags = [key.lower() for key in FLAGS if c.get(key)]
     if c.get("STRIDE_K") == 1:
         flags.append("transposed")
     if c.get("PROGRAMS", 0) < c.get("BLOCKS", 0) * c.get("TILES", 0):
         flags.append("persistent")
     flags += [f"{key}={c[key]}".lower() for key in ("KEEP_ROWS", "KEEP_MATRIX") if c.get(key)]
-    name = launch.kernel.__name__.removesuffix("_kernel")
     tuning = f"{launch.tuning.warps}w{launch.tuning.stages}s"
     return " ".join([name, dtype, tile, tuning, *flags])
 
@@ -196,7 +233,7 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['spill_bytes']} bytes spilled, {row['local_accesses']} local accesses"
     if row["shared_bytes"] > limit:
         yield f"{row['shared_bytes']} bytes of shared memory, above {limit}"
-    if row["kernel"] in PLAIN:
+    if row["kernel"] in (*ROUTING, *PLAIN):
         return
     if not row["cp_async"]:
         yield "no asynchronous copy"
@@ -204,9 +241,10 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
         yield "no product on the matrix units"
 
 
-def audit_case(case: Case) -> list[dict[str, Any]]:
+def audit_case(case: Case | Routing) -> list[dict[str, Any]]:
     """The rows of one case."""
-    return [compile_launch(launch, case.arch) for launch in launches(case)]
+    found = routing(case) if isinstance(case, Routing) else launches(case)
+    return [compile_launch(launch, case.arch) for launch in found]
 
 
 def show(row: dict[str, Any], widths: dict[str, int]) -> str:
@@ -225,7 +263,8 @@ def main(argv: Sequence[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     dtypes = ("bfloat16", "float32", "float16") if options.all else ("bfloat16", "float32")
     blocks = BLOCK_ROWS if options.all else (BLOCK_ROWS[0], BLOCK_ROWS[-1])
-    cases = [Case(d, b, a) for d in dtypes for b in blocks for a in options.arch]
+    cases: list[Case | Routing] = [Routing(m, a) for m in ROUTERS for a in options.arch]
+    cases += [Case(d, b, a) for d in dtypes for b in blocks for a in options.arch]
     cases += [Case("bfloat16", BLOCK_ROWS[-1], a, v) for a in options.arch for v in VARIANTS]
     rows, broken = [], []
     widths = {"kernel": 16, "config": 68, "arch": 4, "registers": 9, "spill_bytes": 11}

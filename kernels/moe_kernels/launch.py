@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,9 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 _target: ContextVar[int | None] = ContextVar("target", default=None)
 _record: ContextVar["list[Launch] | None"] = ContextVar("record", default=None)
+_interpreter = threading.Lock()
+"""Triton's interpreter replaces Triton's own functions while it runs: one kernel at a time, though
+devices call from threads of their own."""
 
 
 Grid = tuple[int] | tuple[int, int]
@@ -81,6 +85,11 @@ def triton_route() -> Route:
     if capability is None or float(capability) * 10 < MINIMUM_CAPABILITY:
         return Route("none", f"{device.device_kind} has compute capability {capability}, below 8.0")
     return Route("gpu", f"{device.device_kind}, compute capability {capability}")
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`: Triton's tiles have no other sizes."""
+    return 1 << (number - 1).bit_length()
 
 
 def capability() -> int:
@@ -247,7 +256,8 @@ def _interpret(
         held = [np.array(array, order="C") for array in arrays]
         results = [_poisoned(output) for output in outputs]
         tensors = [_Tensor(array) for array in (*held, *results)]
-        kernel[grid](*tensors, **constants)
+        with _interpreter:
+            kernel[grid](*tensors, **constants)
         return results
 
     plain = [ShapeDtypeStruct(output.shape, output.dtype) for output in outputs]

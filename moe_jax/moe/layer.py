@@ -126,13 +126,14 @@ def moe_layer(
     logits = project(tokens, parameters.router)
     noise = parameters.router_noise
     spread = None if noise is None else project(tokens, noise)
-    chosen = route(logits, parameters.bias, config, context, spread)
+    name = implementation(config.implementation)
+    chosen = route(logits, parameters.bias, config, context, spread, kernels=name == "triton")
     factor = config.capacity_factor
     if config.rule == "expert_choice":
         factor = factor or 1.0
     capacity = expert_capacity(len(tokens), config, factor) if factor else None
-    plan = make_plan(chosen.experts, config.experts, capacity)
-    mixture = IMPLEMENTATIONS[implementation(config.implementation)]
+    plan = make_plan(chosen.experts, config.experts, capacity, kernels=name == "triton")
+    mixture = IMPLEMENTATIONS[name]
     out = mixture(tokens, chosen.weights, parameters.gate_up, parameters.down, plan)
     stats = _stats(chosen, plan, x.shape, config)
     return (out.reshape(x.shape), chosen.experts.reshape(*x.shape[:-1], -1)), stats

@@ -5,7 +5,8 @@
 The kernels' own API is traced at real sizes and every launch it makes is compiled for each
 architecture. Registers and spills are ptxas's; the rest is counted in the SASS and the PTX. Exits
 with 1, naming the rows, where a rule is broken: spills, local memory, more shared memory than the
-architecture has, no product on the matrix units, or no asynchronous copy, where they are due.
+architecture has, no product on the matrix units (on their FP8 inputs, for the FP8 kernels), or no
+asynchronous copy, where they are due.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
-from moe_kernels.launch import Launch, recording
+from moe_kernels.launch import Launch, fp8_route, lowering_for, recording
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -34,6 +35,12 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS, WARPS, SHARED_SM = 65536, {80: 64, 90: 64, 100: 64}, {80: 164, 90: 228, 100: 228}
 """Of a multiprocessor: registers, warps, KiB of shared memory."""
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+NAMES["float8_e4m3fn"] = "fp8e4nv"
+STREAMING = {"combine", "quantise_rows", "quantise_matrices"}
+"""Kernels that read once and multiply nothing."""
+FP8_ROWS = 64
+"""Rows from which an FP8 tile is multiplied as FP8 on sm_90 and sm_100; Triton turns smaller ones,
+which memory limits, into fp16."""
 SIZES = {"T": 4096, "D": 2048, "F": 1024, "E": 64, "K": 8}
 """OLMoE-1B-7B's."""
 
@@ -47,8 +54,9 @@ class Case(NamedTuple):
 
 
 def launches(case: Case) -> list[Launch]:
-    """What a forward pass without gradients and one with them launch, each kernel once."""
-    from moe_kernels.experts import mixture
+    """What a forward pass without gradients and one with them launch, each kernel once; in 16 bits
+    also with FP8 products, where the architecture has them."""
+    from moe_kernels import experts, experts_fp8
     from moe_kernels.schedule.api import schedule_shape
 
     t, d, f, e, k = SIZES.values()
@@ -61,20 +69,24 @@ def launches(case: Case) -> list[Launch]:
     )
     plan = schedule_shape(t, k, e, case.block_rows)
 
-    def train(*inputs: Any) -> Any:
+    def train(mixture: Callable[..., Any], *inputs: Any) -> Any:
         out, pull = jax.vjp(partial(mixture, plan=inputs[-1]), *inputs[:-1])
         return pull(out)
 
     with recording(case.arch) as found:
-        jax.eval_shape(mixture, *arrays, plan)
-        jax.eval_shape(train, *arrays, plan)
+        fp8 = dtype.itemsize == 2 and fp8_route().name != "none"
+        for mixture in (experts.mixture, experts_fp8.mixture)[: 1 + fp8]:
+            jax.eval_shape(mixture, *arrays, plan)
+            jax.eval_shape(partial(train, mixture), *arrays, plan)
     return list({describe(launch): launch for launch in found}.values())
 
 
 def describe(launch: Launch) -> str:
     """Kernel and configuration, as the table shows them."""
     c, dtype = launch.constants, NAMES[launch.inputs[0].dtype.name]
-    tile = "x".join(str(c[key]) for key in ("BM", "BN", "BK", "BD") if key in c)
+    result = NAMES[launch.outputs[0].dtype.name]
+    dtype = dtype if result == dtype else f"{dtype}>{result}"
+    tile = "x".join(str(c[key]) for key in ("BM", "BN", "BK", "BD", "ROWS", "TILE") if key in c)
     flags = [
         key.lower() for key in ("SAVE", "GATHER_LEFT", "GATHER_RIGHT", "WEIGHTED") if c.get(key)
     ]
@@ -116,6 +128,7 @@ def measure(compiled: Any, arch: int, launch: Launch) -> dict[str, int | float]:
         "shared_bytes": shared,
         "cp_async": len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
         "mma": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
+        "fp8_mma": len(re.findall(r"mma\S*(?:\.e4m3\.e4m3|::f8f6f4)", ptx)),
         "wide_accesses": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", sass)),
         "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "occupancy": occupancy(registers, shared, launch.tuning.warps, arch),
@@ -154,12 +167,16 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['spill_bytes']} bytes spilled, {row['local_accesses']} local accesses"
     if row["shared_bytes"] > limit:
         yield f"{row['shared_bytes']} bytes of shared memory, above {limit}"
-    if row["kernel"] == "combine":
+    if row["kernel"] in STREAMING:
         return
     if not row["cp_async"]:
         yield "no asynchronous copy"
     if not row["mma"] and not row["config"].startswith("fp32"):
         yield "no product on the matrix units"
+    if row["config"].startswith("fp8"):
+        rows = int(row["config"].split()[1].partition("x")[0])
+        if rows >= FP8_ROWS and row["fp8_mma"] < row["mma"]:
+            yield f"{row['mma'] - row['fp8_mma']} of {row['mma']} products not on FP8"
 
 
 def audit_case(case: Case) -> list[dict[str, Any]]:
@@ -186,10 +203,14 @@ def main(argv: Sequence[str]) -> int:
     blocks = (16, 32, 64, 128) if options.all else (16, 128)
     cases = [Case(d, b, a) for d in dtypes for b in blocks for a in options.arch]
     rows, broken = [], []
-    widths = {"kernel": 16, "config": 42, "arch": 4, "registers": 9, "spill_bytes": 11}
-    widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "wide_accesses": 13}
+    widths = {"kernel": 17, "config": 42, "arch": 4, "registers": 9, "spill_bytes": 11}
+    widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "fp8_mma": 7, "wide_accesses": 13}
     widths |= {"local_accesses": 14, "occupancy": 9}
     print("  ".join(key.ljust(width) for key, width in widths.items()))
+    for arch in options.arch:
+        with lowering_for(arch):
+            if (route := fp8_route()).name == "none":
+                print(f"no FP8 rows for {arch}: {route.reason}")
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for found in pool.map(audit_case, cases):

@@ -104,7 +104,9 @@ def fp8_route() -> Route:
     """triton_route for FP8: compiling it needs a compute capability of 8.9 or more."""
     route = triton_route()
     if route.name in ("gpu", "lower") and capability() < FP8_CAPABILITY:
-        reason = f"compute capability {capability() / 10} has no FP8 matrix units (8.9 and above do)"
+        reason = (
+            f"compute capability {capability() / 10} has no FP8 matrix units (8.9 and above do)"
+        )
         return Route("none", reason)
     return route
 

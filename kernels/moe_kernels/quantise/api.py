@@ -30,12 +30,12 @@ def quantise_rows(
     _check("x [R, D]", x, 2)
     if not _by_kernel(implementation) or not x.size:
         return reference.quantise_rows(x, power_of_two)
-    from moe_kernels.quantise.kernel import rows_kernel
+    from moe_kernels.quantise.kernel import quantise_rows_kernel
 
     (rows, width), tiles = x.shape, -(-x.shape[1] // TILE)
     return Quantised(
         *launch(
-            rows_kernel,
+            quantise_rows_kernel,
             (x,),
             (ShapeDtypeStruct(x.shape, E4M3), ShapeDtypeStruct((rows, tiles), jnp.float32)),
             (-(-rows // ROWS), tiles),
@@ -69,14 +69,14 @@ def quantise_matrices(
         raise ValueError(f"w {w.shape} has {w.shape[2]} columns, which are not {parts} equal parts")
     if not _by_kernel(implementation) or not w.size:
         return reference.quantise_matrices(w, parts, power_of_two)
-    from moe_kernels.quantise.kernel import matrices_kernel
+    from moe_kernels.quantise.kernel import quantise_matrices_kernel
 
     experts, depth, columns = w.shape
     each = columns // parts
     tiles_d, tiles_f = -(-depth // TILE), -(-each // TILE)
     return Quantised(
         *launch(
-            matrices_kernel,
+            quantise_matrices_kernel,
             (w,),
             (
                 ShapeDtypeStruct((experts, columns, depth), E4M3),

@@ -52,9 +52,10 @@ def quantise(tile, axis: tl.constexpr, POWER_OF_TWO: tl.constexpr, UPCAST: tl.co
 
 
 @triton.jit
-def rows_kernel(x, values, scales, R: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
-                ROWS: tl.constexpr, TILE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-                UPCAST: tl.constexpr):  # fmt: skip
+def quantise_rows_kernel(x, values, scales,
+                         R: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
+                         ROWS: tl.constexpr, TILE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+                         UPCAST: tl.constexpr):  # fmt: skip
     """values[r, d], scales[r, d / TILE]: ROWS rows of one tile's columns a program."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -67,9 +68,10 @@ def rows_kernel(x, values, scales, R: tl.constexpr, D: tl.constexpr, TILES: tl.c
 
 
 @triton.jit
-def matrices_kernel(w, values, scales, D: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr,
-                    TILES_D: tl.constexpr, TILES_F: tl.constexpr, TILE: tl.constexpr,
-                    POWER_OF_TWO: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+def quantise_matrices_kernel(w, values, scales,
+                             D: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr,
+                             TILES_D: tl.constexpr, TILES_F: tl.constexpr, TILE: tl.constexpr,
+                             POWER_OF_TWO: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """values[e, part, f, d] from w[e, d, part, f], scales[e, part, f / TILE, d / TILE]; a program
     a block."""
     matrix = tl.program_id(0) // TILES_D

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -50,9 +49,7 @@ def tile_scale(
     if not power_of_two:
         return scale, LARGEST / largest
     exponent = (lax.bitcast_convert_type(scale, jnp.int32) + 0x7FFFFF) >> 23
-    return tuple(
-        lax.bitcast_convert_type(e << 23, jnp.float32) for e in (exponent, 254 - exponent)
-    )  # type: ignore[return-value]
+    return tuple(lax.bitcast_convert_type(e << 23, jnp.float32) for e in (exponent, 254 - exponent))  # type: ignore[return-value]
 
 
 def scale_rows(
@@ -93,20 +90,19 @@ def quantise_matrices(
 
 
 def round_rows(x: Float[Array, "R D"], power_of_two: bool = False) -> Float[Array, "R D"]:
-    """The numbers that quantise_rows stands for, values · scales, in x's dtype."""
+    """The numbers that quantise_rows stands for, values · scales, in float32."""
     values, scales = scale_rows(x, power_of_two)
-    spread = jnp.repeat(scales, TILE, axis=1)[:, : x.shape[1]]
-    return (values * spread).astype(x.dtype)
+    return values * jnp.repeat(scales, TILE, axis=1)[:, : x.shape[1]]
 
 
 def round_matrices(
     w: Float[Array, "E D N"], parts: int = 1, power_of_two: bool = False
 ) -> Float[Array, "E D N"]:
-    """The numbers that quantise_matrices stands for, in w's own layout and dtype."""
+    """The numbers that quantise_matrices stands for, in float32 and w's own layout."""
     values, scales = scale_matrices(w, parts, power_of_two)
     spread = jnp.repeat(jnp.repeat(scales, TILE, axis=2), TILE, axis=3)
     spread = spread[:, :, : w.shape[2] // parts, : w.shape[1]].reshape(len(w), -1, w.shape[1])
-    return (values * spread.mT).astype(w.dtype)
+    return values * spread.mT
 
 
 def calc_diff(x: Array, y: Array) -> float:

@@ -4,6 +4,7 @@ from moe_kernels.launch import Tuning
 
 ROWS = 32
 """Rows of a program's tile of activations: 4,096 numbers, 16 bytes at a time."""
-ROWS_TUNING = Tuning(warps=4, stages=2)
-MATRICES_TUNING = Tuning(warps=8, stages=2)
-"""A block of 128x128 is 64 numbers a thread."""
+ROWS_TUNING = Tuning(warps=8, stages=2)
+MATRICES_TUNING = Tuning(warps=16, stages=2)
+"""32 numbers a thread, so that two programs fit on a multiprocessor; with 8 warps it is one (138
+registers on sm_90), which waits for memory and then computes."""

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from moe_kernels.launch import triton_route
+from moe_kernels.launch import fp8_route, triton_route
 
 from moe_jax.config import TrainConfig, fields
 from moe_jax.data.batches import train_batches
@@ -81,11 +81,20 @@ def _train(config: TrainConfig, out: Path) -> Path:
 
 
 def check_kernels(config: TrainConfig) -> None:
-    """An implementation asked for by name must be able to run."""
-    route = triton_route()
-    if config.model.moe.implementation == "triton" and route.name == "none":
+    """An implementation asked for by name must be able to run, and FP8 is not emulated unasked
+    where there is a GPU."""
+    moe, route = config.model.moe, triton_route()
+    if moe.implementation == "triton" and route.name == "none":
         raise UserError(
             f"model.moe.implementation triton cannot run: {route.reason}; use auto or xla"
+        )
+    if moe.precision != "fp8" or moe.implementation == "xla":
+        return
+    fp8 = fp8_route()
+    if fp8.name == "none" and (moe.implementation == "triton" or jax.default_backend() == "gpu"):
+        raise UserError(
+            f"model.moe.precision fp8 cannot run: {fp8.reason}; use precision compute, or "
+            "implementation xla, which emulates it"
         )
 
 

@@ -37,7 +37,7 @@ def e4m3(value, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def quantise(tile, axis: tl.constexpr, POWER_OF_TWO: tl.constexpr, UPCAST: tl.constexpr):
+def quantise(tile, axis, POWER_OF_TWO: tl.constexpr, UPCAST: tl.constexpr):
     """(E4M3 values, scales) of a float32 tile; one scale along `axis`, or one for all (None).
 
     What is not finite becomes NaN and has no part in the scale. No value passes 448 but by

@@ -108,9 +108,9 @@ def round_matrices(
 def calc_diff(x: Array, y: Array) -> float:
     """1 - 2 <x, y> / (<x, x> + <y, y>) in float64, DeepGEMM's measure: 0 where x = y, and half the
     squared relative error where they are near."""
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    total = np.sum(x * x) + np.sum(y * y)
-    return float(1 - 2 * np.sum(x * y) / total) if total else 0.0
+    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    total = np.sum(a * a) + np.sum(b * b)
+    return float(1 - 2 * np.sum(a * b) / total) if total else 0.0
 
 
 def _padded(x: Array, axis: int) -> Array:

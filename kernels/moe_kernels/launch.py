@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,9 @@ FP8_CAPABILITY = 89
 _target: ContextVar[int | None] = ContextVar("target", default=None)
 _record: ContextVar["list[Launch] | None"] = ContextVar("record", default=None)
 
+_interpreter = threading.Lock()
+"""Triton's interpreter keeps the number of the running program in a global, and XLA may call
+kernels that do not wait for each other at the same time."""
 
 Grid = tuple[int] | tuple[int, int]
 
@@ -259,7 +263,8 @@ def _interpret(
         held = [np.array(array, order="C") for array in arrays]
         results = [_poisoned(output) for output in outputs]
         tensors = [_Tensor(array) for array in (*held, *results)]
-        kernel[grid](*tensors, **constants)
+        with _interpreter:
+            kernel[grid](*tensors, **constants)
         return results
 
     plain = [ShapeDtypeStruct(output.shape, output.dtype) for output in outputs]

@@ -56,10 +56,10 @@ def scale_rows(
     x: Float[Array, "R D"], power_of_two: bool = False
 ) -> tuple[Float[Array, "R D"], Float[Array, "R tiles"]]:
     """(numbers on the grid, in float32; scales): quantise_rows before the change of dtype."""
-    rows, width = x.shape
-    tiles = _padded(x, 1).reshape(rows, -1, TILE)
+    padded = _padded(x, 1)
+    tiles = padded.reshape(len(x), padded.shape[1] // TILE, TILE)
     values, scales = _scaled(tiles, (2,), power_of_two)
-    return values.reshape(rows, -1)[:, :width], scales[:, :, 0]
+    return values.reshape(padded.shape)[:, : x.shape[1]], scales[:, :, 0]
 
 
 def scale_matrices(

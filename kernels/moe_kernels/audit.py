@@ -73,6 +73,7 @@ def launches(case: Case) -> list[Launch]:
         out, pull = jax.vjp(partial(mixture, plan=inputs[-1]), *inputs[:-1])
         return pull(out)
 
+    jax.clear_caches()  # a function that was traced for another architecture is not traced again
     with recording(case.arch) as found:
         fp8 = dtype.itemsize == 2 and fp8_route().name != "none"
         for mixture in (experts.mixture, experts_fp8.mixture)[: 1 + fp8]:

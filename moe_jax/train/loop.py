@@ -20,6 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.files import disk_errors, only_process
 from moe_jax.machine import gemm_rate, require_memory, require_space
 from moe_jax.model.count import train_flops_per_token
+from moe_jax.moe.layer import implementation
 from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from moe_jax.result import output_folder
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints
@@ -88,14 +89,17 @@ def check_kernels(config: TrainConfig) -> None:
         raise UserError(
             f"model.moe.implementation triton cannot run: {route.reason}; use auto or xla"
         )
-    if moe.precision != "fp8" or moe.implementation == "xla":
+    if moe.precision != "fp8":
         return
-    fp8 = fp8_route()
-    if fp8.name == "none" and (moe.implementation == "triton" or jax.default_backend() == "gpu"):
+    fp8, asked = fp8_route(), moe.implementation
+    on_gpu = asked == "auto" and jax.default_backend() == "gpu"
+    if fp8.name == "none" and (asked == "triton" or on_gpu):
         raise UserError(
             f"model.moe.precision fp8 cannot run: {fp8.reason}; use precision compute, or "
             "implementation xla, which emulates it"
         )
+    if implementation(moe.implementation, moe.precision) == "xla":
+        say("FP8 products are emulated in float32 here: their numerics, not their speed")
 
 
 def check_devices(config: TrainConfig) -> None:

@@ -1,30 +1,20 @@
 """What the operands of the experts' forward products are rounded to: nothing, or FP8 emulated."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from jax import Array
-from jaxtyping import Float
 from moe_kernels.quantise.reference import round_matrices, round_rows
 
 
-class RoundRows(Protocol):
-    """rows -> what stands for them; one dtype for rows and matrices."""
-
-    def __call__(self, rows: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]: ...
-
-
-class RoundMatrices(Protocol):
-    """matrices, of which `parts` lie side by side -> what stands for them."""
-
-    def __call__(self, matrices: Float[Array, "E D N"], parts: int) -> Float[Array, "E D N"]: ...
-
-
 class Rounding(NamedTuple):
-    """Of activations and of matrices. Gradients do not see it: they are straight-through."""
+    """Of activations and of matrices, to one dtype. Gradients are straight-through."""
 
-    rows: RoundRows
-    matrices: RoundMatrices
+    rows: Callable[[Array], Array]
+    """[..., D] -> what stands for it."""
+    matrices: Callable[[Array, int], Array]
+    """([E, D, N], how many matrices lie side by side in N) -> what stands for it."""
 
 
 def _fp8_rows(rows: Array, power_of_two: bool) -> Array:
@@ -45,4 +35,4 @@ def _fp8(power_of_two: bool) -> Rounding:
 NONE = Rounding(lambda rows: rows, lambda matrices, parts: matrices)
 FP8 = {"float32": _fp8(False), "power_of_two": _fp8(True)}
 """By `model.moe.fp8_scales`: to the numbers that FP8 kernels multiply (E4M3 in tiles of 1x128 and
-128x128), in float32, whose products of them are exact. Numerics to study, not speed."""
+128x128), in float32, where products of two E4M3 values are exact. Numerics to study, not speed."""

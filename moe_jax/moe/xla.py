@@ -86,6 +86,7 @@ def mixture(
     gate_up: Float[Array, "E D twoF"],
     down: Float[Array, "E F D"],
     plan: Plan,
+    *,
     rounding: Rounding = NONE,
 ) -> Float[Array, "T D"]:
     """out[t] = sum_k weights[t, k] · swiglu(x[t] gate_up[e]) down[e], e the k-th expert of t.

@@ -15,7 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.moe import layer, xla
 from moe_jax.moe.layer import Parameters, implementation, moe_layer
 from moe_jax.moe.plan import make_plan
-from moe_jax.moe.precision import FP8, NONE
+from moe_jax.moe.precision import FP8
 from moe_jax.train import loop
 from tests.conftest import make_run
 from tests.moe.test_xla import NAMES, ROUTES, D, E, F, K, draw
@@ -36,7 +36,7 @@ def results(mixture, experts, dtype):
 
 
 def by_emulation(*arguments):
-    return xla.mixture(*arguments[:-1], FP8["power_of_two"])
+    return xla.mixture(*arguments[:-1], rounding=FP8["power_of_two"])
 
 
 def by_reference(*arguments):
@@ -79,16 +79,6 @@ def test_the_layer_by_kernels_and_by_emulation():
     # Sums in another order: an activation or two that rounds to E4M3's neighbour.
     assert error(outs["xla"], outs["triton"]) < 1e-3
     assert 0.02 < error(outs["xla"], plain) < 0.1, "four roundings to three bits behind the point"
-
-
-def test_without_rounding_nothing_changes():
-    def mixture(*arguments, rounding):
-        return xla.mixture(*arguments[:-1], *rounding)
-
-    plain = results(partial(mixture, rounding=()), ROUTES["a hot expert"], jnp.float32)
-    same = results(partial(mixture, rounding=(NONE,)), ROUTES["a hot expert"], jnp.float32)
-    for part in NAMES:
-        np.testing.assert_array_equal(plain[part], same[part])
 
 
 @pytest.mark.slow

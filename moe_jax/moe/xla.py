@@ -185,12 +185,11 @@ def _backward(
         d_weight = jnp.where(slots.inside, _take(d.weight.reshape(-1), slots.index), 0.0)
         sums = d._replace(x=dx, weight=d_weight.reshape(-1))
 
-    rounded_x, rounded_up = rounding.rows(x), rounding.matrices(gate_up, 2)
-
     def turn(expert: Array, rows: Rows, sums: Gradients) -> Gradients:
-        x_rows, d_rows = _take(x, rows.source), _take(d_out, rows.source)
-        z = (_take(rounded_x, rows.source) @ rounded_up[expert]).astype(x.dtype)
-        d = _pull(x_rows.T, z, d_rows, rows.weight, gate_up[expert], down[expert])
+        x_rows, up = _take(x, rows.source), gate_up[expert]
+        d_rows = _take(d_out, rows.source)
+        z = (rounding.rows(x_rows) @ rounding.matrices(up[None], 2)[0]).astype(x.dtype)
+        d = _pull(x_rows.T, z, d_rows, rows.weight, up, down[expert])
         return Gradients(
             sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
             sums.weight.at[rows.assignment].add(d.weight, mode="drop"),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from moe_kernels import experts_fp8
 from moe_kernels.experts import combine, grouped, mixture
 from moe_kernels.experts.shapes import OPERATIONS, Tiles, tiles, using
 
@@ -73,10 +74,11 @@ RUNGS = (
     Rung("hints", mixture, "matrices kept in L2, rows let go first",
          {"keep_rows": "evict_first", "keep_matrix": "evict_last"}),
     Rung("ptx", mixture, "SwiGLU by tanh.approx, inline PTX", {"fast_silu": True}),
+    Rung("fp8", experts_fp8.mixture, "operands of 8 bits, sums promoted every 128", {}),
 )  # fmt: skip
-"""Each holds the ideas of those before it, but for persistent, hints and ptx: variants, measured on
-their own."""
-VARIANTS = {"persistent": "epilogue", "hints": "raster", "ptx": "raster"}
+"""Each holds the ideas of those before it, but for persistent, hints, ptx and fp8: variants, each
+on its own."""
+VARIANTS = {"persistent": "epilogue", "hints": "raster", "ptx": "raster", "fp8": "raster"}
 """What a variant is compared with; the others with the rung before."""
 
 

@@ -33,7 +33,8 @@ class Device(NamedTuple):
     latency: float
     """Seconds from a load to its data, from DRAM."""
     special: float
-    """Special-function results per second of a multiprocessor."""
+    """Special-function results per second of a multiprocessor; eight times as many multiplications
+    with additions."""
 
 
 H100 = Device("H100 SXM", 90, 132, 795e12, 3.35e12, 50e6, 5120 * 1.755e9, 6e-7, 16 * 1.755e9)
@@ -66,6 +67,9 @@ class Product(NamedTuple):
     itemsize: int = 2
     rate: float = 1.0
     """Of the matrix units, over that of 16-bit numbers."""
+    promoted: bool = False
+    """Whether each step's product is scaled and added on the plain cores, while the matrix units
+    of that program wait (FP8)."""
 
 
 def order(counts: np.ndarray, product: Product) -> list[tuple[int, int, int]]:
@@ -114,6 +118,8 @@ def step_seconds(product: Product, device: Device) -> float:
     """Of one step of one program, with `resident` of them on each multiprocessor."""
     flops = 2 * product.bm * product.bn * product.bk * product.halves
     compute = flops * device.multiprocessors / (device.gemm * product.rate)
+    if product.promoted:
+        compute += product.bm * product.bn * product.halves / (8 * device.special)
     size = (product.bm + product.bn * product.halves) * product.bk * product.itemsize
     copy = size * device.multiprocessors / device.l2_rate
     p = product.resident

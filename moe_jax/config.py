@@ -246,6 +246,9 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     init_std: float = 0.02
     """Standard deviation of the normal initialisation."""
+    dropout: float = 0.0
+    """In training, the share of the embedding and of what each attention and feed-forward adds to
+    the residual stream that is set to 0, the rest scaled up (arXiv:1706.03762, §5.4)."""
     param_dtype: DType = "float32"
     """Parameters and optimizer moments."""
     compute_dtype: DType = "float32"
@@ -267,6 +270,7 @@ class ModelConfig:
             self.vocabulary is None or self.vocabulary > 0,
             f"{owner}.vocabulary is {self.vocabulary}: it must be positive",
         )
+        require(0 <= self.dropout < 1, f"{owner}.dropout is {self.dropout}: it must lie in [0, 1)")
         require(
             self.dense_layers <= self.layers,
             f"{owner}.dense_layers={self.dense_layers} exceeds layers={self.layers}",

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Cache, Sight, make_attention
+from moe_jax.model.dropout import dropout
 from moe_jax.model.feed_forward import FeedForward
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import MoE, RouterStats
@@ -36,6 +37,7 @@ class Block(nnx.Module):
             hidden = model.moe.shared_experts * model.moe.expert_hidden
             self.moe = MoE(model.width, model.moe, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
         self.sparse = sparse
+        self.dropout = model.dropout
         self.dense = hidden > 0
         if self.dense:
             self.feed_forward = FeedForward(
@@ -50,15 +52,21 @@ class Block(nnx.Module):
         context: Context = NO_CONTEXT,
     ) -> tuple[Float[Array, "B L D"], tuple[Cache, RouterStats | None]]:
         attended, cache = self.attention(self.attention_norm(x), sight, cache)
-        x = x + attended
+        x = x + self._dropped(attended, context, 0)
         normed = self.feed_forward_norm(x)
         stats = None
         if self.sparse:
             routed, stats = self.moe(normed, context)
-            x = x + routed
+            x = x + self._dropped(routed, context, 1)
         if self.dense:
-            x = x + self.feed_forward(normed)
+            x = x + self._dropped(self.feed_forward(normed), context, 2)
         return x, (cache, stats)
+
+    def _dropped(self, added: Array, context: Context, place: int) -> Array:
+        # Both stacks start from the same key: their places differ, so that their masks do.
+        place += 3 * self.sparse
+        key = None if context.key is None else jax.random.fold_in(context.key, place)
+        return dropout(added, self.dropout, key)
 
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {

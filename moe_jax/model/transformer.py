@@ -11,6 +11,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.linear import normal_param
 from moe_jax.model.attention import Cache, Sight, document_sight, empty_cache
 from moe_jax.model.block import Stack
+from moe_jax.model.dropout import dropout
 from moe_jax.model.mtp import MultiTokenPrediction
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import RouterStats
@@ -57,12 +58,17 @@ class Transformer(nnx.Module):
         sight: Sight,
         caches: Caches | None = None,
         key: Array | None = None,
+        shift: Float[Array, "B L D"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Caches, RouterStats | None]:
         """The residual stream before the final norm, the caches extended by these tokens, and the
         statistics of the mixture-of-experts blocks (None in a dense model). A `key` marks a
-        training step (moe.rules.Context)."""
+        training step (moe.rules.Context, dropout). `shift` is added to the embeddings
+        (adversarial.perturb)."""
         context = Context(tokens, key)
         x = self.embed(tokens)
+        if shift is not None:
+            x = x + shift.astype(x.dtype)
+        x = dropout(x, self.config.dropout, key)
         dense, sparse = caches or Caches(None, None)
         stats = None
         if self.config.dense_layers:

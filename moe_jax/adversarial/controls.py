@@ -1,0 +1,53 @@
+"""Teachers that know nothing: what a gain beyond the teacher must be compared with.
+
+A student may gain from a teacher merely because soft targets regularise. Label smoothing and a
+teacher stripped to its best guess and confidence are as soft, without its dark knowledge
+(arXiv:1805.04770, §3.2, and 1909.11723).
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from moe_jax.distill.chunked import NOTHING, Columns, Readout, fold, log_normaliser
+from moe_jax.distill.losses import cross_entropy, token_logit
+
+
+def uniform_cross_entropy(student: Readout, columns: Columns) -> Float[Array, "N"]:
+    """-1/V sum_v log q_v = log Z - hidden · (mean row of the table): no logits are needed."""
+    row = student.table[: columns.vocabulary].astype(jnp.float32).mean(axis=0)
+    mean = student.hidden.astype(jnp.float32) @ row / columns.temperature
+    return log_normaliser(student, columns) - mean
+
+
+def label_smoothing(
+    student: Readout, targets: Int[Array, "N"], columns: Columns, epsilon: float
+) -> Float[Array, "N"]:
+    """(1 - epsilon) · CE + epsilon · uniform cross-entropy (arXiv:1512.00567, §7)."""
+    sharp = cross_entropy(student, targets, columns)
+    return (1 - epsilon) * sharp + epsilon * uniform_cross_entropy(student, columns)
+
+
+def best_guess(teacher: Readout, columns: Columns) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
+    """The teacher's most likely token and its probability; no gradient."""
+
+    def better(found: tuple[Array, Array], index: Array) -> tuple[Array, Array]:
+        logits = columns.logits(teacher, index)
+        place, top = logits.argmax(-1), logits.max(-1)
+        return (
+            jnp.where(top > found[1], columns.begin(index) + place, found[0]),
+            jnp.maximum(top, found[1]),
+        )
+
+    rows = teacher.hidden.shape[0]
+    start = (jnp.zeros(rows, jnp.int32), jnp.full(rows, NOTHING, jnp.float32))
+    token, top = fold(columns, better, start)
+    return token, lax.stop_gradient(jnp.exp(top - log_normaliser(teacher, columns)))
+
+
+def guess_and_uniform(student: Readout, teacher: Readout, columns: Columns) -> Float[Array, "N"]:
+    """Cross-entropy with p' = p_max on the teacher's best token, (1 - p_max)/(V - 1) elsewhere."""
+    token, p_max = best_guess(teacher, columns)
+    log_q = token_logit(student, token) / columns.temperature - log_normaliser(student, columns)
+    others = -columns.vocabulary * uniform_cross_entropy(student, columns) - log_q
+    return -(p_max * log_q + (1 - p_max) / (columns.vocabulary - 1) * others)

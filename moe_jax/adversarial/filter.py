@@ -1,0 +1,183 @@
+"""A discriminator that throws away the documents it can tell from a clean seed, until it cannot.
+
+Logistic regression on hashed n-grams, as in classifier filters (DCLM, arXiv:2406.11794), but
+adversarial: each round it is trained against what the rounds before have *kept*, as the
+discriminator of a GAN is against the current generator (arXiv:1406.2661), whose part is played by
+the selection. One round alone is the classifier filter, which is the baseline.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import minimize
+from scipy.special import expit
+from scipy.stats import rankdata
+
+from moe_jax.config import require
+
+Features = Float[np.ndarray, "N buckets"]
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """The iterated filter."""
+
+    drop: float = 0.1
+    """Share of the kept documents, the lowest in score, that a round throws away."""
+    stop: float = 0.5
+    """Stop once the discriminator's held-out AUC of the seed against the kept is not above this."""
+    rounds: int = 30
+    """At most so many rounds."""
+    extra: int = 0
+    """Rounds forced after the stop: the control that shows what the stop is for."""
+    decay: float = 1.0
+    """Weight of |w|²/2 in the logistic loss."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.drop < 1, f"filter.drop is {self.drop}: it must lie between 0 and 1")
+        require(0 <= self.stop <= 1, f"filter.stop is {self.stop}: it must lie between 0 and 1")
+        require(self.rounds > 0, f"filter.rounds is {self.rounds}: it must be positive")
+        require(self.extra >= 0, f"filter.extra is {self.extra}: it must not be negative")
+        require(self.decay > 0, f"filter.decay is {self.decay}: it must be positive")
+
+
+class Filtered(NamedTuple):
+    """What a filter decided."""
+
+    kept: Bool[np.ndarray, "N"]
+    score: Float[np.ndarray, "N"]
+    """Sum of the discriminators' logits over the rounds that a document was in."""
+    auc: list[float]
+    """Held-out AUC at the beginning of each round, the last one at the stop."""
+
+
+def ngram_features(
+    documents: Sequence[bytes], orders: Sequence[int] = (1, 2, 3), buckets: int = 4096
+) -> Features:
+    """log(1 + count) of each hashed byte n-gram, over the square root of the document's length.
+
+    Not normalised to length 1: a document that repeats itself has few distinct n-grams, and the
+    sum of its features says so. UserError: a document shorter than the longest n-gram.
+    """
+    longest = max(orders)
+    short = min(map(len, documents), default=longest)
+    require(short >= longest, f"a document of {short} bytes has no n-gram of order {longest}")
+    found = np.zeros((len(documents), buckets), np.float32)
+    for row, document in zip(found, documents, strict=True):
+        data = np.frombuffer(document, np.uint8)
+        for order in orders:
+            row += np.bincount(_hashes(data, order) % buckets, minlength=buckets)
+        row[:] = np.log1p(row) / np.sqrt(len(data))
+    return found
+
+
+def _hashes(data: np.ndarray, order: int) -> np.ndarray:
+    """FNV-1a of every n-gram, uint32; orders differ in their start."""
+    value = np.full(len(data) - order + 1, 2166136261 + order, np.uint32)
+    for index in range(order):
+        value = (value ^ data[index : len(value) + index]) * np.uint32(16777619)
+    return value ^ (value >> np.uint32(15))
+
+
+class Logistic(NamedTuple):
+    """P(clean) = sigmoid(w·x + b)."""
+
+    w: Float[np.ndarray, "buckets"]
+    b: float
+
+    def logits(self, features: Features) -> Float[np.ndarray, "N"]:
+        return features @ self.w + self.b
+
+
+def fit(clean: Features, other: Features, decay: float = 1.0) -> Logistic:
+    """Minimises mean over clean of -log P + mean over other of -log(1 - P) + decay/n · |w|²/2.
+
+    n counts all documents. Both classes weigh the same, however many documents they have, so that
+    the logit is the log of their density ratio.
+    """
+    x = np.concatenate([clean, other]).astype(np.float64)
+    sign = np.concatenate([np.ones(len(clean)), -np.ones(len(other))])
+    weight = np.concatenate(
+        [np.full(len(clean), 1 / len(clean)), np.full(len(other), 1 / len(other))]
+    )
+
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        w, b = theta[:-1], theta[-1]
+        margin = sign * (x @ w + b)
+        slope = -weight * sign * expit(-margin)
+        value = weight @ np.logaddexp(0, -margin) + decay / len(x) * (w @ w) / 2
+        return value, np.append(slope @ x + decay / len(x) * w, slope.sum())
+
+    theta = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    return Logistic(theta[:-1], float(theta[-1]))
+
+
+def auc(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]) -> float:
+    """P(s+ > s-) + P(s+ = s-)/2 over all pairs, by ranks (Mann-Whitney). 0.5 is chance."""
+    ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)]
+    pairs = len(positive) * len(negative)
+    return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / pairs)
+
+
+def discriminate(
+    seed: Features, pool: Features, rng: np.random.Generator, decay: float = 1.0
+) -> tuple[float, Float[np.ndarray, "N"]]:
+    """(AUC of the seed against the pool, logits of the pool), both by discriminators that have not
+    seen the document they judge: two folds, each judged by the one that was fitted on the other."""
+    require(
+        len(seed) >= 2 and len(pool) >= 2,
+        f"a seed of {len(seed)} and a pool of {len(pool)} documents leave nothing to hold out",
+    )
+    seed_fold, pool_fold = _fold(len(seed), rng), _fold(len(pool), rng)
+    seed_logits, logits = np.zeros(len(seed)), np.zeros(len(pool))
+    aucs = []
+    for fold in (0, 1):
+        judge = fit(seed[seed_fold != fold], pool[pool_fold != fold], decay)
+        seed_logits[seed_fold == fold] = judge.logits(seed[seed_fold == fold])
+        logits[pool_fold == fold] = judge.logits(pool[pool_fold == fold])
+        aucs.append(auc(seed_logits[seed_fold == fold], logits[pool_fold == fold]))
+    return float(np.mean(aucs)), logits
+
+
+def _fold(count: int, rng: np.random.Generator) -> Int[np.ndarray, "N"]:
+    return rng.permutation(np.arange(count) % 2)
+
+
+def iterated_filter(
+    seed: Features, pool: Features, config: FilterConfig, rng: np.random.Generator
+) -> Filtered:
+    """Rounds of: discriminate the seed from the kept; add the logits to the kept documents' scores;
+    throw away the lowest share. Ends when the held-out AUC says that they cannot be told apart."""
+    kept, score = np.ones(len(pool), bool), np.zeros(len(pool))
+    aucs, extra, stopped = [], config.extra, False
+    while len(aucs) < config.rounds + config.extra and kept.sum() >= 4:
+        found, logits = discriminate(seed, pool[kept], rng, config.decay)
+        aucs.append(found)
+        stopped = stopped or found <= config.stop
+        if stopped and extra == 0:
+            break
+        extra -= stopped
+        score[kept] += logits
+        worst = np.flatnonzero(kept)[np.argsort(score[kept], kind="stable")]
+        kept[worst[: max(1, round(config.drop * kept.sum()))]] = False
+    return Filtered(kept, score, aucs)
+
+
+def one_shot_filter(
+    seed: Features, pool: Features, share: float, rng: np.random.Generator, decay: float = 1.0
+) -> Filtered:
+    """One discriminator against the whole pool; the best `share` of its documents is kept."""
+    found, logits = discriminate(seed, pool, rng, decay)
+    return Filtered(best(logits, share), logits, [found])
+
+
+def best(score: Float[np.ndarray, "N"], share: float) -> Bool[np.ndarray, "N"]:
+    """The `share` of documents that score highest. UserError: it keeps none, or a NaN."""
+    require(0 < share <= 1, f"a share of {share} cannot be kept: it must lie in (0, 1]")
+    require(not np.isnan(score).any(), "a score is NaN: documents cannot be ordered")
+    kept = np.zeros(len(score), bool)
+    kept[np.argsort(-score, kind="stable")[: max(1, round(share * len(score)))]] = True
+    return kept

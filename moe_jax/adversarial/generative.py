@@ -1,0 +1,98 @@
+"""Generative adversarial distillation from a teacher's text alone (arXiv:2511.10643).
+
+A discriminator learns to score the teacher's continuation of a prompt above the student's; the
+student is rewarded with its score, by a policy gradient relative to the other continuations of the
+same prompt. As the discriminator keeps training, the reward follows the student.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from moe_jax.config import ModelConfig
+from moe_jax.linear import Linear
+from moe_jax.model.attention import document_sight
+from moe_jax.model.transformer import Transformer
+from moe_jax.moe.layer import RouterBias
+
+
+class Discriminator(nnx.Module):
+    """A transformer read at the mean of its last hidden states, one score a sequence."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.trunk = Transformer(config, rngs=rngs)
+        dtype = jnp.dtype(config.param_dtype)
+        self.head = Linear(config.width, 1, std=config.init_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B"]:
+        """Scores of whole sequences, prompt and continuation."""
+        sight = document_sight(self.trunk.config, jnp.ones_like(tokens))
+        hidden, _, _ = self.trunk.hidden(tokens, sight)
+        return self.head(self.trunk.norm(hidden).mean(axis=1))[:, 0].astype(jnp.float32)
+
+
+def make_discriminator(
+    config: ModelConfig, parameters: Any, router: Any, seed: int
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, parameters, router) of a discriminator whose trunk is a copy of a trained model."""
+    built = Discriminator(config, rngs=nnx.Rngs(seed))
+    graph, fresh, bias = nnx.split(built, nnx.Param, RouterBias)
+    for state, trained in ((fresh, parameters), (bias, router)):
+        pure = nnx.to_pure_dict(state)
+        if "trunk" in pure:
+            pure["trunk"] = jax.tree.map(jnp.copy, nnx.to_pure_dict(trained))
+            nnx.replace_by_pure_dict(state, pure)
+    return graph, fresh, bias
+
+
+def discriminator_loss(teacher: Float[Array, "N"], student: Float[Array, "N"]) -> Float[Array, ""]:
+    """mean of -log sigmoid(D(y_teacher) - D(y_student)), pairs with the same prompt."""
+    return jnp.mean(jax.nn.softplus(student - teacher))
+
+
+def accuracy(teacher: Float[Array, "N"], student: Float[Array, "N"]) -> Float[Array, ""]:
+    """Share of pairs in which the teacher's text scores higher; a tie counts half. 0.5: the student
+    cannot be told apart (or the discriminator has collapsed), 1: no useful reward is left."""
+    return jnp.mean(jnp.where(teacher == student, 0.5, teacher > student))
+
+
+def group_advantage(rewards: Float[Array, "P n"], epsilon: float = 1e-6) -> Float[Array, "P n"]:
+    """(r - mean) / (std + epsilon) over the n continuations of a prompt (GRPO, arXiv:2402.03300).
+
+    The mean is the baseline: it does not depend on the action beyond a factor (n - 1)/n.
+    """
+    mean, std = rewards.mean(-1, keepdims=True), rewards.std(-1, keepdims=True)
+    return (rewards - mean) / (std + epsilon)
+
+
+def policy_loss(
+    log_q: Float[Array, "B L"],
+    old_log_q: Float[Array, "B L"],
+    advantage: Float[Array, "B"],
+    mask: Bool[Array, "B L"],
+    clip: float = 0.2,
+) -> Float[Array, ""]:
+    """- mean over sequences of mean over written tokens of min(r A, clip(r, 1 ± c) A),
+    r = q / q_old (PPO, arXiv:1707.06347, eq. 7, with the advantage of the whole sequence).
+
+    On the first update after sampling r = 1 and its gradient is REINFORCE's, -A · grad log q.
+    """
+    ratio = jnp.exp(log_q - lax.stop_gradient(old_log_q))
+    gain = lax.stop_gradient(advantage)[:, None]
+    surrogate = jnp.minimum(ratio * gain, jnp.clip(ratio, 1 - clip, 1 + clip) * gain)
+    written = jnp.maximum(mask.sum(-1), 1)
+    return -jnp.mean(jnp.where(mask, surrogate, 0.0).sum(-1) / written)
+
+
+def distinct(tokens: Int[Array, "B L"], order: int) -> float:
+    """Distinct n-grams / all n-grams of the sequences (arXiv:1510.03055): near 0 is mode collapse.
+
+    It falls with the amount of text: compare equal amounts only.
+    """
+    rows = [tuple(row) for row in jax.device_get(tokens).tolist()]
+    grams = [row[i : i + order] for row in rows for i in range(len(row) - order + 1)]
+    return len(set(grams)) / max(len(grams), 1)

@@ -3,7 +3,7 @@
     python kernels/bench.py [--json FILE] [--plot FILE] [--shapes NAME ...] [--decode] [--tune]
 
 For every shape: one grouped GEMM, the whole layer forward, and forward with backward, through the
-kernels, XLA's path, lax.ragged_dot, and torch's grouped_mm, tokamax and ScatterMoE where they are
+kernels, XLA's path, lax.ragged_dot, and tokamax's ragged_dot and torch's grouped_mm where they are
 installed; TFLOP/s of useful work, as a fraction of a large bf16 GEMM of the same round, and the
 bytes that the compiled program allocates. --decode: few tokens, microseconds. --tune: the table's
 candidates for every operation, best first, to be written into moe_kernels/experts/shapes.py.
@@ -11,6 +11,7 @@ The routing is random and nearly balanced; the time of the plan is part of the l
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import sys
@@ -100,13 +101,20 @@ def make_inputs(shape: Shape, dtype: str, seed: int = 0) -> Inputs:
     )
 
 
-def ragged(x: Array, weights: Array, gate_up: Array, down: Array, plan: Any) -> Array:
-    """The layer by sort and lax.ragged_dot, JAX's own answer."""
+def ragged(
+    x: Array,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    plan: Any,
+    dot: Callable[..., Array] = jax.lax.ragged_dot,
+) -> Array:
+    """The layer by sort and ragged_dot: JAX's own answer, or another library's."""
     flat = plan.experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     rows = x[order // weights.shape[1]]
-    gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, plan.counts), 2, axis=1)
-    y = jax.lax.ragged_dot(jax.nn.silu(gate) * up, down, plan.counts)
+    gate, up = jnp.split(dot(rows, gate_up, plan.counts), 2, axis=1)
+    y = dot(jax.nn.silu(gate) * up, down, plan.counts)
     back = y[jnp.argsort(order)].reshape(*weights.shape, -1)
     return jnp.einsum("tk,tkd->td", weights, back.astype(jnp.float32)).astype(x.dtype)
 
@@ -116,6 +124,10 @@ LAYERS: dict[str, Callable[..., Array]] = {
     "xla": xla.mixture,
     "ragged_dot": ragged,
 }
+if importlib.util.find_spec("tokamax"):
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    LAYERS["tokamax"] = partial(ragged, dot=tokamax.ragged_dot)
 
 
 def layer_calls(inputs: Inputs, names: Sequence[str]) -> dict[str, Callable[[], Any]]:

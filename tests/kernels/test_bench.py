@@ -36,6 +36,7 @@ def test_every_layer_computes_the_same():
         np.testing.assert_allclose(out, found["xla"], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_decoding_and_tuning_run(monkeypatch):
     monkeypatch.setattr(bench, "DECODING", (1,))
     rows = bench.bench_decode("tiny", TINY, "float32", rounds=1)

@@ -159,7 +159,7 @@ def saved_bytes(shape: Shape, inputs: Inputs) -> tuple[int, int]:
     arguments = (inputs.x, weights, inputs.gate_up, inputs.down)
 
     def residuals(x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan) -> Any:
-        return jax.vjp(lambda *a: xla.mixture(*a, plan), x, weights, gate_up, down)[1]
+        return jax.vjp(partial(xla.mixture, plan=plan), x, weights, gate_up, down)[1]
 
     kept = jax_call("residuals", residuals, *arguments, plan)
     addresses = 8 * len(jax.tree.leaves(kept.run()))

@@ -139,6 +139,12 @@ class MoEConfig:
     implementation: Literal["auto", "reference", "xla", "triton"] = "auto"
     """Expert dispatch (moe/layer.py): the best that can run here, or one by name. triton needs an
     NVIDIA GPU of compute capability 8.0 or more."""
+    precision: Literal["compute", "fp8"] = "compute"
+    """Operands of the routed experts' forward products: in compute_dtype, or FP8 (E4M3 in tiles of
+    1x128 and 128x128, DeepSeek-V3 §3.3); gradients stay in compute_dtype. fp8 is fast with triton
+    on compute capability 8.9 or more; xla emulates its numerics anywhere."""
+    fp8_scales: Literal["float32", "power_of_two"] = "float32"
+    """fp8: the scale of a tile, as it is or rounded up to a power of two."""
 
     def __post_init__(self) -> None:
         owner = "model.moe"
@@ -171,6 +177,15 @@ class MoEConfig:
             self.gate == "sigmoid" or self.bias_rate == 0,
             f"{owner}.bias_rate={self.bias_rate} needs gate=sigmoid: softmax routing has no "
             "selection bias (set bias_rate to 0)",
+        )
+        require(
+            self.precision != "fp8" or self.implementation != "reference",
+            f"{owner}.precision=fp8 needs implementation auto, xla or triton: reference computes "
+            "in compute_dtype alone",
+        )
+        require(
+            self.precision == "fp8" or self.fp8_scales == "float32",
+            f"{owner}.fp8_scales={self.fp8_scales} needs precision=fp8",
         )
         self._check_rule(owner)
 

@@ -1,11 +1,16 @@
 """Small settings that all tests share."""
 
 import os
+import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Triton decides at its import whether kernels are interpreted; tests that need the compiler start
-# a process of their own.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if "gpu" in sys.argv:  # pytest -m gpu
+    os.environ["MOE_JAX_TEST_GPU"] = "1"  # also in pytest-xdist's processes, which share the GPU:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if "MOE_JAX_TEST_GPU" not in os.environ:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Triton decides at its import whether kernels are interpreted; tests that need the compiler
+    # start a process of their own.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dataclasses import replace
 from pathlib import Path

@@ -5,7 +5,8 @@
 The kernels' own API is traced at real sizes and every launch it makes is compiled for each
 architecture. Registers and spills are ptxas's; the rest is counted in the SASS and the PTX. Exits
 with 1, naming the rows, where a rule is broken: spills, local memory, more shared memory than the
-architecture has, no product on the matrix units, or no asynchronous copy, where they are due.
+architecture has, no product on the matrix units (on their FP8 inputs, for the FP8 kernels), or no
+asynchronous copy, where they are due.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -26,7 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
-from moe_kernels.launch import Launch, recording
+from moe_kernels.experts.shapes import BLOCK_ROWS, OPERATIONS, Tiles, tiles, using
+from moe_kernels.gate import Choice, gate
+from moe_kernels.launch import Launch, fp8_route, lowering_for, recording
+from moe_kernels.schedule import schedule
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -34,8 +38,49 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS, WARPS, SHARED_SM = 65536, {80: 64, 90: 64, 100: 64}, {80: 164, 90: 228, 100: 228}
 """Of a multiprocessor: registers, warps, KiB of shared memory."""
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+FLAGS = ("SAVE", "GATHER", "GATHER_LEFT", "GATHER_RIGHT", "WEIGHTED", "SWIGLU", "FAST_SILU")
+FLAGS += ("SIGMOID", "BIASED")
+PLAIN = ("combine", "decode", "quantise_rows", "quantise_matrices")
+ROUTING = ("gate", "histogram", "scan", "layout", "place")
+"""Kernels that move, compare and sum: neither matrix units nor asynchronous copies are due."""
+NAMES["float8_e4m3fn"] = "fp8e4nv"
+FP8_ROWS = 64
+"""Rows from which an FP8 tile is multiplied as FP8 on sm_90 and sm_100; Triton turns smaller ones,
+which memory limits, into fp16."""
 SIZES = {"T": 4096, "D": 2048, "F": 1024, "E": 64, "K": 8}
 """OLMoE-1B-7B's."""
+
+
+class Variant(NamedTuple):
+    """A change to the table's entries that bench.py and lever_kernels.py measure."""
+
+    operations: tuple[str, ...]
+    change: dict[str, Any]
+
+
+VARIANTS = {
+    "persistent": Variant(("up", "rows"), {"resident": 1}),
+    "keep": Variant(OPERATIONS, {"keep_rows": "evict_first", "keep_matrix": "evict_last"}),
+    "fast_silu": Variant(("up",), {"fast_silu": True}),
+}
+
+
+class Routing(NamedTuple):
+    """The launches of a model's gate and schedule for one architecture."""
+
+    model: str
+    arch: int
+
+
+ROUTERS = {
+    "DeepSeek-V3": (256, Choice(8, "sigmoid", True, 2.5, 8, 4, 2)),
+    "Kimi-K2": (384, Choice(8, "sigmoid", True, 2.827)),
+    "Qwen3": (128, Choice(8, "softmax")),
+    "OLMoE": (64, Choice(8, "softmax", normalise=False)),
+    "Qwen1.5-MoE": (60, Choice(4, "softmax", normalise=False)),
+    "512 experts, top 16": (512, Choice(16, "softmax")),
+}
+"""Experts and gate of what is audited."""
 
 
 class Case(NamedTuple):
@@ -44,49 +89,95 @@ class Case(NamedTuple):
     dtype: str
     block_rows: int
     arch: int
+    variant: str | None = None
 
 
 def launches(case: Case) -> list[Launch]:
-    """What a forward pass without gradients and one with them launch, each kernel once."""
-    from moe_kernels.experts import mixture
+    """What a forward pass without gradients, one with them, and decoding launch, each once, in 16
+    bits also with FP8 products where the architecture has them; of a variant those that it changes.
+    """
+    from moe_kernels import experts, experts_fp8
     from moe_kernels.schedule.api import schedule_shape
 
-    t, d, f, e, k = SIZES.values()
-    dtype = jnp.dtype(case.dtype)
-    arrays = (
-        ShapeDtypeStruct((t, d), dtype),
-        ShapeDtypeStruct((t, k), jnp.float32),
-        ShapeDtypeStruct((e, d, 2 * f), dtype),
-        ShapeDtypeStruct((e, f, d), dtype),
-    )
-    plan = schedule_shape(t, k, e, case.block_rows)
+    def arguments(tokens: int) -> tuple[Any, ...]:
+        _, d, f, e, k = SIZES.values()
+        x = ShapeDtypeStruct((tokens, d), case.dtype)
+        weights = ShapeDtypeStruct((tokens, k), jnp.float32)
+        gate_up = ShapeDtypeStruct((e, d, 2 * f), case.dtype)
+        down = ShapeDtypeStruct((e, f, d), case.dtype)
+        return x, weights, gate_up, down, schedule_shape(tokens, k, e, case.block_rows)
 
-    def train(*inputs: Any) -> Any:
+    def train(mixture: Callable[..., Any], *inputs: Any) -> Any:
         out, pull = jax.vjp(partial(mixture, plan=inputs[-1]), *inputs[:-1])
         return pull(out)
 
+    jax.clear_caches()  # a function that was traced for another architecture is not traced again
+    with recording(case.arch) as found, using(entries(case)):
+        inputs = arguments(SIZES["T"])
+        fp8 = jnp.dtype(case.dtype).itemsize == 2 and fp8_route().name != "none"
+        for mixture in (experts.mixture, experts_fp8.mixture)[: 1 + fp8]:
+            jax.eval_shape(mixture, *inputs)
+            jax.eval_shape(partial(train, mixture), *inputs)
+        jax.eval_shape(partial(experts.grouped, gathered=True), *inputs[::2])
+        if case.block_rows == BLOCK_ROWS[0]:
+            jax.eval_shape(experts.mixture, *arguments(1))
+    named = {describe(launch): launch for launch in found}
+    if case.variant:
+        plain = {describe(launch) for launch in launches(case._replace(variant=None))}
+        named = {name: launch for name, launch in named.items() if name not in plain}
+    return list(named.values())
+
+
+def entries(case: Case) -> dict[str, Tiles]:
+    """The table's tiles for a variant; none for what the table says anyhow."""
+    if not case.variant:
+        return {}
+    operations, change = VARIANTS[case.variant]
+    table = {op: tiles(op, jnp.dtype(case.dtype), case.block_rows) for op in operations}
+    return {op: entry._replace(**change) for op, entry in table.items()}
+
+
+def routing(case: Routing) -> list[Launch]:
+    """What the model's gate and its schedule launch."""
+    experts, choice = ROUTERS[case.model]
+    tokens = SIZES["T"]
+    logits = ShapeDtypeStruct((tokens, experts), jnp.float32)
+    bias = ShapeDtypeStruct((experts,), jnp.float32) if choice.function == "sigmoid" else None
+    chosen = ShapeDtypeStruct((tokens, choice.per_token), jnp.int32)
+    jax.clear_caches()
     with recording(case.arch) as found:
-        jax.eval_shape(mixture, *arrays, plan)
-        jax.eval_shape(train, *arrays, plan)
-    return list({describe(launch): launch for launch in found}.values())
+        jax.eval_shape(partial(gate, choice=choice), logits, bias)
+        jax.eval_shape(partial(schedule, num_experts=experts, block_rows=128), chosen)
+    return found
 
 
 def describe(launch: Launch) -> str:
     """Kernel and configuration, as the table shows them."""
     c, dtype = launch.constants, NAMES[launch.inputs[0].dtype.name]
-    tile = "x".join(str(c[key]) for key in ("BM", "BN", "BK", "BD") if key in c)
-    flags = [
-        key.lower() for key in ("SAVE", "GATHER_LEFT", "GATHER_RIGHT", "WEIGHTED") if c.get(key)
-    ]
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    keys = (
+        ("E", "K", "G", "BT", "C", "BM")
+        if name in ROUTING
+        else ("BM", "BN", "BK", "BD", "ROWS", "TILE")
+    )
+    sep = " " if name in ROUTING else "x"
+    tile = sep.join(f"{key if name in ROUTING else ''}{c[key]}" for key in keys if key in c)
+    flags = [key.lower() for key in FLAGS if c.get(key)]
+    result = NAMES[launch.outputs[0].dtype.name]
+    if name not in ROUTING and result != dtype:
+        dtype = f"{dtype}>{result}"
     if c.get("STRIDE_K") == 1:
         flags.append("transposed")
-    name = launch.kernel.__name__.removesuffix("_kernel")
+    if c.get("PROGRAMS", 0) < c.get("BLOCKS", 0) * c.get("TILES", 0):
+        flags.append("persistent")
+    flags += [f"{key}={c[key]}".lower() for key in ("KEEP_ROWS", "KEEP_MATRIX") if c.get(key)]
     tuning = f"{launch.tuning.warps}w{launch.tuning.stages}s"
     return " ".join([name, dtype, tile, tuning, *flags])
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     """A row of the table."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton asks for a choice
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -116,8 +207,10 @@ def measure(compiled: Any, arch: int, launch: Launch) -> dict[str, int | float]:
         "shared_bytes": shared,
         "cp_async": len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
         "mma": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
+        "fp8_mma": len(re.findall(r"mma\S*(?:\.e4m3\.e4m3|::f8f6f4)", ptx)),
         "wide_accesses": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", sass)),
         "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "special": len(re.findall(r"\bMUFU\b", sass)),
         "occupancy": occupancy(registers, shared, launch.tuning.warps, arch),
     }
 
@@ -154,17 +247,22 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['spill_bytes']} bytes spilled, {row['local_accesses']} local accesses"
     if row["shared_bytes"] > limit:
         yield f"{row['shared_bytes']} bytes of shared memory, above {limit}"
-    if row["kernel"] == "combine":
+    if row["kernel"] in (*ROUTING, *PLAIN):
         return
     if not row["cp_async"]:
         yield "no asynchronous copy"
     if not row["mma"] and not row["config"].startswith("fp32"):
         yield "no product on the matrix units"
+    if row["config"].startswith("fp8"):
+        rows = int(row["config"].split()[1].partition("x")[0])
+        if rows >= FP8_ROWS and row["fp8_mma"] < row["mma"]:
+            yield f"{row['mma'] - row['fp8_mma']} of {row['mma']} products not on FP8"
 
 
-def audit_case(case: Case) -> list[dict[str, Any]]:
+def audit_case(case: Case | Routing) -> list[dict[str, Any]]:
     """The rows of one case."""
-    return [compile_launch(launch, case.arch) for launch in launches(case)]
+    found = routing(case) if isinstance(case, Routing) else launches(case)
+    return [compile_launch(launch, case.arch) for launch in found]
 
 
 def show(row: dict[str, Any], widths: dict[str, int]) -> str:
@@ -181,15 +279,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     dtypes = ("bfloat16", "float32", "float16") if options.all else ("bfloat16", "float32")
-    blocks = (16, 32, 64, 128) if options.all else (16, 128)
-    cases = [Case(d, b, a) for d in dtypes for b in blocks for a in options.arch]
+    blocks = BLOCK_ROWS if options.all else (BLOCK_ROWS[0], BLOCK_ROWS[-1])
+    cases: list[Case | Routing] = [Routing(m, a) for m in ROUTERS for a in options.arch]
+    cases += [Case(d, b, a) for d in dtypes for b in blocks for a in options.arch]
+    cases += [Case("bfloat16", BLOCK_ROWS[-1], a, v) for a in options.arch for v in VARIANTS]
     rows, broken = [], []
-    widths = {"kernel": 16, "config": 42, "arch": 4, "registers": 9, "spill_bytes": 11}
-    widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "wide_accesses": 13}
-    widths |= {"local_accesses": 14, "occupancy": 9}
+    widths = {"kernel": 17, "config": 68, "arch": 4, "registers": 9, "spill_bytes": 11}
+    widths |= {"shared_bytes": 12, "cp_async": 8, "mma": 4, "fp8_mma": 7, "wide_accesses": 13}
+    widths |= {"local_accesses": 14, "special": 7, "occupancy": 9}
     print("  ".join(key.ljust(width) for key, width in widths.items()))
+    for arch in options.arch:
+        with lowering_for(arch):
+            if (route := fp8_route()).name == "none":
+                print(f"no FP8 rows for {arch}: {route.reason}")
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for found in pool.map(audit_case, cases):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,9 +15,17 @@ from jax import Array, ShapeDtypeStruct, lax
 
 MINIMUM_CAPABILITY = 80
 """Ampere: the first with bfloat16 products and asynchronous copies."""
+FP8_CAPABILITY = 89
+"""Ada and Hopper: the first whose matrix units take E4M3."""
+
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+"""Of A100, H100 and B200, for programs that are lowered without the device."""
 
 _target: ContextVar[int | None] = ContextVar("target", default=None)
 _record: ContextVar["list[Launch] | None"] = ContextVar("record", default=None)
+_interpreter = threading.Lock()
+"""Triton's interpreter replaces Triton's own functions while it runs: one kernel at a time, though
+devices call from threads of their own."""
 
 
 Grid = tuple[int] | tuple[int, int]
@@ -80,12 +89,23 @@ def triton_route() -> Route:
     return Route("gpu", f"{device.device_kind}, compute capability {capability}")
 
 
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`: Triton's tiles have no other sizes."""
+    return 1 << (number - 1).bit_length()
+
+
 def capability() -> int:
     """Compute capability, times ten, that kernels are compiled for; 90 where they are not."""
     if target := _target.get():
         return target
     device = jax.devices()[0]
     return round(float(getattr(device, "compute_capability", None) or 9.0) * 10)
+
+
+def multiprocessors() -> int:
+    """Of the device that kernels run on, or of the one that they are lowered for."""
+    own = None if _target.get() else getattr(jax.devices()[0], "core_count", None)
+    return own or MULTIPROCESSORS.get(capability(), MULTIPROCESSORS[90])
 
 
 def interpreting() -> bool:
@@ -95,10 +115,29 @@ def interpreting() -> bool:
 
 def require() -> None:
     """Raises UnavailableError, with the reason and the ways out, where kernels cannot run."""
+    _raise_if_none(triton_route(), "Triton kernels")
+
+
+def fp8_route() -> Route:
+    """triton_route for FP8: compiling it needs a compute capability of 8.9 or more."""
     route = triton_route()
+    if route.name in ("gpu", "lower") and capability() < FP8_CAPABILITY:
+        reason = (
+            f"compute capability {capability() / 10} has no FP8 matrix units (8.9 and above do)"
+        )
+        return Route("none", reason)
+    return route
+
+
+def require_fp8() -> None:
+    """Raises UnavailableError, as require does, where FP8 kernels cannot run."""
+    _raise_if_none(fp8_route(), "FP8 kernels")
+
+
+def _raise_if_none(route: Route, what: str) -> None:
     if route.name == "none":
         raise UnavailableError(
-            f"Triton kernels cannot run: {route.reason}; use implementation 'auto' or 'xla', "
+            f"{what} cannot run: {route.reason}; use implementation 'auto' or 'xla', "
             "or TRITON_INTERPRET=1 to run them in NumPy (slow, for tests)"
         )
 
@@ -238,7 +277,8 @@ def _interpret(
         held = [np.array(array, order="C") for array in arrays]
         results = [_poisoned(output) for output in outputs]
         tensors = [_Tensor(array) for array in (*held, *results)]
-        kernel[grid](*tensors, **constants)
+        with _interpreter:
+            kernel[grid](*tensors, **constants)
         return results
 
     plain = [ShapeDtypeStruct(output.shape, output.dtype) for output in outputs]

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: a router, its bias, and the stacked experts' matrices."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +10,14 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
 from moe_kernels import experts as triton
-from moe_kernels.launch import triton_route
+from moe_kernels import experts_fp8 as triton_fp8
+from moe_kernels.launch import fp8_route, triton_route
 
 from moe_jax.config import MoEConfig
 from moe_jax.linear import normal_param
 from moe_jax.moe import balance, reference, xla
 from moe_jax.moe.plan import Plan, make_plan
+from moe_jax.moe.precision import FP8
 from moe_jax.moe.route import Route, route
 from moe_jax.moe.rules import NO_CONTEXT, Context, expert_capacity
 from moe_jax.parallel.mesh import DATA, data_parallel, map_over_data
@@ -27,11 +30,23 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 """(x, weights, gate_up, down, plan) -> outputs, by `model.moe.implementation`."""
 
 
-def implementation(name: str) -> str:
-    """`auto` is triton on GPUs that it can run on (compute capability 8.0), xla anywhere else."""
+def implementation(name: str, precision: str = "compute") -> str:
+    """`auto` is triton on GPUs that it can run on (compute capability 8.0; 8.9 for precision fp8),
+    xla anywhere else."""
     if name != "auto":
         return name
-    return "triton" if triton_route().name in ("gpu", "lower") else "xla"
+    route = fp8_route() if precision == "fp8" else triton_route()
+    return "triton" if route.name in ("gpu", "lower") else "xla"
+
+
+def mixture_of(config: MoEConfig) -> Callable[..., Array]:
+    """The implementation that the settings ask for, in the precision that they ask for."""
+    name = implementation(config.implementation, config.precision)
+    if config.precision == "compute":
+        return IMPLEMENTATIONS[name]
+    if name == "triton":
+        return partial(triton_fp8.mixture, power_of_two=config.fp8_scales == "power_of_two")
+    return partial(xla.mixture, rounding=FP8[config.fp8_scales])
 
 
 class RouterBias(nnx.Variable):
@@ -126,13 +141,14 @@ def moe_layer(
     logits = project(tokens, parameters.router)
     noise = parameters.router_noise
     spread = None if noise is None else project(tokens, noise)
-    chosen = route(logits, parameters.bias, config, context, spread)
+    kernels = implementation(config.implementation, config.precision) == "triton"
+    chosen = route(logits, parameters.bias, config, context, spread, kernels=kernels)
     factor = config.capacity_factor
     if config.rule == "expert_choice":
         factor = factor or 1.0
     capacity = expert_capacity(len(tokens), config, factor) if factor else None
-    plan = make_plan(chosen.experts, config.experts, capacity)
-    mixture = IMPLEMENTATIONS[implementation(config.implementation)]
+    plan = make_plan(chosen.experts, config.experts, capacity, kernels=kernels)
+    mixture = mixture_of(config)
     out = mixture(tokens, chosen.weights, parameters.gate_up, parameters.down, plan)
     stats = _stats(chosen, plan, x.shape, config)
     return (out.reshape(x.shape), chosen.experts.reshape(*x.shape[:-1], -1)), stats

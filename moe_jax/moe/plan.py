@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Int
+from moe_kernels.schedule import block_count, schedule
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +33,8 @@ class Plan:
     """The assignment in a padded row, or S where the row is padding."""
     row: Int[Array, "T K"]
     """The inverse, assignment[row[t, k]] = t·K + k; R where the assignment was dropped."""
+    experts: Int[Array, "T K"]
+    """The expert of each assignment; E where it has no row."""
     block_expert: Int[Array, "blocks"]
     """The expert of each block (that of an unused block is arbitrary: all its rows are padding)."""
     block_rows: int = dataclasses.field(metadata={"static": True})
@@ -45,11 +48,6 @@ def block_rows(assignments: int, experts: int) -> int:
     GPU's matrix units take) and 128."""
     mean_load = -(-assignments // experts)
     return min(128, max(16, 1 << (mean_load - 1).bit_length()))
-
-
-def block_count(assignments: int, experts: int, rows: int) -> int:
-    """Blocks that suffice for every routing: floor(S / rows) + min(E, S)."""
-    return assignments // rows + min(experts, assignments)
 
 
 def sort_with_index(keys: Int[Array, "S"], below: int) -> tuple[Int[Array, "S"], Int[Array, "S"]]:
@@ -69,18 +67,26 @@ def sort_with_index(keys: Int[Array, "S"], below: int) -> tuple[Int[Array, "S"],
     return (word >> bits).astype(keys.dtype), (word & mask).astype(jnp.int32)
 
 
-def make_plan(experts: Int[Array, "T K"], num_experts: int, capacity: int | None = None) -> Plan:
+def make_plan(
+    experts: Int[Array, "T K"],
+    num_experts: int,
+    capacity: int | None = None,
+    kernels: bool = False,
+) -> Plan:
     """Sorts the assignments by expert, earlier tokens first, and lays out the blocks.
 
     An assignment to expert `num_experts` is to none (route.NOBODY) and has no row. With a
     `capacity` an expert keeps its first so many assignments and the others have no row either;
-    without one nothing is dropped.
+    without one nothing is dropped. With `kernels` the same arrays are made by Triton kernels.
     """
     tokens, per_token = experts.shape
     assignments = tokens * per_token
     most = assignments if capacity is None else min(assignments, num_experts * capacity)
     rows = block_rows(most, num_experts)
     blocks = block_count(most, num_experts, rows)
+    if kernels:
+        made = schedule(experts, num_experts, rows, blocks, capacity)
+        return Plan(**vars(made), most=most)
 
     flat = experts.reshape(assignments)
     in_order, order = sort_with_index(flat, num_experts + 1)
@@ -105,4 +111,6 @@ def make_plan(experts: Int[Array, "T K"], num_experts: int, capacity: int | None
     sorted_row = jnp.minimum(sorted_starts[of_row] + within, assignments - 1)
     assignment = jnp.where(within < counts[of_row], order[sorted_row], assignments)
     row = row.reshape(tokens, per_token)
-    return Plan(load, counts, starts, assignment, row, block_expert, rows, most)
+    if capacity is not None:
+        experts = jnp.where(row < blocks * rows, experts, num_experts)
+    return Plan(load, counts, starts, assignment, row, experts, block_expert, rows, most)

@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
+from moe_kernels.gate import Choice, gate
 
 from moe_jax.config import MoEConfig
-from moe_jax.moe.rules import NO_CONTEXT, RULES, Context
+from moe_jax.moe.rules import NO_CONTEXT, RULES, Context, representatives
+
+KERNEL_RULES = ("top_k", "noisy_top_k")
+"""Rules that the gate kernel computes; the others look at more than one token, or at none."""
 
 
 class Route(NamedTuple):
@@ -30,26 +34,46 @@ def route(
     config: MoEConfig,
     context: Context = NO_CONTEXT,
     spread: Float[Array, "T E"] | None = None,
+    kernels: bool = False,
 ) -> Route:
     """Applies the configured gate and rule. NaN logits give NaN weights.
 
     softmax: s = softmax(logits) chooses and weighs; sigmoid: s + bias chooses, s weighs
-    (arXiv:2412.19437, eq. 12-16). `spread` is noisy top-k's second router output.
+    (arXiv:2412.19437, eq. 12-16). `spread` is noisy top-k's second router output. With
+    `kernels` one Triton kernel does it all, for the KERNEL_RULES.
     """
     logits = logits.astype(jnp.float32)
     if spread is not None and context.key is not None:
         logits = add_noise(logits, spread, context.key)
+    if kernels and config.rule in KERNEL_RULES:
+        found = gate(logits, bias if config.gate == "sigmoid" else None, kernel_choice(config))
+        return Route(*found, logits)
     if config.gate == "softmax":
         scores = selection = jax.nn.softmax(logits, axis=-1)
     else:
         scores = jax.nn.sigmoid(logits)
         selection = scores + bias
+    # A NaN of either sign is the largest, so that it shows; lax.top_k puts -NaN last.
+    selection = jnp.where(jnp.isnan(selection), jnp.nan, selection)
     experts = RULES[config.rule](lax.stop_gradient(selection), config, context)
     if config.rule == "hash":
         weights = jnp.full_like(scores, config.scale / experts.shape[1], shape=experts.shape)
     else:
         weights = gate_weights(scores, experts, config.normalise, config.scale)
     return Route(experts, weights, scores, logits)
+
+
+def kernel_choice(config: MoEConfig) -> Choice:
+    """The configured gate in the kernel's words."""
+    return Choice(
+        config.experts_per_token,
+        config.gate,
+        config.normalise,
+        config.scale,
+        config.groups,
+        config.groups_per_token,
+        representatives(config),
+    )
 
 
 def gate_weights(

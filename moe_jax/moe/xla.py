@@ -17,16 +17,17 @@ Why this design: rates as fractions of that of a batched GEMM of the same FLOPs,
 this design 0.77 and 0.88; one standard deviation in C and turns of 128 rows 0.75 and 0.70; the loop
 alone with turns of 256 rows 0.60 and 0.65, of 224 rows 0.73 and 0.70. In another, with balanced
 logits: C of twice the mean load 0.54 and 0.58, where one deviation gave 0.87 and 0.95. In
-experiments/moe_layer.py, beside other libraries: this design 0.78 and 0.77; blocks of 128 rows with
-a copy of the matrices each (the reference) 0.41 and 0.32; jax.lax.ragged_dot 0.013 forward.
-Time goes to the up-projection (54% of the forward pass), the down-projection (32%), routing and
-plan (5%), the gather (3%) and the sum (2%). XLA's product with a transposed left operand (the
+experiments/moe_layer.py, beside other libraries: this design 0.76 and 0.77; blocks of 128 rows with
+a copy of the matrices each (the reference) 0.40 and 0.36; jax.lax.ragged_dot 0.014 forward.
+Time goes to the up-projection (51% of the forward pass), the down-projection (32%), routing and
+plan (4%), the gather (3%) and the sum (2%). XLA's product with a transposed left operand (the
 gradients of the matrices) runs at two thirds of the others' rate; transposing x before costs less
 than that loses (3% of the backward pass), transposing the activations as well gains nothing.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -36,6 +37,7 @@ from jaxtyping import Bool, Float, Int
 
 from moe_jax.moe.experts import swiglu
 from moe_jax.moe.plan import Plan
+from moe_jax.moe.precision import NONE, Rounding
 
 State = TypeVar("State")
 
@@ -78,48 +80,60 @@ def turn_sizes(share: int, tokens: int) -> tuple[int, ...]:
     return (256, small) if tokens >= share + 256 else (small,)
 
 
-@jax.custom_vjp
 def mixture(
     x: Float[Array, "T D"],
     weights: Float[Array, "T K"],
     gate_up: Float[Array, "E D twoF"],
     down: Float[Array, "E F D"],
     plan: Plan,
+    *,
+    rounding: Rounding = NONE,
 ) -> Float[Array, "T D"]:
     """out[t] = sum_k weights[t, k] · swiglu(x[t] gate_up[e]) down[e], e the k-th expert of t.
 
     Sums are taken in float32 and in a fixed order, so the result is the same bit for bit from run
-    to run. Equal to reference.mixture but for rounding.
+    to run. Equal to reference.mixture but for rounding. With a `rounding`, both products' operands
+    are rounded first, and the gradients are those of the exact formula at the z that came of it.
     """
-    return _forward(x, weights, gate_up, down, plan)[0]
+    return _mixture(x, weights, gate_up, down, plan, rounding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _mixture(
+    x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan, rounding: Rounding
+) -> Array:
+    return _forward(x, weights, gate_up, down, plan, rounding)[0]
 
 
 def _forward(
-    x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan
+    x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan, rounding: Rounding
 ) -> tuple[Array, Array | None]:
     """(out, z of the batch)"""
-    share = _share(plan)
+    share, dtype = _share(plan), x.dtype
     out, z = jnp.zeros_like(x, jnp.float32), None
+    x, gate_up = rounding.rows(x), rounding.matrices(gate_up, 2)
+    down = rounding.matrices(down, 1)
     if share:
         rows = _batch_rows(plan, weights, share)
         z = _take(x, rows.source) @ gate_up
-        y = swiglu(z) @ down
+        y = (rounding.rows(swiglu(z)) @ down).astype(dtype)
         slots = _slots(plan, share)
         out = _sum_slots(y, slots, jnp.where(slots.inside, weights, 0.0))
 
     def turn(expert: Array, rows: Rows, out: Array) -> Array:
-        y = swiglu(_take(x, rows.source) @ gate_up[expert]) @ down[expert]
+        hidden = swiglu(_take(x, rows.source) @ gate_up[expert])
+        y = (rounding.rows(hidden) @ down[expert]).astype(dtype)
         weighted = rows.weight[:, None] * y.astype(jnp.float32)
         return out.at[rows.token].add(weighted, mode="drop")
 
     out = _loop(plan, weights, share, turn, out)
-    return out.astype(x.dtype), z
+    return out.astype(dtype), z if z is None else z.astype(dtype)
 
 
 def _save(
-    x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan
+    x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan, rounding: Rounding
 ) -> tuple[Array, tuple[Array | Plan | None, ...]]:
-    out, z = _forward(x, weights, gate_up, down, plan)
+    out, z = _forward(x, weights, gate_up, down, plan, rounding)
     return out, (x, z, weights, gate_up, down, plan)
 
 
@@ -150,7 +164,9 @@ def _pull(
 
 
 def _backward(
-    saved: tuple[Array, Array | None, Array, Array, Array, Plan], d_out: Array
+    rounding: Rounding,
+    saved: tuple[Array, Array | None, Array, Array, Array, Plan],
+    d_out: Array,
 ) -> tuple[Array, Array, Array, Array, None]:
     x, z, weights, gate_up, down, plan = saved
     share = _share(plan)
@@ -172,7 +188,8 @@ def _backward(
     def turn(expert: Array, rows: Rows, sums: Gradients) -> Gradients:
         x_rows, up = _take(x, rows.source), gate_up[expert]
         d_rows = _take(d_out, rows.source)
-        d = _pull(x_rows.T, x_rows @ up, d_rows, rows.weight, up, down[expert])
+        z = (rounding.rows(x_rows) @ rounding.matrices(up[None], 2)[0]).astype(x.dtype)
+        d = _pull(x_rows.T, z, d_rows, rows.weight, up, down[expert])
         return Gradients(
             sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
             sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
@@ -185,7 +202,7 @@ def _backward(
     return sums.x.astype(x.dtype), d_weights, sums.gate_up, sums.down, None
 
 
-mixture.defvjp(_save, _backward)
+_mixture.defvjp(_save, _backward)
 
 
 def _share(plan: Plan) -> int:
@@ -220,10 +237,9 @@ def _batch_rows(plan: Plan, weights: Array, share: int) -> Rows:
 
 
 def _slots(plan: Plan, share: int) -> Slots:
-    expert = jnp.take(plan.block_expert, plan.row // plan.block_rows, mode="clip")
-    rank = plan.row - plan.starts[expert]
+    rank = plan.row - jnp.take(plan.starts, plan.experts, mode="clip")
     inside = (plan.row < plan.assignment.size) & (rank < share)
-    return Slots(jnp.where(inside, expert * share + rank, 0), inside)
+    return Slots(jnp.where(inside, plan.experts * share + rank, 0), inside)
 
 
 def _sum_slots(rows: Array, slots: Slots, weights: Array) -> Array:

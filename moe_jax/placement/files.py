@@ -7,6 +7,7 @@ that cannot be read kills the process (SIGBUS), where a read gives an error that
 import json
 import mmap
 import os
+import threading
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,17 +94,17 @@ class ExpertFiles:
         self.expert_bytes = _bytes(self.gate_up_shape, self.dtype) + _bytes(
             self.down_shape, self.dtype
         )
-        self._buffer = mmap.mmap(-1, -(-self.expert_bytes // PAGE) * PAGE + PAGE)
+        self._local = threading.local()  # every reading thread has a buffer of its own
 
     def read(self, layer: int, expert: int) -> Matrices:
-        """One expert, in a buffer that the next read overwrites: for one thread at a time.
+        """One expert, in a buffer that the same thread's next read overwrites.
 
         UserError: it cannot be read, is truncated, or its checksum does not hold.
         """
         record, size = self.records[layer][expert], self.expert_bytes
         begin = record.start // PAGE * PAGE
         end = -(-(record.start + size) // PAGE) * PAGE
-        view = memoryview(self._buffer)[: end - begin]
+        view = memoryview(self._buffer())[: end - begin]
         who = f"expert {expert} of layer {layer} in {self.folder / layer_name(layer)}"
         try:
             found = self._read_fully(layer, view, begin, record.start + size - begin)
@@ -118,6 +119,12 @@ class ExpertFiles:
         split = _bytes(self.down_shape, self.dtype)
         down = np.frombuffer(own[:split], self.dtype).reshape(self.down_shape)
         return np.frombuffer(own[split:], self.dtype).reshape(self.gate_up_shape), down
+
+    def _buffer(self) -> mmap.mmap:
+        """Page-aligned, as direct reads want it."""
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = mmap.mmap(-1, -(-self.expert_bytes // PAGE) * PAGE + PAGE)
+        return self._local.buffer
 
     def _read_fully(self, layer: int, view: memoryview, begin: int, needed: int) -> int:
         """Bytes read into `view`: at least `needed`, or what the file has."""

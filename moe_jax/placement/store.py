@@ -1,13 +1,14 @@
 """The experts of every layer in three tiers: device, pinned host memory, disk.
 
-A step asks for a layer's experts with `fetch`. Residents are there; the others are brought by a
-background thread, which the caller's own work and the device's overlap with. An expert is in one of
-the two memory tiers, never in both.
+A step asks for a layer's experts with `fetch`. Residents are there; the others are brought by
+background threads, which the caller's own work and the device's overlap with. An expert is in one
+of the two memory tiers, never in both.
 """
 
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 from time import perf_counter
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ class Traffic:
     peak_bytes: int = 0
     """Most bytes of experts on the device at once."""
     copies: list[Copy] = field(default_factory=list)
+    fetches: list[tuple[float, float]] = field(default_factory=list)
+    """(begin, end) of every `fetch`; between two of them the caller computes."""
 
     @property
     def hit_rate(self) -> float:
@@ -93,8 +96,10 @@ class ExpertStore:
     The budget covers the residents, the working set of the layer at work, and `look_ahead` experts
     fetched for the next layer (fewer where the budget is small). What leaves the device goes to
     pinned host memory while `host_bytes` allow it (the oldest there is dropped; the disk has all).
-    `blocking` waits for every copy before anything else happens: the control of the asynchronous
-    one. Use it as a context, from one thread.
+    A budget for all experts holds them all, and needs neither buffer. Two threads read, so that one
+    checks what it has while the other's read is under way; with a host tier, whose order of moves
+    matters, it is one. `blocking` waits for every copy before anything else happens: the control of
+    the asynchronous one. Use it as a context, from one thread.
 
     UserError: a budget below one layer's working set, or experts that cannot be read.
     """
@@ -121,8 +126,11 @@ class ExpertStore:
             f"{working_set} experts of {size} bytes need at least {working_set * size}",
         )
         require(host_bytes >= 0, f"placement.host_budget is {host_bytes}: it must not be negative")
+        everything = files.layers * files.experts
         look_ahead = min(look_ahead, slots - working_set, files.experts)
         capacity = slots - working_set - look_ahead
+        if slots >= everything:
+            look_ahead, capacity = 0, everything
         self.ahead = Ahead(look_ahead, recall_floor)
         self.placement = Placement(policy, files.layers, files.experts, capacity, scope)
         self.traffic, self._born = Traffic(), perf_counter()
@@ -132,7 +140,8 @@ class ExpertStore:
         self._resident: dict[int, Expert] = {}
         self._arriving: dict[int, Future[Expert]] = {}
         self._host: OrderedDict[int, Expert] = OrderedDict()  # the worker's alone
-        self._worker = ThreadPoolExecutor(1, "experts")
+        self._worker = ThreadPoolExecutor(1 if host_bytes or blocking else 2, "experts")
+        self._counting = Lock()
 
     def __enter__(self) -> "ExpertStore":
         return self
@@ -161,6 +170,7 @@ class ExpertStore:
         `following`: experts that layer + 1 will probably need, most probable first; they are asked
         for after this layer's, and come while it computes.
         """
+        entered = perf_counter()
         ids = [layer * self.files.experts + int(e) for e in experts]
         self.ahead.compare(layer, ids)
         predicted = self._drop_wrong(set(ids))
@@ -182,6 +192,7 @@ class ExpertStore:
         self._resident.update({e: came[e] for e in change.admitted})
         for e in came.keys() - set(change.admitted):
             self._worker.submit(self._demote, e, came[e])
+        self.traffic.fetches.append((entered - self._born, perf_counter() - self._born))
         return found
 
     def _ask_ahead(self, layer: int, experts: np.ndarray) -> None:
@@ -210,18 +221,19 @@ class ExpertStore:
     def _bring(self, expert: int, ahead: bool) -> Expert:
         """In the worker: from host memory if it is there, else from the disk."""
         begin = perf_counter()
-        held = self._host.pop(expert, None)
+        held, size = self._host.pop(expert, None), self.files.expert_bytes
         if held is not None:
             found = jax.device_put(held, self._on_device)
-            self.traffic.host_bytes += self.files.expert_bytes
         else:
             gate_up, down = self.files.read(*divmod(expert, self.files.experts))
             # Copied first: on a CPU device_put may keep the array itself, here the read buffer.
             found = jax.device_put((gate_up.copy(), down.copy()), self._on_device)
-            self.traffic.disk_bytes += self.files.expert_bytes
         jax.block_until_ready(found)
         end = perf_counter()
-        self.traffic.copies.append(Copy(expert, begin - self._born, end - self._born, ahead))
+        with self._counting:
+            self.traffic.disk_bytes += size if held is None else 0
+            self.traffic.host_bytes += 0 if held is None else size
+            self.traffic.copies.append(Copy(expert, begin - self._born, end - self._born, ahead))
         return found
 
     def _demote(self, expert: int, matrices: Expert) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from moe_kernels.launch import triton_route
+from moe_kernels.launch import fp8_route, triton_route
 
 from moe_jax.config import TrainConfig, fields
 from moe_jax.data.batches import train_batches
@@ -20,6 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.files import disk_errors, only_process
 from moe_jax.machine import gemm_rate, require_memory, require_space
 from moe_jax.model.count import train_flops_per_token
+from moe_jax.moe.layer import implementation
 from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from moe_jax.result import output_folder
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints
@@ -81,12 +82,24 @@ def _train(config: TrainConfig, out: Path) -> Path:
 
 
 def check_kernels(config: TrainConfig) -> None:
-    """An implementation asked for by name must be able to run."""
-    route = triton_route()
-    if config.model.moe.implementation == "triton" and route.name == "none":
+    """An implementation asked for by name must be able to run, and FP8 is not emulated unasked
+    where there is a GPU."""
+    moe, route = config.model.moe, triton_route()
+    if moe.implementation == "triton" and route.name == "none":
         raise UserError(
             f"model.moe.implementation triton cannot run: {route.reason}; use auto or xla"
         )
+    if moe.precision != "fp8":
+        return
+    fp8, asked = fp8_route(), moe.implementation
+    on_gpu = asked == "auto" and jax.default_backend() == "gpu"
+    if fp8.name == "none" and (asked == "triton" or on_gpu):
+        raise UserError(
+            f"model.moe.precision fp8 cannot run: {fp8.reason}; use precision compute, or "
+            "implementation xla, which emulates it"
+        )
+    if implementation(moe.implementation, moe.precision) == "xla":
+        say("FP8 products are emulated in float32 here: their numerics, not their speed")
 
 
 def check_devices(config: TrainConfig) -> None:

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_kernels.experts import mixture
+from moe_kernels.experts import api, mixture
 from moe_kernels.experts.reference import mixture as reference
+from moe_kernels.experts.shapes import tiles, using
 
 from moe_jax.moe.plan import make_plan
 
@@ -96,6 +97,50 @@ EDGES = {
 @pytest.mark.parametrize("name", EDGES)
 def test_edge_cases(name):
     check(*EDGES[name])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_decoding_computes_each_assignment_by_itself(dtype):
+    experts = jnp.asarray([[3, 8], [3, 0], [6, 1]], jnp.int32)  # 8 is nobody
+    inputs, _ = make_inputs((3, 70, 37, 8), experts, dtype)
+    plan = make_plan(experts, 8)
+    decode = jax.make_jaxpr(lambda *a: mixture(*a, plan))(*inputs)
+    assert "sort" not in str(decode)
+    wide = [a.astype(jnp.float32) for a in inputs]
+    assert_close("out", mixture(*inputs, plan), reference(*wide, experts), dtype)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_one_grouped_product(gathered):
+    experts = jnp.asarray(some_experts(40, 2, 3))
+    (x, _, gate_up, _), _ = make_inputs((40, 30, 22, 3), experts, jnp.float32)
+    plan = make_plan(experts, 3)
+    real = np.asarray(plan.assignment) < experts.size
+    token = np.where(real, np.asarray(plan.assignment) // 2, 0)
+    rows = x if gathered else jnp.asarray(np.asarray(x)[token])
+    found = np.asarray(api.grouped(rows, gate_up, plan, gathered))[real]
+    owner = np.repeat(np.asarray(plan.block_expert), plan.block_rows)
+    expected = np.einsum("rd,rdf->rf", np.asarray(x)[token], np.asarray(gate_up)[owner])[real]
+    assert_close("rows", found, expected, jnp.float32)
+
+
+def test_persistent_programs_give_the_same_bits(monkeypatch):
+    monkeypatch.setattr(api, "multiprocessors", lambda: 3)
+    experts = jnp.asarray(some_experts(40, 2, 3))
+    inputs, d_out = make_inputs((40, 34, 20, 3), experts, jnp.float32)
+    plan = make_plan(experts, 3)
+
+    def run(**change):
+        entries = {
+            name: tiles(name, jnp.float32, plan.block_rows)._replace(bn=16, **change)
+            for name in ("up", "rows", "hidden gradient")
+        }
+        with using(entries):
+            return jax.vjp(lambda *a: mixture(*a, plan), *inputs)[1](d_out)
+
+    chosen = {"resident": 2, "keep_rows": "evict_first", "keep_matrix": "evict_last", "group": 1}
+    for one, other in zip(run(), run(**chosen), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_capacity_leaves_dropped_assignments_out():

@@ -2,8 +2,11 @@ import importlib.util
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from moe_kernels.launch import triton_route
+from moe_kernels.quantise import quantise_rows
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +41,16 @@ def test_gpus_by_compute_capability(monkeypatch, capability, name):
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "not installed" in triton_route().reason
+
+
+def test_kernels_that_do_not_wait_for_each_other_are_interpreted_one_at_a_time(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = jnp.arange(40 * 1000.0).reshape(40, 1000)
+    shapes = [x[:n] + n for n in (1, 40, 3, 33)]
+    run = jax.jit(lambda arrays: [quantise_rows(a, implementation="triton") for a in arrays])
+    for _ in range(5):
+        for found, array in zip(run(shapes), shapes, strict=True):
+            expected = quantise_rows(array, implementation="reference")
+            np.testing.assert_array_equal(found.scales, expected.scales)

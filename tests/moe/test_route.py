@@ -70,6 +70,16 @@ def test_nan_logits_show_in_the_weights(config):
     assert np.isnan(found.weights).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "config", [SIGMOID, SOFTMAX, replace(SIGMOID, groups=4, groups_per_token=2)]
+)
+def test_a_single_nan_among_the_logits_is_chosen_and_shows(config, sign):
+    logits = jnp.zeros((1, 8)).at[0, 5].set(np.copysign(np.float32(np.nan), sign))
+    found = route(logits, jnp.zeros(8), config)
+    assert np.isnan(found.weights).any()
+
+
 def test_weights_are_normalised_and_scaled():
     logits = jax.random.normal(jax.random.key(1), (20, 8))
     found = route(logits, jnp.zeros(8), SIGMOID)

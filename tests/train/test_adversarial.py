@@ -77,6 +77,7 @@ def test_without_a_perturbation_it_is_distillation(config, setting):
     assert_close(mine[1], theirs[1], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_added_is_larger_for_the_adversary(config, setting):
     """Same size, same text: the adversarial shift and swaps hurt more than the random ones."""
     state, batch, key, model = setting

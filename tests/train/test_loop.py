@@ -49,6 +49,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     assert "⟫" in (out / "samples.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_in_two_pieces_equals_one_in_one_piece(small_run, tmp_path):
     """The pieces are cut by an exception between two updates; real kills are in test_survival."""
     whole = replace(

@@ -71,8 +71,8 @@ def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
 @pytest.mark.parametrize(
     ("name", "accumulation"),
     [
-        ("rematerialised", 2),
-        ("bfloat16", 1),
+        pytest.param("rematerialised", 2, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1, marks=pytest.mark.slow),
         ("every balance loss", 1),
         ("hash", 1),
     ],

@@ -1,5 +1,5 @@
 """The experts of a mixture: grouped SwiGLU with gathered inputs, forward and backward."""
 
-from moe_kernels.experts.api import Schedule, mixture
+from moe_kernels.experts.api import Schedule, combine, grouped, mixture
 
-__all__ = ["Schedule", "mixture"]
+__all__ = ["Schedule", "combine", "grouped", "mixture"]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
 from jaxtyping import Float, Int
 
-from moe_kernels.experts.shapes import MATRIX_GRADIENT, tiles
-from moe_kernels.launch import Tuning, interpreting, launch, require
+from moe_kernels.experts.shapes import DECODE, MATRIX_GRADIENT, tiles
+from moe_kernels.launch import Tuning, interpreting, launch, multiprocessors, require
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -34,6 +34,11 @@ class Schedule(Protocol):
     @property
     def row(self) -> Int[Array, "T K"]:
         """The inverse; R where the assignment has no row."""
+        ...
+
+    @property
+    def experts(self) -> Int[Array, "T K"]:
+        """The expert of each assignment, E where it has no row."""
         ...
 
     @property
@@ -69,19 +74,21 @@ def mixture(
 
     Sums in float32 in a fixed order; without atomics, so the same bits from run to run. The
     backward pass keeps x, the pre-activation z and the routing: the second product's output is not
-    kept, the gate weight's gradient comes from dA' = d_out down^T (arXiv:2512.14080).
+    kept, the gate weight's gradient comes from dA' = d_out down^T (arXiv:2512.14080). Without
+    gradients, and with no more assignments than experts (decoding), each assignment is a row of its
+    own, and nothing is sorted or padded.
 
     Raises UnavailableError where kernels cannot run, ValueError for dtypes or shapes that do not
     fit.
     """
     require()
-    _check(x, weights, gate_up, down)
+    check(x, weights, gate_up, down)
     if x.size == 0:
         return x
     return _mixture(x, weights, gate_up, down, plan)
 
 
-def _check(x: Array, weights: Array, gate_up: Array, down: Array) -> None:
+def check(x: Array, weights: Array, gate_up: Array, down: Array) -> None:
     """One line that names what does not fit."""
     dtypes = {array.dtype for array in (x, gate_up, down)}
     if len(dtypes) > 1 or x.dtype not in DTYPES:
@@ -100,50 +107,57 @@ def _check(x: Array, weights: Array, gate_up: Array, down: Array) -> None:
 
 @jax.custom_vjp
 def _mixture(x: Array, weights: Array, gate_up: Array, down: Array, plan: Any) -> Array:
+    if plan.experts.size <= len(down):
+        return _decode(x, weights, gate_up, down, plan.experts)
     hidden, _ = _up(x, gate_up, plan, save=False)
-    return _combine(_rows(hidden, down, plan), plan, weights)
+    return combine(_rows(hidden, down, plan), plan.row, weights)
 
 
 def _save(x: Array, weights: Array, gate_up: Array, down: Array, plan: Any) -> tuple[Array, Saved]:
     hidden, z = _up(x, gate_up, plan, save=True)
-    out = _combine(_rows(hidden, down, plan), plan, weights)
+    out = combine(_rows(hidden, down, plan), plan.row, weights)
     return out, Saved(x, weights, gate_up, down, plan, z)
 
 
-def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, Array, None]:
+def backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, Array, None]:
     x, weights, gate_up, down, plan, z = saved
     dz, weighted, d_row = _hidden_gradient(d_out, down, z, weights, plan)
     d_down = _matrix_gradient(weighted, d_out, plan, gathered="right")
     d_gate_up = _matrix_gradient(x, dz, plan, gathered="left")
-    dx = _combine(_rows(dz, gate_up, plan, transposed=True), plan)
+    dx = combine(_rows(dz, gate_up, plan, transposed=True), plan.row)
     own = plan.row < plan.assignment.size
     d_weights = jnp.where(own, jnp.take(d_row, plan.row, mode="clip"), 0.0)
     return dx, d_weights.astype(weights.dtype), d_gate_up, d_down, None
 
 
-_mixture.defvjp(_save, _backward)
+_mixture.defvjp(_save, backward)
 
 
-def _arithmetic(dtype: jnp.dtype) -> dict[str, Any]:
+def arithmetic(dtype: jnp.dtype) -> dict[str, Any]:
     """float32 products are exact, as JAX's on a CPU; UPCAST: see kernel.product."""
     return {"PRECISION": "ieee", "UPCAST": interpreting() and dtype == jnp.bfloat16}
 
 
 def _blocks(plan: Any, columns: int, operation: str, dtype: jnp.dtype) -> tuple[Any, ...]:
-    """(grid, tuning, constants) of a kernel whose tiles are blocks x columns, one a program."""
+    """(grid, tuning, constants) of a kernel whose tiles are blocks x columns."""
     chosen = tiles(operation, dtype, plan.block_rows)
     blocks, across = plan.block_expert.size, -(-columns // chosen.bn)
+    programs = blocks * across
+    if chosen.resident:
+        programs = min(programs, chosen.resident * multiprocessors())
     constants = {
         "TILES": across,
         "BLOCKS": blocks,
-        "PROGRAMS": blocks * across,
+        "PROGRAMS": programs,
         "BM": plan.block_rows,
         "BN": chosen.bn,
         "BK": chosen.bk,
         "GROUP": chosen.group,
-        **_arithmetic(dtype),
+        "KEEP_ROWS": chosen.keep_rows,
+        "KEEP_MATRIX": chosen.keep_matrix,
+        **arithmetic(dtype),
     }
-    return (blocks * across,), chosen.tuning, constants
+    return (programs,), chosen.tuning, constants
 
 
 def _up(x: Array, gate_up: Array, plan: Any, save: bool) -> tuple[Array, Array]:
@@ -164,12 +178,29 @@ def _up(x: Array, gate_up: Array, plan: Any, save: bool) -> tuple[Array, Array]:
         F=hidden,
         K=plan.row.shape[1],
         SAVE=save,
+        FAST_SILU=tiles("up", x.dtype, plan.block_rows).fast_silu,
         **constants,
     )
     return result, z
 
 
-def _rows(rows: Array, matrix: Array, plan: Any, transposed: bool = False) -> Array:
+def grouped(
+    rows: Float[Array, "N KD"],
+    matrix: Float[Array, "E KD N"],
+    plan: Schedule,
+    gathered: bool = False,
+) -> Float[Array, "R N"]:
+    """out[r] = rows[r] matrix[e], e the expert of row r; gathered: rows[token of r] instead.
+
+    Rows of unused blocks are not written. No gradients: they are `mixture`'s.
+    """
+    require()
+    return _rows(rows, matrix, plan, gathered=gathered)
+
+
+def _rows(
+    rows: Array, matrix: Array, plan: Any, transposed: bool = False, gathered: bool = False
+) -> Array:
     """rows[r] matrix[e], or rows[r] matrix[e]^T; rows of unused blocks are not written."""
     from moe_kernels.experts.kernel import rows_kernel
 
@@ -179,12 +210,15 @@ def _rows(rows: Array, matrix: Array, plan: Any, transposed: bool = False) -> Ar
     grid, tuning, constants = _blocks(plan, columns, "rows", rows.dtype)
     (out,) = launch(
         rows_kernel,
-        (rows, matrix, plan.block_expert, plan.starts, plan.counts),
-        (ShapeDtypeStruct((len(rows), columns), rows.dtype),),
+        (rows, matrix, plan.assignment, plan.block_expert, plan.starts, plan.counts),
+        (ShapeDtypeStruct((plan.assignment.size, columns), rows.dtype),),
         grid,
         tuning,
+        S=plan.row.size,
         KD=depth,
         N=columns,
+        K=plan.row.shape[1],
+        GATHER=gathered,
         STRIDE_K=strides[0],
         STRIDE_N=strides[1],
         **constants,
@@ -254,20 +288,59 @@ def _matrix_gradient(left: Array, right: Array, plan: Any, gathered: str) -> Arr
         BM=bm,
         BN=chosen.bn,
         BK=chosen.bk,
-        **_arithmetic(left.dtype),
+        **arithmetic(left.dtype),
     )
     return out
 
 
-def _combine(rows: Array, plan: Any, weights: Array | None = None) -> Array:
-    """out[t] = sum_k w[t, k] · rows[row[t, k]] in float32; without weights the plain sum."""
+def _decode(x: Array, weights: Array, gate_up: Array, down: Array, experts: Array) -> Array:
+    """mixture with a row for each assignment, which reads that expert's matrices for itself."""
+    per_token, real = experts.shape[1], experts < len(down)
+    hidden = _single_rows(x, gate_up, experts, per_token, swiglu=True)
+    y = _single_rows(hidden, down, experts, per=1, swiglu=False)
+    row = jnp.where(real, jnp.arange(experts.size).reshape(experts.shape), experts.size)
+    return combine(y, row, weights)
+
+
+def _single_rows(vectors: Array, matrix: Array, experts: Array, per: int, swiglu: bool) -> Array:
+    """vectors[s // per] matrix[experts[s]] of each assignment s; after swiglu, half as wide."""
+    from moe_kernels.experts.decode_kernel import decode_kernel
+
+    _, depth, columns = matrix.shape
+    columns = columns // 2 if swiglu else columns
+    chosen = DECODE[vectors.dtype.itemsize]
+    across = -(-columns // chosen.bn)
+    (out,) = launch(
+        decode_kernel,
+        (vectors, matrix, experts),
+        (ShapeDtypeStruct((experts.size, columns), vectors.dtype),),
+        (experts.size * across,),
+        chosen.tuning,
+        E=len(matrix),
+        KD=depth,
+        N=columns,
+        PER=per,
+        SWIGLU=swiglu,
+        TILES=across,
+        BN=chosen.bn,
+        BK=chosen.bk,
+        UPCAST=arithmetic(vectors.dtype)["UPCAST"],
+    )
+    return out
+
+
+def combine(
+    rows: Float[Array, "R D"], row: Int[Array, "T K"], weights: Float[Array, "T K"] | None = None
+) -> Float[Array, "T D"]:
+    """out[t] = sum_k w[t, k] · rows[row[t, k]] in float32, without w the plain sum; k after k, so
+    the same bits every time. An index of R adds nothing."""
     from moe_kernels.experts.kernel import combine_kernel
 
-    (tokens, per_token), width = plan.row.shape, rows.shape[1]
+    (tokens, per_token), width = row.shape, rows.shape[1]
     tile = min(1024, 1 << (width - 1).bit_length())
     (out,) = launch(
         combine_kernel,
-        (rows, plan.row, plan.row if weights is None else weights),
+        (rows, row, row if weights is None else weights),
         (ShapeDtypeStruct((tokens, width), rows.dtype),),
         (tokens, -(-width // tile)),
         Tuning(warps=max(1, min(8, tile // 128)), stages=2),
@@ -276,6 +349,6 @@ def _combine(rows: Array, plan: Any, weights: Array | None = None) -> Array:
         K=per_token,
         WEIGHTED=weights is not None,
         BD=tile,
-        UPCAST=_arithmetic(rows.dtype)["UPCAST"],
+        UPCAST=arithmetic(rows.dtype)["UPCAST"],
     )
     return out

@@ -29,6 +29,12 @@ def locate(tile, block_expert, starts, counts, TILES: tl.constexpr, BM: tl.const
 
 
 @triton.jit
+def fetch(pointer, mask, KEEP: tl.constexpr):
+    """Numbers under the mask, zeros elsewhere; KEEP says how long L2 is to keep them."""
+    return tl.load(pointer, mask, 0.0, eviction_policy=KEEP)  # pyright: ignore
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a b. UPCAST: the interpreter multiplies bfloat16's bits as integers."""
     if UPCAST:
@@ -49,12 +55,24 @@ def narrow(value, pointer, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(value, FAST: tl.constexpr):
+    """1 / (1 + exp(-value)). FAST: (1 + tanh(value / 2)) / 2 by the hardware's approximate tanh,
+    one instruction of the special functions' unit and not two; its error is 2^-11, so it is for
+    results in 16 bits. Inline PTX, which the interpreter does not run."""
+    if FAST:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * value], tl.float32, True, 1)  # fmt: skip
+        return tanh * 0.5 + 0.5  # pyright: ignore[reportOperatorIssue]
+    return tl.sigmoid(value)
+
+
+@triton.jit
 def up_kernel(x, gate_up, assignment, block_expert, starts, counts, z, hidden,
               S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
               TILES: tl.constexpr, BLOCKS: tl.constexpr, PROGRAMS: tl.constexpr,
-              BM: tl.constexpr, BN: tl.constexpr,
-              BK: tl.constexpr, GROUP: tl.constexpr, SAVE: tl.constexpr,
-              PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+              KEEP_ROWS: tl.constexpr, KEEP_MATRIX: tl.constexpr, SAVE: tl.constexpr,
+              FAST_SILU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """z[r] = x[token of r] gate_up[e], hidden[r] = silu(z's first half) · its second half.
 
     Both halves of a column are accumulated by the same program, so that no second kernel reads z.
@@ -76,10 +94,12 @@ def up_kernel(x, gate_up, assignment, block_expert, starts, counts, z, hidden,
             up = tl.zeros((BM, BN), tl.float32)
             for step in range(0, tl.cdiv(D, BK)):
                 left = k < D - step * BK
-                part = tl.load(a, mask=real[:, None] & left[None, :], other=0.0)
+                part = fetch(a, real[:, None] & left[None, :], KEEP_ROWS)
                 wide = left[:, None] & inside[None, :]
-                gate = product(part, tl.load(b, mask=wide, other=0.0), gate, PRECISION, UPCAST)
-                up = product(part, tl.load(b + F, mask=wide, other=0.0), up, PRECISION, UPCAST)
+                first = fetch(b, wide, KEEP_MATRIX)
+                second = fetch(b + F, wide, KEEP_MATRIX)
+                gate = product(part, first, gate, PRECISION, UPCAST)
+                up = product(part, second, up, PRECISION, UPCAST)
                 a += BK
                 b += BK * 2 * F
             row = rows.to(tl.int64)[:, None]
@@ -87,35 +107,47 @@ def up_kernel(x, gate_up, assignment, block_expert, starts, counts, z, hidden,
                 at = z + row * (2 * F) + n[None, :]
                 tl.store(at, narrow(gate, z, UPCAST), mask=inside[None, :])
                 tl.store(at + F, narrow(up, z, UPCAST), mask=inside[None, :])
-            result = gate * tl.sigmoid(gate) * up
+            result = gate * sigmoid(gate, FAST_SILU) * up
             tl.store(hidden + row * F + n[None, :], narrow(result, hidden, UPCAST),
                      mask=inside[None, :])  # fmt: skip
 
 
 @triton.jit
-def rows_kernel(a_rows, matrix, block_expert, starts, counts, out,
-                KD: tl.constexpr, N: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
+def rows_kernel(a_rows, matrix, assignment, block_expert, starts, counts, out,
+                S: tl.constexpr, KD: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+                GATHER: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
                 TILES: tl.constexpr, BLOCKS: tl.constexpr, PROGRAMS: tl.constexpr,
                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+                KEEP_ROWS: tl.constexpr, KEEP_MATRIX: tl.constexpr,
                 PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """out[r] = a_rows[r] M[e], M = matrix[e] or, by its strides, matrix[e] transposed."""
+    """out[r] = a_rows[r] M[e], M = matrix[e] or, by its strides, matrix[e] transposed. GATHER:
+    a_rows[token of r], zeros where r is padding."""
     for tile in range(tl.program_id(0), BLOCKS * TILES, PROGRAMS):
         expert, block, column, used = locate(
             tile, block_expert, starts, counts, TILES, BM, GROUP)  # fmt: skip
         if used:
-            row = (block * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+            rows = block * BM + tl.arange(0, BM)
+            row = rows.to(tl.int64)[:, None]
+            if GATHER:
+                chosen = tl.load(assignment + rows)
+                real = (chosen < S)[:, None]
+                source = tl.where(real, (chosen // K)[:, None], 0).to(tl.int64)
+            else:
+                real = tl.full((BM, 1), True, tl.int1)
+                source = row
             n = column * BN + tl.arange(0, BN)
             inside = n < N
             k = tl.arange(0, BK)
-            a = a_rows + row * KD + k[None, :]
+            a = a_rows + source * KD + k[None, :]
             b = matrix + expert.to(tl.int64) * KD * N
             b += k[:, None] * STRIDE_K + n[None, :] * STRIDE_N
             acc = tl.zeros((BM, BN), tl.float32)
             for step in range(0, tl.cdiv(KD, BK)):
                 left = k < KD - step * BK
-                part = tl.load(a, mask=left[None, :], other=0.0)
+                part = fetch(a, real & left[None, :], KEEP_ROWS)
                 wide = left[:, None] & inside[None, :]
-                acc = product(part, tl.load(b, mask=wide, other=0.0), acc, PRECISION, UPCAST)
+                right = fetch(b, wide, KEEP_MATRIX)
+                acc = product(part, right, acc, PRECISION, UPCAST)
                 a += BK
                 b += BK * STRIDE_K
             tl.store(out + row * N + n[None, :], narrow(acc, out, UPCAST),
@@ -129,6 +161,7 @@ def hidden_gradient_kernel(d_out, down, z, weights, assignment, block_expert, st
                            R: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
                            PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                            BK: tl.constexpr, GROUP: tl.constexpr,
+                           KEEP_ROWS: tl.constexpr, KEEP_MATRIX: tl.constexpr,
                            PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """With dA'[r] = d_out[token] down[e]^T and A recomputed from z, of one tile of columns:
 
@@ -150,9 +183,10 @@ def hidden_gradient_kernel(d_out, down, z, weights, assignment, block_expert, st
             acc = tl.zeros((BM, BN), tl.float32)
             for step in range(0, tl.cdiv(D, BK)):
                 left = k < D - step * BK
-                part = tl.load(a, mask=real[:, None] & left[None, :], other=0.0)
+                part = fetch(a, real[:, None] & left[None, :], KEEP_ROWS)
                 wide = left[:, None] & inside[None, :]
-                acc = product(part, tl.load(b, mask=wide, other=0.0), acc, PRECISION, UPCAST)
+                right = fetch(b, wide, KEEP_MATRIX)
+                acc = product(part, right, acc, PRECISION, UPCAST)
                 a += BK
                 b += BK
             s = tl.load(weights + chosen, mask=real, other=0.0).to(tl.float32)[:, None]
@@ -160,14 +194,14 @@ def hidden_gradient_kernel(d_out, down, z, weights, assignment, block_expert, st
             at = z + row * (2 * F) + n[None, :]
             gate = tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32)
             up = tl.load(at + F, mask=inside[None, :], other=0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(gate)
-            silu = gate * sigmoid
+            slope = tl.sigmoid(gate)
+            silu = gate * slope
             tl.store(partial + column.to(tl.int64) * R + rows, tl.sum(acc * silu * up, axis=1))
             tl.store(weighted + row * F + n[None, :],
                      narrow(s * silu * up, weighted, UPCAST), mask=inside[None, :])  # fmt: skip
             acc = s * acc
             at = dz + row * (2 * F) + n[None, :]
-            d_gate = acc * up * (sigmoid + silu * (1 - sigmoid))
+            d_gate = acc * up * (slope + silu * (1 - slope))
             tl.store(at, narrow(d_gate, dz, UPCAST), mask=inside[None, :])
             tl.store(at + F, narrow(acc * silu, dz, UPCAST), mask=inside[None, :])
 

@@ -1,10 +1,15 @@
 """Tiles of the grouped products by class of shape, and how many programs run them."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from moe_kernels.launch import Tuning, capability
+
+Eviction = Literal["", "evict_first", "evict_last"]
 
 
 class Tiles(NamedTuple):
@@ -17,6 +22,14 @@ class Tiles(NamedTuple):
     tuning: Tuning
     group: int = 8
     """Blocks of an expert whose tiles are neighbours."""
+    resident: int = 0
+    """Persistent programs on each multiprocessor, which take tile after tile; 0: one program a
+    tile."""
+    keep_rows: Eviction = ""
+    """How long L2 keeps what is read of the rows, and of the matrices."""
+    keep_matrix: Eviction = ""
+    fast_silu: bool = False
+    """SwiGLU by the hardware's approximate tanh (kernel.sigmoid)."""
 
 
 # By operation, bytes of a number and rows of a block. On sm_90, 4 warps at 128 rows spill, and so
@@ -61,13 +74,35 @@ MATRIX_GRADIENT: dict[int, tuple[int, Tiles]] = {
 }
 """Rows of a tile of the matrix, then its columns, by bytes of a number."""
 
+OPERATIONS = ("up", "rows", "hidden gradient")
+"""What the table holds tiles for."""
+
 BLOCK_ROWS = (16, 32, 64, 128)
 """Rows of a block that there are kernels for."""
+
+
+DECODE: dict[int, Tiles] = {2: Tiles(64, 64, Tuning(4, 4)), 4: Tiles(32, 64, Tuning(4, 4))}
+"""Of the products of single rows, by bytes of a number."""
+
+_override: ContextVar[Mapping[str, Tiles] | None] = ContextVar("override", default=None)
+
+
+@contextmanager
+def using(entries: Mapping[str, Tiles]) -> Iterator[None]:
+    """Programs traced inside take these tiles by operation (up, rows, hidden gradient), whatever
+    the table says: for tuning, and for measuring one idea at a time."""
+    token = _override.set(entries)
+    try:
+        yield
+    finally:
+        _override.reset(token)
 
 
 def tiles(operation: str, dtype: jnp.dtype, block_rows: int) -> Tiles:
     """The entry of the table. Raises ValueError for a block size that it does not hold."""
     if block_rows not in BLOCK_ROWS:
         raise ValueError(f"blocks of {block_rows} rows: the kernels take {BLOCK_ROWS}")
+    if chosen := (_override.get() or {}).get(operation):
+        return chosen
     key = operation, jnp.dtype(dtype).itemsize, block_rows
     return AMPERE.get(key, TABLE[key]) if capability() < 90 else TABLE[key]

@@ -1,0 +1,148 @@
+"""What do FP8 products in the experts cost in loss, and does bfloat16 cost less?
+
+    python experiments/fp8_numerics.py [--out DIR] [--seeds N] [--steps N] [--quick]
+
+Trains the preset `tiny` once for each precision and seed, on the same tokens in the same order from
+the same initialisation, and compares held-out bits per byte pairwise with float32. Without FP8
+units the kernels' arithmetic is emulated (model.moe.precision), so a laptop gives the numerics that
+a GPU would have, not its speed. Runs that are finished are read, not repeated.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moe_jax.startup import ask_for_huge_pages
+
+if __name__ == "__main__":
+    ask_for_huge_pages()
+
+from scipy.stats import t as student
+
+from moe_jax.cli import override, parse_settings, program
+from moe_jax.config import TrainConfig, require
+from moe_jax.presets import TINY
+from moe_jax.result import Measurement, output_folder, write_result
+from moe_jax.train.loop import train
+
+QUESTION = "What do FP8 products in the experts cost in loss?"
+BASELINE = "float32"
+PRECISIONS: dict[str, dict[str, str]] = {
+    BASELINE: {},
+    "fp8": {"model.moe.precision": "fp8"},
+    "fp8_power_of_two": {
+        "model.moe.precision": "fp8",
+        "model.moe.fp8_scales": "power_of_two",
+    },
+    "bfloat16": {"model.compute_dtype": "bfloat16"},
+}
+"""Settings that differ from `tiny`; bfloat16 is the whole model's compute dtype."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Trains `tiny` in several precisions and compares held-out losses in pairs."""
+
+    out: str = "runs/fp8_numerics"
+    """Folder for result.json and the runs."""
+    seed: int = 0
+    """The first seed."""
+    seeds: int = 5
+    """Seeds of each precision, one after the other from `seed`."""
+    steps: int = 200
+    """Updates of a run."""
+    quick: bool = False
+    """One seed, 10 steps, float32 and fp8 alone."""
+
+    def __post_init__(self) -> None:
+        require(self.seeds > 0, f"seeds is {self.seeds}: it must be positive")
+
+
+def run_config(settings: Settings, name: str, seed: int) -> TrainConfig:
+    """The run of one precision and seed."""
+    steps = 10 if settings.quick else settings.steps
+    config = override(TINY, PRECISIONS[name])
+    out = str(Path(settings.out).expanduser() / f"{name}-{seed}")
+    if settings.quick:
+        config = override(config, {"data.validation_tokens": "20000", "batch": "4"})
+    return replace(config, steps=steps, evaluate_every=steps, samples=0, seed=seed, out=out)
+
+
+def bits_per_byte(config: TrainConfig) -> float:
+    """Held-out loss of a run, trained if it is not there."""
+    path = Path(config.out) / "result.json"
+    if not path.exists() or json.loads(path.read_text())["config"]["steps"] != config.steps:
+        train(config)
+    found = json.loads(path.read_text())["measurements"]
+    return next(m["value"] for m in found if m["name"] == "validation_bits_per_byte")
+
+
+def interval(differences: list[float]) -> float:
+    """Half of the 95% interval of the mean (Student's t); infinite for one pair."""
+    n = len(differences)
+    if n < 2:
+        return math.inf
+    return float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+
+
+def measurements(losses: Mapping[str, list[float]], seeds: list[int]) -> list[Measurement]:
+    """Mean losses, and mean differences to float32 with their 95% intervals."""
+    found, base = [], losses[BASELINE]
+    for name, values in losses.items():
+        mean = statistics.mean(values)
+        ratio = mean / statistics.mean(base)
+        found.append(Measurement(f"{name}.loss", mean, "bits/byte", BASELINE, ratio, seeds))
+        if name == BASELINE:
+            continue
+        differences = [a - b for a, b in zip(values, base, strict=True)]
+        half = interval(differences)
+        found += [
+            Measurement(f"{name}.difference", statistics.mean(differences), "bits/byte", BASELINE),
+            Measurement(
+                f"{name}.difference_95", half if math.isfinite(half) else None, "+- bits/byte"
+            ),
+        ]
+    if len(base) > 1:
+        found.append(Measurement("float32.seeds_deviation", statistics.stdev(base), "bits/byte"))
+    return found
+
+
+def verdict(values: Mapping[str, float | int | None]) -> str:
+    """One sentence."""
+    parts = []
+    for name in PRECISIONS:
+        difference, half = values.get(f"{name}.difference"), values.get(f"{name}.difference_95")
+        if difference is not None:
+            share = difference / (values[f"{BASELINE}.loss"] or math.nan)
+            width = "one seed" if half is None else f"+-{half:.4f}"
+            parts.append(f"{name} {difference:+.4f} bits/byte ({width}; {share:+.2%})")
+    return "against float32: " + ", ".join(parts)
+
+
+def main(argv: list[str]) -> None:
+    """Trains what is missing, compares, writes."""
+    settings = parse_settings(Settings(), argv, QUESTION)
+    out = output_folder(settings.out)
+    seeds = [settings.seed + i for i in range(1 if settings.quick else settings.seeds)]
+    names = [BASELINE, "fp8"] if settings.quick else list(PRECISIONS)
+    losses = {n: [bits_per_byte(run_config(settings, n, seed)) for seed in seeds] for n in names}
+    found = measurements(losses, seeds)
+    sentence = verdict({m.name: m.value for m in found})
+    write_result(
+        out,
+        experiment="fp8_numerics",
+        question=QUESTION,
+        config=settings,
+        measurements=found,
+        verdict=sentence,
+    )
+    for m in found:
+        print(f"{m.name:34} {m.value if m.value is not None else math.nan:10.5f} {m.unit}")
+    print(f"\n{sentence}\n{out}/result.json")
+
+
+if __name__ == "__main__":
+    program(main)

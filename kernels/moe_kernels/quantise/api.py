@@ -1,0 +1,113 @@
+"""Quantisers: E4M3 values whose tiles have a float32 scale each, laid out for the FP8 products."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array, ShapeDtypeStruct
+from jaxtyping import Float
+
+from moe_kernels.launch import fp8_route, interpreting, launch, require_fp8
+from moe_kernels.quantise import reference
+from moe_kernels.quantise.reference import E4M3, TILE, Quantised
+from moe_kernels.quantise.shapes import MATRICES_TUNING, ROWS, ROWS_TUNING
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+Implementation = Literal["auto", "reference", "triton"]
+
+
+def quantise_rows(
+    x: Float[Array, "R D"], power_of_two: bool = False, implementation: Implementation = "auto"
+) -> Quantised:
+    """values[r, d] = e4m3(x[r, d] / scales[r, d / 128]): a scale for 128 neighbours of a row.
+
+    scales [R, ceil(D / 128)] = max(largest finite magnitude of the tile, 1e-4) / 448 in float32,
+    rounded up to a power of two if asked. Ties to even. What is not finite becomes NaN, it alone;
+    a tile of zeros stays zeros. Source: DeepSeek-V3 (arXiv:2412.19437, §3.3.2).
+
+    `reference` and `triton` give the same bits; `auto` is triton where it can run. Raises
+    UnavailableError where `triton` cannot, ValueError for another dtype or rank.
+    """
+    _check("x [R, D]", x, 2)
+    if not _by_kernel(implementation) or not x.size:
+        return reference.quantise_rows(x, power_of_two)
+    from moe_kernels.quantise.kernel import quantise_rows_kernel
+
+    (rows, width), tiles = x.shape, -(-x.shape[1] // TILE)
+    return Quantised(
+        *launch(
+            quantise_rows_kernel,
+            (x,),
+            (ShapeDtypeStruct(x.shape, E4M3), ShapeDtypeStruct((rows, tiles), jnp.float32)),
+            (-(-rows // ROWS), tiles),
+            ROWS_TUNING,
+            R=rows,
+            D=width,
+            TILES=tiles,
+            ROWS=ROWS,
+            TILE=TILE,
+            POWER_OF_TWO=power_of_two,
+            UPCAST=interpreting(),
+        )
+    )
+
+
+def quantise_matrices(
+    w: Float[Array, "E D N"],
+    parts: int = 1,
+    power_of_two: bool = False,
+    implementation: Implementation = "auto",
+) -> Quantised:
+    """values[e, n, d] = e4m3(w[e, d, n] / scale of the 128x128 block), the matrices transposed.
+
+    FP8 matrix units read both operands along the contraction (D), so that is what lies together.
+    The N columns are `parts` matrices side by side, F = N / parts columns each (2 for a gate and an
+    up projection), and blocks start anew at each: scales [E, parts, ceil(F / 128), ceil(D / 128)].
+    Everything else as in quantise_rows.
+    """
+    _check("w [E, D, N]", w, 3)
+    if w.shape[2] % parts:
+        raise ValueError(f"w {w.shape} has {w.shape[2]} columns, which are not {parts} equal parts")
+    if not _by_kernel(implementation) or not w.size:
+        return reference.quantise_matrices(w, parts, power_of_two)
+    from moe_kernels.quantise.kernel import quantise_matrices_kernel
+
+    experts, depth, columns = w.shape
+    each = columns // parts
+    tiles_d, tiles_f = -(-depth // TILE), -(-each // TILE)
+    return Quantised(
+        *launch(
+            quantise_matrices_kernel,
+            (w,),
+            (
+                ShapeDtypeStruct((experts, columns, depth), E4M3),
+                ShapeDtypeStruct((experts, parts, tiles_f, tiles_d), jnp.float32),
+            ),
+            (experts * parts * tiles_d, tiles_f),
+            MATRICES_TUNING,
+            D=depth,
+            F=each,
+            PARTS=parts,
+            TILES_D=tiles_d,
+            TILES_F=tiles_f,
+            TILE=TILE,
+            POWER_OF_TWO=power_of_two,
+            UPCAST=interpreting(),
+        )
+    )
+
+
+def _check(wanted: str, array: Array, rank: int) -> None:
+    if array.ndim != rank or array.dtype not in DTYPES:
+        raise ValueError(
+            f"{wanted} must have {rank} dimensions and be float32, bfloat16 or float16, "
+            f"not {array.dtype}{list(array.shape)}"
+        )
+
+
+def _by_kernel(implementation: Implementation) -> bool:
+    """Whether the kernel does it: `auto` where it is compiled, by name or not at all elsewhere."""
+    if implementation == "triton":
+        require_fp8()
+    return implementation == "triton" or (
+        implementation == "auto" and fp8_route().name in ("gpu", "lower")
+    )

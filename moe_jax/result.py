@@ -21,6 +21,8 @@ class Measurement:
     baseline: str | None = None
     ratio: float | None = None
     seeds: list[int] | None = None
+    interval: list[float] | None = None
+    """[low, high]: the 95% interval of `value` over the seeds."""
 
 
 def write_result(

@@ -76,6 +76,7 @@ def test_a_quick_run_is_read_again(tmp_path, capsys):
     lever.main(argv)
     printed = capsys.readouterr().out
     assert printed.count(" updates ") == 1  # the one that was missing
-    assert json.loads((tmp_path / "result.json").read_text())["measurements"] == (
-        first["measurements"]
+    assert (
+        json.loads((tmp_path / "result.json").read_text())["measurements"]
+        == (first["measurements"])
     )

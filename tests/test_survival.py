@@ -110,6 +110,7 @@ def test_a_run_killed_three_times_continues_bit_for_bit(settings, uninterrupted,
     assert json.loads((out / "result.json").read_text())["experiment"] == "train"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_said_in_a_line_and_costs_only_time(
     settings, uninterrupted, tmp_path
 ):

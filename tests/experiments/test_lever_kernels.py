@@ -27,6 +27,7 @@ def make_inputs():
     return [a.astype(jnp.float32) for a in lever.make_inputs(TINY, 0)], lever.routing(TINY, 0)
 
 
+@pytest.mark.slow
 def test_every_rung_computes_the_layer():
     inputs, plan = make_inputs()
     expected = RUNGS[0].layer(*inputs, plan)

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 TINY = bench.Shape(6, 16, 8, 2, 1)
 
 
+@pytest.mark.slow
 def test_a_row_holds_every_call_and_the_limit(tmp_path):
     row = bench.bench("tiny", TINY, "float32", rounds=1, size=32)
     kinds = {f"{name} {kind}" for name in bench.LAYERS for kind in ("forward", "train", "backward")}

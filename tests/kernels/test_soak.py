@@ -40,6 +40,7 @@ def test_the_oracle_and_the_kernels_agree(dtype):
     assert soak.attempt(case) is None
 
 
+@pytest.mark.slow
 def test_a_fault_is_shrunk_to_the_least_case(broken, capsys):
     assert soak.attempt(CASE).startswith("out: largest error")
     small = soak.shrink(CASE)

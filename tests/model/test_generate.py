@@ -17,6 +17,7 @@ def split(model):
 
 
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_with_cache_equals_without(either_attention, temperature):
     model = Transformer(either_attention, rngs=nnx.Rngs(0))
     prompt = jax.random.randint(jax.random.key(1), (3, 5), 0, 61)

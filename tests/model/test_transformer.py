@@ -18,6 +18,7 @@ def build(config: ModelConfig, seed=0) -> Transformer:
     return Transformer(config, rngs=nnx.Rngs(seed))
 
 
+@pytest.mark.slow
 def test_gradients_reach_earlier_tokens_of_the_document_only(either_attention):
     graph, parameters, router = nnx.split(
         build(replace(either_attention, tied_embedding=False)), nnx.Param, RouterBias

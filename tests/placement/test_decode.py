@@ -43,7 +43,10 @@ def store(folder, name, slots, working_set, **settings):
 
 @pytest.mark.parametrize(
     ("attention", "temperature", "change"),
-    [("gqa", 1.0, {"tied_embedding": False, "dense_layers": 0}), ("mla", 0.0, {"mtp_depth": 1})],
+    [
+        ("gqa", 1.0, {"tied_embedding": False, "dense_layers": 0}),
+        pytest.param("mla", 0.0, {"mtp_depth": 1}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_models_own_tokens(small_model, tmp_path, attention, temperature, change):
     config = replace(small_model, **change)

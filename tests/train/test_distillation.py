@@ -75,6 +75,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(config):
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-5
 
 
+@pytest.mark.slow
 def test_micro_batches_equal_the_whole_batch(config):
     """The normaliser is the whole batch's number of targets, with a teacher as without."""
     state, batch = init_state(config), make_batch(config)

@@ -86,6 +86,7 @@ def test_another_setting_in_the_same_folder_is_refused(finished_run):
         train(replace(finished_run, optim=OptimConfig(learning_rate=0.1)))
 
 
+@pytest.mark.slow
 def test_changed_text_is_refused(small_run, tmp_path):
     small_run = replace(small_run, steps=1)
     train(small_run)

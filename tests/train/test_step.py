@@ -52,7 +52,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["plain", "multi-token prediction"])
+@pytest.mark.parametrize(
+    "name", ["plain", pytest.param("multi-token prediction", marks=pytest.mark.slow)]
+)
 def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
     """Not the average of averages: every valid target counts the same (the balance losses are
     per-sequence means, so they agree as well)."""

@@ -6,7 +6,6 @@ same student for the same steps; what differs is the documents, or how often eac
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -68,12 +67,14 @@ ARMS = {
     "random_scores": "control: as many as the filter's, at random",
     "permuted_scores": "control: the filter's scores, permuted",
     "seed_swapped": "control: junk as the seed",
+    "seed_elsewhere": "control: the filter with a seed from one stretch of the text",
     "seed_only": "control: nothing but the seed",
     "extra_rounds": "control: 4 rounds after the stop",
     "clean_pool": "control: a pool without junk, filtered",
 }
 KD_ARMS = ("uniform", "filter", "doremi", "one_shot", "permuted_scores")
 """Arms that are run with a teacher, too (names with kd_)."""
+FACTS = ("precision", "recall", "one_shot_precision", "clean_pool_kept", "elsewhere_kept")
 
 
 class Pool:
@@ -89,6 +90,7 @@ class Pool:
         self.source = np.concatenate([domain, *kinds])
         self.clean = self.source < 3
         self.clean_seed, _ = lab.text.draw("seed", round(SEED_SHARE * size), seed)
+        self.other_seed, _ = lab.text.draw("stretch", round(SEED_SHARE * size), seed)
         half = len(self.clean_seed) // 2
         self.junk_seed = self._junk("shuffled", half) + self._junk("repetitive", half)
         self.windows = windows_of(self.documents).reshape(-1, WINDOWS, LENGTH + 1)
@@ -108,9 +110,9 @@ class Pool:
         """bool[documents] of every arm that is a choice of the pool's documents."""
 
         def compute() -> dict[str, Any]:
-            seed, pool, junk = (
+            seed, pool, junk, other = (
                 ngram_features(part, buckets=2048)
-                for part in (self.clean_seed, self.documents, self.junk_seed)
+                for part in (self.clean_seed, self.documents, self.junk_seed, self.other_seed)
             )
             found, forced = (
                 iterated_filter(seed, pool, FilterConfig(extra=e), self._rng()) for e in (0, 4)
@@ -130,6 +132,7 @@ class Pool:
                 "random_scores": best(self._rng(2).random(len(pool)), share),
                 "permuted_scores": permuted,
                 "seed_swapped": iterated_filter(junk, pool, FilterConfig(), self._rng()).kept,
+                "seed_elsewhere": iterated_filter(other, pool, FilterConfig(), self._rng()).kept,
                 "extra_rounds": forced.kept,
                 "clean_pool": _spread(clean, self.clean),
             }
@@ -142,6 +145,7 @@ class Pool:
                 "precision": precision,
                 "recall": recall,
                 "one_shot_precision": float(self.clean[chosen["one_shot"]].mean()),
+                "elsewhere_kept": float(np.mean(chosen["seed_elsewhere"])),
                 "clean_pool_kept": float(clean.kept.mean()),
             }
 
@@ -249,25 +253,26 @@ def train_arm(lab: Lab, pool: Pool, kept: dict[str, np.ndarray], arm: str, seed:
     return lab.bits(config.model, states(state))
 
 
-def run(lab: Lab) -> tuple[Runs, list[Pool]]:
-    """Every arm, with every seed."""
+def run(lab: Lab) -> Runs:
+    """Every arm, with every seed; the run of the filter holds what it found, too."""
     names = [*ARMS, *(f"kd_{arm}" for arm in KD_ARMS)]
     runs: Runs = {name: [] for name in names}
-    pools = []
     for seed in lab.scale.seeds:
-        pools.append(pool := Pool(lab, seed))
+        pool = Pool(lab, seed)
         kept = pool.kept()
         for arm in names:
             runs[arm].append(
                 lab.once(
                     f"data-{arm}-{seed}",
-                    lambda arm=arm: train_arm(lab, pool, kept, arm, seed),  # noqa: B023
+                    lambda: train_arm(lab, pool, kept, arm, seed),  # noqa: B023
                 )
             )
-    return runs, pools
+        runs["filter"][-1] |= {name: pool.facts[name] for name in FACTS}
+        runs["filter"][-1]["rounds"] = len(pool.facts["auc"]) - 1
+    return runs
 
 
-def measurements(runs: Runs, pools: list[Pool], lab: Lab) -> list[Measurement]:
+def measurements(runs: Runs, lab: Lab) -> list[Measurement]:
     """The agreed names first; then every arm against uniform sampling."""
     scale: Scale = lab.scale
 
@@ -290,11 +295,11 @@ def measurements(runs: Runs, pools: list[Pool], lab: Lab) -> list[Measurement]:
         measured(f"data_{arm}_bits", over_seeds([r["bits"] for r in runs[arm]]), None, scale)
         for arm in runs
     ]
-    for name in ("precision", "recall", "one_shot_precision", "clean_pool_kept"):
-        values = over_seeds([p.facts[name] for p in pools])
-        found.append(measured(f"data_filter_{name}", values, None, scale, "fraction"))
-    rounds = over_seeds([len(p.facts["auc"]) - 1 for p in pools])
-    return [*found, replace(measured("data_filter_rounds", rounds, None, scale), unit="rounds")]
+    for name in (*FACTS, "rounds"):
+        values = over_seeds([run[name] for run in runs["filter"]])
+        unit = "rounds" if name == "rounds" else "fraction"
+        found.append(measured(f"data_filter_{name}", values, None, scale, unit))
+    return found
 
 
 def verdict(values: dict[str, Measurement]) -> str:
@@ -302,14 +307,16 @@ def verdict(values: dict[str, Measurement]) -> str:
     gain = values["data_filter_minus_uniform_bits"]
     kd, control = values["data_minus_kd_bits"], values["data_control_minus_kd_bits"]
     over_one_shot = values["data_filter_minus_one_shot_bits"]
-    assert gain.value is not None and over_one_shot.value is not None
+    assert gain.value is not None
     met = "meets" if gain.value <= -MARK else "misses"
     low, high = over_one_shot.interval or (-np.inf, np.inf)
     beats = "better than" if high < 0 else "worse than" if low > 0 else "not to be told from"
+    oracle = values["data_clean_only_minus_uniform_bits"].value
+    doremi = values["data_doremi_minus_uniform_bits"].value
     return (
-        f"the iterated filter ends {gain.value:+.3f} bits/byte from uniform sampling ({met} the "
-        f"mark of -{MARK:.2f}; the clean-only oracle {values['data_clean_only_minus_uniform_bits'].value:+.3f}, "
-        f"DoReMi {values['data_doremi_minus_uniform_bits'].value:+.3f}); on top of KD {kd.value:+.3f}, where the "
-        f"one-shot classifier, which is not adversarial, has {control.value:+.3f}: the iteration is {beats} it "
-        f"({over_one_shot.value:+.3f} without a teacher)"
+        f"data: the iterated filter ends {gain.value:+.3f} bits/byte from uniform sampling ({met} "
+        f"the mark of -{MARK:.2f}; the clean-only oracle {oracle:+.3f}, DoReMi {doremi:+.3f}); on "
+        f"top of KD {kd.value:+.3f}, where the one-shot classifier, which is not adversarial, has "
+        f"{control.value:+.3f}: the iteration is {beats} it ({over_one_shot.value:+.3f} without a "
+        "teacher)"
     )

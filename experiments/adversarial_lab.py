@@ -89,7 +89,7 @@ FULL = Scale(
 )
 QUICK = replace(
     FULL,
-    seeds=(0, 1),
+    seeds=(0,),
     teacher_width=64,
     teacher_steps=20,
     held_out=2,
@@ -131,7 +131,8 @@ def teacher_config(width: int) -> ModelConfig:
 
 def run_config(model: ModelConfig, steps: int, seed: int = 0, **optim: Any) -> TrainConfig:
     """AdamW, warm-up and cosine over exactly `steps`."""
-    chosen = OptimConfig(**{"learning_rate": 6e-3, "weight_decay": 0.1, "final": 0.05} | optim)
+    usual = OptimConfig(learning_rate=6e-3, weight_decay=0.1, final=0.05)
+    chosen = replace(usual, **optim)
     data = DataConfig(tokenizer="bytes", length=LENGTH)
     return TrainConfig(steps=steps, batch=BATCH, seed=seed, model=model, data=data, optim=chosen)
 
@@ -161,8 +162,8 @@ def shuffled_batches(windows: np.ndarray, seed: int, rows: int = BATCH) -> Itera
 
 
 class Text:
-    """Documents of the real domains: disjoint stretches for the teacher, seeds and pools; and
-    held-out ones from other files (placement_model.write_corpus)."""
+    """Documents of the real domains, for the teacher, for seeds and for pools; and held-out ones
+    from other files (placement_model.write_corpus)."""
 
     def __init__(self, folder: Path) -> None:
         write_corpus(folder)
@@ -171,14 +172,16 @@ class Text:
 
     def draw(self, role: str, count: int, seed: int) -> tuple[list[bytes], np.ndarray]:
         """(documents in the mixture SHARES, their domains), `role` teacher, seed or pool: no two
-        roles share a document."""
-        begin, end = {"teacher": (0.0, 0.4), "seed": (0.4, 0.5), "pool": (0.5, 1.0)}[role]
+        roles share a document, and all are alike, as every fifth document goes to a role; or
+        stretch, a seed from the first fifth of each domain."""
+        places = {"teacher": (0, 2), "seed": (4,), "stretch": (4,), "pool": (1, 3)}[role]
         rng = np.random.default_rng([seed, len(role)])
+        until = 0.2 if role == "stretch" else 1.0
         found: list[bytes] = []
         domain: list[int] = []
         for index, name in enumerate(DOMAINS):
-            part = self._parts[name][int(begin * len(self._parts[name])) :]
-            part = part[: int((end - begin) * len(self._parts[name]))]
+            part = self._parts[name][: int(until * len(self._parts[name]))]
+            part = [d for i, d in enumerate(part) if i % 5 in places]
             wanted = min(round(SHARES[name] * count), len(part))
             found += [part[i] for i in rng.permutation(len(part))[:wanted]]
             domain += [index] * wanted

@@ -58,7 +58,7 @@ TUNING_SEED = 100
 RATES = {
     "sequence_kd": (6e-3, 3e-3, 1e-3),
     "on_policy_kd": (6e-3, 3e-3, 1e-3),
-    "adversarial": (1e-3, 3e-4, 1e-4),
+    "adversarial": (3e-4, 1e-4, 3e-5),
 }
 """Learning rates; the best on a seed that is not reported is used. Frozen and random rewards take
 the adversary's."""

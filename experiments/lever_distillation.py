@@ -68,7 +68,7 @@ class Settings:
     teacher_steps: int = 600
     """Updates of a teacher, and of the dense student of its size."""
     quick: bool = False
-    """One seed, 15 and 30 updates."""
+    """One seed, 10 updates."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "teacher_steps"):
@@ -157,16 +157,17 @@ def arm_config(name: str, settings: Settings) -> TrainConfig:
     model = sparse_config(config.model, UPCYCLE) if arm.sparse else config.model
     config = replace(config, model=replace(model, dropout=arm.dropout))
     steps = updates(arm, settings, config)
-    return replace(config, steps=steps, evaluate_every=max(1, steps // POINTS))
+    return replace(config, steps=steps, evaluate_every=max(5, steps // POINTS))
 
 
 class Runner:
-    """Trains arms; a step is compiled once for all seeds."""
+    """Trains arms; a step is compiled once for all seeds, and for the arms that share it."""
 
     def __init__(self, settings: Settings, data: TokenData, folder: Path) -> None:
         self.settings, self.data, self.folder = settings, data, folder
         self._teachers: dict[int, TrainState] = {}
-        self._compiled: dict[str, tuple[Callable[..., Any], Callable[..., float]]] = {}
+        self._steps: dict[Any, Callable[..., Any]] = {}
+        self._evaluators: dict[Any, Callable[..., float]] = {}
 
     def curve(self, name: str, seed: int) -> Curve:
         """An arm's curve, read if it is there for the same number of updates."""
@@ -187,15 +188,20 @@ class Runner:
             self._teachers = {seed: self._train("teacher", seed)[1]}
         return self._teachers[seed]
 
-    def _programs(self, name: str, config: TrainConfig) -> Any:
-        if name not in self._compiled:
+    def _programs(self, arm: Arm, config: TrainConfig) -> Any:
+        """(step, evaluator)"""
+        key = replace(config, seed=0), arm.alpha
+        if key not in self._steps:
             more: Any = ()
-            if ARMS[name].alpha:
-                objective = DistillConfig(alpha=ARMS[name].alpha, chunk=256)
+            if arm.alpha:
+                objective = DistillConfig(alpha=arm.alpha, chunk=256)
                 more = (online_objective(objective, [teacher_config().resolved_model()]),)
-            step = jax.jit(make_step(config, *more))
-            self._compiled[name] = step, make_evaluator(config, self.data.validation, lambda b: b)
-        return self._compiled[name]
+            self._steps[key] = jax.jit(make_step(config, *more))
+        plain = replace(config.model, dropout=0.0)
+        if plain not in self._evaluators:
+            evaluator = make_evaluator(config, self.data.validation, lambda b: b)
+            self._evaluators[plain] = evaluator
+        return self._steps[key], self._evaluators[plain]
 
     def _start(self, arm: Arm, config: TrainConfig) -> TrainState:
         state = init_state(config)
@@ -209,7 +215,7 @@ class Runner:
 
     def _train(self, name: str, seed: int) -> tuple[Curve, TrainState]:
         arm, config = ARMS[name], replace(arm_config(name, self.settings), seed=seed)
-        step, evaluate = self._programs(name, config)
+        step, evaluate = self._programs(arm, config)
         state, more = self._start(arm, config), ()
         if arm.alpha:
             teacher = self._teacher(seed)
@@ -373,7 +379,7 @@ def main(argv: list[str]) -> None:
     """Trains what is not there, compares, writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
     if settings.quick:
-        settings = replace(settings, seeds=1, steps=15, teacher_steps=30)
+        settings = replace(settings, seeds=1, steps=10, teacher_steps=10)
     out = output_folder(settings.out)
     (out / "arms").mkdir(exist_ok=True)
     (out / "plots").mkdir(exist_ok=True)

@@ -45,7 +45,7 @@ class Settings:
     part: Literal["all", "data", "perturbation", "generative", "beyond"] = "all"
     """Train only one part; result.json is written from all of them, when all are there."""
     quick: bool = False
-    """Two seeds of a few updates: shows that everything runs."""
+    """One seed of a few updates, minutes of compilation: shows that everything runs."""
 
 
 def draw_bits(runs: Runs, title: str) -> Figure:

@@ -122,7 +122,7 @@ def variants(run: Trained, folder: Path, stack: ExitStack) -> Iterator[Variant]:
         frequency = np.ones(total) if policy == "static" else None
         store = ExpertStore(
             files,
-            make_policy(policy, total, frequency),
+            make_policy(policy, total, model.moe_layers, frequency),
             device_bytes=slots * files.expert_bytes,
             working_set=per_token,
             host_bytes=total * files.expert_bytes if host else 0,

@@ -81,7 +81,7 @@ def hit_rates(trace: Trace) -> tuple[Rates, list[float]]:
         for scope in ("pool", "quota"):
             rates[name, scope] = []
             for budget in BUDGETS:
-                policy = make_policy(name, size, warm.frequency())
+                policy = make_policy(name, size, trace.layers, warm.frequency())
                 capacity = round(budget * size)
                 placement = Placement(policy, trace.layers, trace.experts, capacity, scope)
                 if name == "static":

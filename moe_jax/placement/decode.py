@@ -37,17 +37,16 @@ class Entered(NamedTuple):
     """The residual stream after attention."""
     normed: Float[Array, "B D"]
     """What the experts read."""
-    experts: Int[Array, "B K"]
     weights: Float[Array, "B K"]
-    ahead: Int[Array, "B K"]
-    """The next block's experts as its gate would choose them now."""
+    chosen: Int[Array, "2 B K"]
+    """This block's experts, and the next block's as its gate would choose them now."""
 
 
 def mix(
     normed: Float[Array, "B D"],
     experts: Int[Array, "B K"],
     weights: Float[Array, "B K"],
-    ids: Int[Array, "A"],
+    ids: Int[Array | np.ndarray, "A"],
     matrices: list[Expert],
 ) -> Float[Array, "B D"]:
     """sum over the A active experts, in the order of `ids`: weight · swiglu(x gate_up) down.
@@ -81,6 +80,7 @@ class TieredDecoder:
     ) -> None:
         _check(config, store)
         self.config, self.store, self.look_ahead = config, store, look_ahead
+        self.shares = store.low_bit is not None
         self.routing: list[np.ndarray] | None = None
         """Set to [] to collect the chosen experts, [B, K] for each token and layer."""
         self._programs = _programs(config)
@@ -95,6 +95,9 @@ class TieredDecoder:
             _filled(self._programs.block, jax.tree.map(lambda a, i=layer: a[i], pure))
             for layer in range(config.moe_layers)
         ]
+        shapes = store.files.gate_up_shape, store.files.down_shape
+        zeros = tuple(jnp.zeros(shape, store.files.dtype) for shape in shapes)
+        self._nothing: Expert = jax.device_put(zeros, store.device)  # pyright: ignore
 
     def generate(
         self,
@@ -140,32 +143,85 @@ class TieredDecoder:
         """Logits after one more token each, and the caches extended by it (the old ones are used
         up)."""
         dense, sparse = caches
-        ids = jnp.asarray(tokens, jnp.int32)
-        at, extended = jnp.int32(position), []
-        x, dense = self._programs.begin(self._trunk, ids, at, dense)
-        for layer, block in enumerate(self._blocks):
-            following = self._blocks[min(layer + 1, len(self._blocks) - 1)]
-            entered, cache = self._programs.enter(block, following, x, ids, at, sparse[layer])
+        ids, at = jnp.asarray(tokens, jnp.int32), jnp.int32(position)
+        last = len(self._blocks) - 1
+        begun = self._blocks[0], self._blocks[min(1, last)]
+        entered, dense, cache = self._programs.begin(self._trunk, *begun, ids, at, dense, sparse[0])
+        extended = [cache]
+        for layer in range(last):
+            own, following = self._blocks[layer + 1], self._blocks[min(layer + 2, last)]
+            entered, cache = self._programs.turn(
+                self._blocks[layer], own, following, self._leaving(layer, entered), ids, at,
+                sparse[layer + 1],
+            )  # fmt: skip
             extended.append(cache)
-            x = self._experts(layer, block, entered)
-        return self._programs.end(self._trunk, x), (dense, extended)
+        end = self._programs.end(self._trunk, self._blocks[last], self._leaving(last, entered))
+        return end, (dense, extended)
 
-    def _experts(self, layer: int, block: Any, entered: Entered) -> Array:
-        """The block's second half, with its experts from the store."""
-        chosen = np.asarray(entered.experts)
+    def _leaving(self, layer: int, entered: Entered) -> "Leaving":
+        """The experts that a block needs, from the store."""
+        chosen, ahead = np.asarray(entered.chosen)
         if self.routing is not None:
             self.routing.append(chosen)
-        active = np.unique(chosen)
-        active = active[active < self.config.moe.experts]
+        experts = self.config.moe.experts
+        active, rows = np.unique(chosen[chosen < experts], return_counts=True)
         following = None
-        if self.look_ahead and layer + 1 < len(self._blocks):
-            following = _by_rank(np.asarray(entered.ahead), self.config.moe.experts)
-        matrices = self.store.fetch(layer, active, following)
-        width = min(chosen.size, self.config.moe.experts)
-        padding = width - len(active)
-        ids = np.concatenate([active, np.full(padding, -1)]).astype(np.int32)
-        matrices += matrices[:1] * padding
-        return self._programs.leave(block, entered, ids, matrices)
+        if self.look_ahead and layer < len(self._blocks) - 1:
+            following = _by_rank(ahead, experts)
+        share = _shares(chosen, np.asarray(entered.weights), active) if self.shares else None
+        matrices = self.store.fetch(layer, active, following, rows=rows, share=share)
+        width, elsewhere = min(chosen.size, experts), None
+        here = [index for index, (gate_up, _) in enumerate(matrices) if self._is_here(gate_up)]
+        if len(here) < len(active):
+            there = [index for index in range(len(active)) if index not in here]
+            elsewhere = self._computed_there(
+                entered, active[there], [matrices[index] for index in there], width
+            )
+        own = [matrices[index] for index in here]
+        return Leaving(entered, *_padded(active[here], own, width, self._nothing), elsewhere)
+
+    def _is_here(self, array: Array) -> bool:
+        return self.store.unified or array.device == self.store.device
+
+    def _computed_there(
+        self, entered: Entered, ids: np.ndarray, matrices: list[Expert], width: int
+    ) -> Array:
+        """The share of experts that stay in host memory, computed by the CPU."""
+        cpu = matrices[0][0].sharding
+        inputs = jax.device_put((entered.normed, entered.weights, entered.chosen[0]), cpu)
+        nothing = jax.device_put(self._nothing, cpu)
+        normed, weights, chosen = inputs
+        out = _mix(normed, chosen, weights, *_padded(ids, matrices, width, nothing))
+        return jax.device_put(out, self.store.device)
+
+
+class Leaving(NamedTuple):
+    """A block with its experts."""
+
+    entered: Entered
+    ids: Int[np.ndarray, "A"]
+    """Distinct, ascending, then -1."""
+    matrices: list[Expert]
+    elsewhere: Float[Array, "B D"] | None
+    """What experts that are not here add."""
+
+
+def _padded(
+    ids: np.ndarray, matrices: list[Expert], width: int, nothing: Expert
+) -> tuple[np.ndarray, list[Expert]]:
+    """Filled up with -1 to `width`, so that a few programs serve all numbers of experts."""
+    missing = width - len(ids)
+    filler = matrices[0] if matrices else nothing
+    padded = np.concatenate([ids, np.full(missing, -1)]).astype(np.int32)
+    return padded, [*matrices, *[filler] * missing]
+
+
+def _shares(
+    chosen: Int[np.ndarray, "B K"], weights: Float[np.ndarray, "B K"], active: np.ndarray
+) -> Float[np.ndarray, "A"]:
+    """The largest share of a token's weight that each active expert has."""
+    share = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-20)
+    return np.array([share[chosen == expert].max() for expert in active])
 
 
 def _by_rank(ahead: Int[np.ndarray, "B K"], experts: int) -> Int[np.ndarray, "m"]:
@@ -223,13 +279,13 @@ class Programs(NamedTuple):
     trunk: Part
     block: Part
     begin: Any
-    """(trunk, tokens [B], position, dense caches) -> (x [B, D] after the dense blocks, caches)"""
-    enter: Any
-    """(block, next block, x, tokens, position, cache) -> (Entered, cache)"""
-    leave: Any
-    """(block, Entered, ids [A], matrices) -> x"""
+    """(trunk, block, next block, tokens [B], position, dense caches, cache) -> (Entered, dense
+    caches, cache): all up to the first sparse block's experts"""
+    turn: Any
+    """(block, own, next block, Leaving, tokens, position, cache) -> (Entered, cache): from one
+    block's experts to those of its successor `own`"""
     end: Any
-    """(trunk, x) -> logits [B, V]"""
+    """(trunk, block, Leaving) -> logits [B, V]"""
 
 
 @lru_cache(maxsize=8)
@@ -241,13 +297,16 @@ def _programs(config: ModelConfig) -> Programs:
     trunk = _part(model)
     block = _part(nnx.eval_shape(lambda: Block(config, sparse=True, rngs=nnx.Rngs(0))))
 
-    def begin(leaves: Any, tokens: Array, at: Array, dense: Any) -> tuple[Array, Any]:
+    def begin(
+        leaves: Any, own: Any, following: Any, tokens: Array, at: Array, dense: Any, cache: Cache
+    ) -> tuple[Entered, Any, Cache]:
         model = trunk.merge(leaves)
         x = model.embed(tokens[:, None])
         if config.dense_layers:
             sight = cached_sight(config, at, 1, dense[0].shape[2])
             x, (dense, _) = model.dense(x, sight, dense, Context(tokens[:, None]))
-        return x[:, 0], dense
+        entered, cache = enter(own, following, x[:, 0], tokens, at, cache)
+        return entered, dense, cache
 
     def enter(
         leaves: Any, following: Any, x: Array, tokens: Array, at: Array, cache: Cache
@@ -263,24 +322,35 @@ def _programs(config: ModelConfig) -> Programs:
             return route(logits, moe.bias[...], config.moe, context)
 
         chosen, ahead = gate(own.moe, normed), gate(after.moe, after.feed_forward_norm(x))
-        return Entered(x, normed, chosen.experts, chosen.weights, ahead.experts), cache
+        both = jnp.stack([chosen.experts, ahead.experts])
+        return Entered(x, normed, chosen.weights, both), cache
 
-    def leave(leaves: Any, entered: Entered, ids: Array, matrices: list[Expert]) -> Array:
-        own = block.merge(leaves)
-        x = entered.x + mix(entered.normed, entered.experts, entered.weights, ids, matrices)
-        return x + own.feed_forward(entered.normed) if own.dense else x
+    def leave(leaves: Any, leaving: Leaving) -> Array:
+        own, (x, normed, weights, chosen) = block.merge(leaves), leaving.entered
+        x = x + mix(normed, chosen[0], weights, leaving.ids, leaving.matrices)
+        if leaving.elsewhere is not None:
+            x = x + leaving.elsewhere
+        return x + own.feed_forward(normed) if own.dense else x
 
-    def end(leaves: Any, x: Array) -> Array:
-        return trunk.merge(leaves).logits(x[:, None])[:, 0]
+    def turn(
+        leaves: Any, own: Any, following: Any, leaving: Leaving, tokens: Array, at: Array,
+        cache: Cache,
+    ) -> tuple[Entered, Cache]:  # fmt: skip
+        return enter(own, following, leave(leaves, leaving), tokens, at, cache)
+
+    def end(leaves: Any, own: Any, leaving: Leaving) -> Array:
+        return trunk.merge(leaves).logits(leave(own, leaving)[:, None])[:, 0]
 
     return Programs(
         trunk,
         block,
-        jax.jit(begin, donate_argnums=3),
-        jax.jit(enter, donate_argnums=5),
-        jax.jit(leave),
+        jax.jit(begin, donate_argnums=(5, 6)),
+        jax.jit(turn, donate_argnums=6),
         jax.jit(end),
     )
+
+
+_mix = jax.jit(mix)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))

@@ -4,7 +4,7 @@ A step is one layer's turn: the distinct experts that its tokens need. Residents
 hits; the others pass through a buffer beside the residents, and afterwards each may take a place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -64,15 +64,18 @@ class Placement:
             self.resident[rivals[order[:room]]] = True
         return np.flatnonzero(self.resident).tolist()
 
-    def use(self, layer: int, experts: Int[np.ndarray, "n"]) -> Change:
-        """One step: `experts` of `layer`, distinct, are used."""
+    def use(
+        self, layer: int, experts: Int[np.ndarray, "n"], barred: Collection[int] = ()
+    ) -> Change:
+        """One step: `experts` of `layer`, distinct, are used. The `barred` ones, numbered over all
+        layers, are not kept, whatever they are worth."""
         ids = layer * self.experts + np.asarray(experts)
         self.policy.use(ids)
         inside = self.resident[ids]
         misses = ids[~inside]
         admitted, evicted = [], []
         for newcomer in misses.tolist():
-            leaves = self._admit(layer, newcomer)
+            leaves = None if newcomer in barred else self._admit(layer, newcomer)
             if leaves is not None:
                 admitted.append(newcomer)
                 if leaves >= 0:

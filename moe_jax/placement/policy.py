@@ -83,7 +83,7 @@ class DecayedLFU(Policy):
 
     name = "decayed_lfu"
 
-    def __init__(self, size: int, hysteresis: float = 0.0, half_life: float = 256.0) -> None:
+    def __init__(self, size: int, hysteresis: float = 0.0, half_life: float = 64.0) -> None:
         super().__init__(size, hysteresis)
         require(half_life > 0, f"half_life is {half_life}: it must be positive")
         self.half_life, self.origin = half_life, 0
@@ -116,6 +116,46 @@ class LFRU(Policy):
         return self.count[experts] / (1 + self.now - self.last[experts])
 
 
+class Successor(Policy):
+    """Recent use, and what usually comes next: worth = rate + chance.
+
+    rate: uses a token lately (DecayedLFU's sum over the half life's mean); chance: how often the
+    expert was used right after those that its layer used last, the mean over these of
+    counts[before, after] / sum over after. Counts begin at 1/E, so that at first all are alike.
+    """
+
+    name = "successor"
+
+    def __init__(
+        self, size: int, layers: int, hysteresis: float = 0.0, half_life: float = 64.0
+    ) -> None:
+        super().__init__(size, hysteresis)
+        require(layers > 0 and size % layers == 0, f"{size} experts do not divide over {layers}")
+        self.recent, self.experts = DecayedLFU(size, 0.0, half_life), size // layers
+        self.rate = layers * np.log(2) / half_life  # a use every token sums up to its inverse
+        shape = (layers, self.experts, self.experts)
+        self.counts = np.full(shape, 1 / self.experts)
+        self.sums = np.ones(shape[:2])
+        self.last: list[np.ndarray] = [np.zeros(0, int)] * layers
+        self.chance = np.zeros(size)
+
+    def _use(self, experts: np.ndarray) -> None:
+        self.recent.use(experts)
+        if not len(experts):
+            return
+        layer = int(experts[0]) // self.experts
+        own, before = experts - layer * self.experts, self.last[layer]
+        self.counts[layer][np.ix_(before, own)] += 1
+        self.sums[layer][before] += len(own)
+        self.last[layer] = own
+        following = self.counts[layer][own] / self.sums[layer][own, None]
+        start = layer * self.experts
+        self.chance[start : start + self.experts] = len(own) * following.mean(axis=0)
+
+    def worth(self, experts: np.ndarray) -> np.ndarray:
+        return self.rate * self.recent.worth(experts) + self.chance[experts]
+
+
 class Static(Policy):
     """The placement never changes: worth = how often each expert was used in a calibration run."""
 
@@ -133,18 +173,22 @@ class Static(Policy):
         return self.frequency[experts]
 
 
-ONLINE: dict[str, Callable[[int], Policy]] = {
-    policy.name: policy for policy in (LRU, LFU, DecayedLFU, LFRU)
+ONLINE: dict[str, Callable[[int, int], Policy]] = {
+    **{kind.name: lambda size, _, kind=kind: kind(size) for kind in (LRU, LFU, DecayedLFU, LFRU)},
+    Successor.name: Successor,
 }
-"""Policies that learn as they go, by name; each takes the number of experts."""
+"""Policies that learn as they go, by name; each takes the number of experts and of layers."""
 
 
-def make_policy(name: str, size: int, frequency: Float[np.ndarray, "N"] | None = None) -> Policy:
-    """The policy called `name`; `static` needs frequencies. UserError: there is none."""
+def make_policy(
+    name: str, size: int, layers: int = 1, frequency: Float[np.ndarray, "N"] | None = None
+) -> Policy:
+    """The policy called `name` for `size` experts in `layers`; `static` needs frequencies.
+    UserError: there is none."""
     if name == Static.name:
         require(frequency is not None, "placement policy static needs a trace to count uses in")
         assert frequency is not None
         return Static(frequency)
     known = ", ".join([Static.name, *ONLINE])
     require(name in ONLINE, f"unknown placement policy '{name}': use one of {known}")
-    return ONLINE[name](size)
+    return ONLINE[name](size, layers)

@@ -31,7 +31,7 @@ def store(folder, name, slots, working_set, **settings):
     size = files.layers * files.experts
     made = ExpertStore(
         files,
-        make_policy(name, size, np.arange(size)),
+        make_policy(name, size, files.layers, np.arange(size)),
         device_bytes=slots * files.expert_bytes,
         working_set=working_set,
         **settings,

@@ -1,6 +1,6 @@
 """Policies and placement against slow obvious references, and Belady against trying everything."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -24,18 +24,41 @@ def traces(draw, longest=30):
 
 
 def make(name, capacity, scope="pool"):
-    policy = make_policy(name, LAYERS * EXPERTS, np.arange(LAYERS * EXPERTS) % 5)
+    policy = make_policy(name, LAYERS * EXPERTS, LAYERS, np.arange(LAYERS * EXPERTS) % 5)
     return Placement(policy, LAYERS, EXPERTS, capacity, scope)
 
 
-def slow_worth(name, uses, now):
+def decayed(uses, now):
+    return sum(2.0 ** (-(now - t) / 64.0) for t in uses)
+
+
+def slow_chance(expert, history):
+    """How often `expert` followed on what its layer used last, from all steps so far."""
+    layer = expert // EXPERTS
+    own = [ids for step_layer, ids in history if step_layer == layer]
+    if not own:
+        return 0.0
+
+    def followed(before):
+        counts = dict.fromkeys(range(layer * EXPERTS, (layer + 1) * EXPERTS), 1 / EXPERTS)
+        for ids, after in pairwise(own):
+            for e in after if before in ids else []:
+                counts[e] += 1
+        return counts[expert] / sum(counts.values())
+
+    return sum(followed(before) for before in own[-1])
+
+
+def slow_worth(name, expert, uses, now, history):
     """Worth of one expert from the list of the steps of its uses (numbered from 1)."""
     if name == "lru":
         return max(uses, default=0)
     if name == "lfu":
         return len(uses)
     if name == "decayed_lfu":
-        return sum(2.0 ** (-(now - t) / 256.0) for t in uses)
+        return decayed(uses, now)
+    if name == "successor":
+        return LAYERS * np.log(2) / 64 * decayed(uses, now) + slow_chance(expert, history)
     assert name == "lfru"
     return len(uses) / (1 + now - max(uses, default=0))
 
@@ -49,12 +72,14 @@ def test_every_policy_follows_its_definition(steps, name, capacity, scope):
     placement = make(name, capacity, scope)
     uses = {e: [] for e in range(LAYERS * EXPERTS)}
     resident: set[int] = set()
+    history = []
     margin = 1.25 if name == "lfru" else 1.0
     for now, (layer, experts) in enumerate(steps, 1):
         ids = [layer * EXPERTS + int(e) for e in experts]
         for e in ids:
             uses[e].append(now)
-        worth = {e: slow_worth(name, uses[e], now) for e in uses}
+        history.append((layer, ids))
+        worth = {e: slow_worth(name, e, uses[e], now, history) for e in uses}
         expected_hits = [e for e in ids if e in resident]
         for e in ids:
             if e in resident or e in expected_hits:

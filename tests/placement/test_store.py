@@ -9,7 +9,7 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.placement import files as expert_files
 from moe_jax.placement.files import ExpertFiles, layer_name, write_experts
-from moe_jax.placement.policy import LFU, LRU, Static, make_policy
+from moe_jax.placement.policy import LFU, LRU, ONLINE, Static, make_policy
 from moe_jax.placement.store import ExpertStore
 
 LAYERS, EXPERTS, WIDTH, HIDDEN = 3, 5, 6, 4
@@ -24,6 +24,10 @@ def matrices(dtype=np.float32):
         )
         for _ in range(LAYERS)
     ]
+
+
+def record_start(files, layer, expert):
+    return files.parts[layer].start + expert * files.parts[layer].stride
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def test_the_files_are_safetensors(folder):
 def test_a_corrupt_expert_is_named_and_the_others_are_read(folder):
     path = folder / layer_name(1)
     content = bytearray(path.read_bytes())
-    content[ExpertFiles(folder).records[1][3].start + 7] ^= 1
+    content[record_start(ExpertFiles(folder), 1, 3) + 7] ^= 1
     path.write_bytes(content)
     files = ExpertFiles(folder)
     files.read(1, 2)
@@ -74,7 +78,8 @@ def test_a_corrupt_expert_is_named_and_the_others_are_read(folder):
 @pytest.mark.parametrize("cut", ["header", "first", "last"])
 def test_a_truncated_file_is_named(folder, cut):
     path, files = folder / layer_name(2), ExpertFiles(folder)
-    size = {"header": 20, "first": files.records[2][0].start + 3, "last": path.stat().st_size - 1}
+    starts = {"first": record_start(files, 2, 0), "last": record_start(files, 2, 4)}
+    size = {"header": 20, **{which: start + 7 for which, start in starts.items()}}
     os.truncate(path, size[cut])
     with (
         pytest.raises(UserError, match=r"expert 4 of layer 2 .* truncated")
@@ -102,13 +107,14 @@ def budget(experts):
     return experts * 3 * WIDTH * HIDDEN * 4
 
 
-@pytest.mark.parametrize("name", ["static", "lru", "lfu", "decayed_lfu", "lfru"])
+@pytest.mark.parametrize("name", ["static", *ONLINE])
 @pytest.mark.parametrize("slots", [2, 5, 9, 19])
 @pytest.mark.parametrize("host", [0, 4])
+@pytest.mark.parametrize("on_miss", ["copy", "compute"])
 @pytest.mark.parametrize("blocking", [False, True])
-def test_the_right_experts_within_the_budget(folder, name, slots, host, blocking):
+def test_the_right_experts_within_the_budget(folder, name, slots, host, on_miss, blocking):
     rng, content = np.random.default_rng(slots), matrices()
-    policy = make_policy(name, LAYERS * EXPERTS, np.arange(LAYERS * EXPERTS))
+    policy = make_policy(name, LAYERS * EXPERTS, LAYERS, np.arange(LAYERS * EXPERTS))
     with ExpertStore(
         ExpertFiles(folder),
         policy,
@@ -117,6 +123,7 @@ def test_the_right_experts_within_the_budget(folder, name, slots, host, blocking
         host_bytes=budget(host),
         look_ahead=2,
         blocking=blocking,
+        on_miss=on_miss,
     ) as store:
         if name == "static":
             store.fill()
@@ -129,9 +136,10 @@ def test_the_right_experts_within_the_budget(folder, name, slots, host, blocking
                 np.testing.assert_array_equal(found[1], content[layer][1][expert])
         traffic = store.traffic
         assert 0 < traffic.peak_bytes <= budget(slots)
-        assert len(store._host) <= host
-        assert not store._host.keys() & store._resident.keys()
-        assert traffic.hits + traffic.ahead <= traffic.uses
+        assert len(store._below) <= host
+        assert not store._below.keys() & store._resident.keys()
+        assert traffic.hits + traffic.ahead + traffic.computed <= traffic.uses
+        assert (traffic.computed > 0) <= (host > 0 and on_miss == "compute")
         copied = traffic.disk_bytes + traffic.host_bytes
         assert copied == len(traffic.copies) * store.files.expert_bytes
         if host == 0:

@@ -26,6 +26,7 @@ from placement_model import DOMAINS, held_out_texts, trained_model
 from moe_jax.cli import parse_settings, program
 from moe_jax.placement.place import Placement, Scope, belady, replay
 from moe_jax.placement.policy import ONLINE, make_policy
+from moe_jax.placement.public_traces import open_trace
 from moe_jax.placement.synthetic import fit, generate_trace
 from moe_jax.placement.trace import Trace, read_trace
 from moe_jax.result import Measurement, output_folder, write_result
@@ -49,7 +50,8 @@ class Settings:
     quick: bool = False
     """A smaller model, fewer steps and a shorter trace."""
     trace: str = ""
-    """A recorded trace file to replay; unset, one is recorded here."""
+    """A recorded trace to replay, ours or of a form in placement/public_traces.py; unset, one is
+    recorded here."""
     expert_bytes: int = 0
     """Bytes of one expert, for --trace; unset, bytes per token are counted in experts."""
 
@@ -60,7 +62,7 @@ Rates = dict[tuple[str, Scope], list[float]]
 def recorded_trace(settings: Settings, out: Path) -> tuple[Trace, int]:
     """The trace, and the bytes of one of the model's experts."""
     if settings.trace:
-        return read_trace(Path(settings.trace)), settings.expert_bytes or 1
+        return open_trace(Path(settings.trace)), settings.expert_bytes or 1
     run = trained_model(out, settings.seed, settings.quick)
     path = out / "routing.trace"
     path.unlink(missing_ok=True)

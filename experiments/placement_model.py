@@ -41,7 +41,7 @@ def model_config(out: Path, seed: int, quick: bool) -> TrainConfig:
             experts=16 if quick else 32,
             experts_per_token=4,
             expert_hidden=64 if quick else 256,
-            bias_rate=0.01,
+            bias_rate=0.001,
         ),
         init_std=0.06,
         unroll=4,

@@ -358,7 +358,7 @@ def _sample(key: Array, logits: Array, vocabulary: int, temperature: float, top_
     return sample(key, logits[:, :vocabulary], temperature, top_k)
 
 
-def save_experts(folder: Path, parameters: nnx.State) -> int:
+def save_experts(folder: Path, parameters: nnx.State, *, low_bit: bool = False) -> int:
     """Writes the routed experts of a model's sparse blocks for ExpertFiles, a file a layer."""
     moe: Any = parameters["sparse"]["blocks"]["moe"]  # pyright: ignore[reportIndexIssue]
     gate_up, down = moe["gate_up"][...], moe["down"][...]
@@ -367,4 +367,4 @@ def save_experts(folder: Path, parameters: nnx.State) -> int:
         for layer in range(len(gate_up)):
             yield np.asarray(gate_up[layer]), np.asarray(down[layer])
 
-    return write_experts(folder, layers())
+    return write_experts(folder, layers(), low_bit=low_bit)

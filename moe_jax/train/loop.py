@@ -37,6 +37,7 @@ from moe_jax.train.step import (
     make_step,
     state_bytes,
 )
+from moe_jax.train.trained import config_from
 
 MAY_DIFFER = ("out", "samples", "evaluate_every", "data.cache", "checkpoint.")
 """Settings that a continued run may change: none of them touches the training."""
@@ -114,10 +115,9 @@ def check_devices(config: TrainConfig) -> None:
 
 def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
     """Raises UserError if a setting that matters differs from the run in `out`."""
+    before = fields(config_from(saved))
     for name, value in fields(config).items():
-        old: Any = saved
-        for part in name.split("."):
-            old = old.get(part) if isinstance(old, dict) else None
+        old = before[name]
         if old != value and not name.startswith(MAY_DIFFER):
             raise UserError(
                 f"{out} holds a run with {name}={old}, not {value}: choose another --out, or "

@@ -17,6 +17,7 @@ from moe_jax.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    PlacementConfig,
     TrainConfig,
 )
 from moe_jax.data.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ def config_from(saved: dict[str, Any]) -> TrainConfig:
         "data": DataConfig(**saved["data"]),
         "optim": OptimConfig(**saved["optim"]),
         "checkpoint": CheckpointConfig(**saved["checkpoint"]),
+        "placement": PlacementConfig(**saved.get("placement", {})),
     }
     return TrainConfig(**{**saved, **parts})
 

@@ -5,7 +5,9 @@ them in. Each class checks itself when it is made, so a config that exists can b
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 import tyro
@@ -37,6 +39,22 @@ def _fraction(owner: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 <= value <= 1, f"{owner}.{name} is {value}: it must lie between 0 and 1")
+
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", 1)}
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """Bytes of a size such as "2GB", "512MB", "1.5GiB" or "4096" (B may be left out; kB is 1000
+    bytes and KiB 1024, whatever the case). UserError: it is none; the line begins with `name`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?i?)b?", text.strip().lower())
+    require(
+        found is not None and found[2] in UNITS,
+        f"{name} '{text}' is no size: write it like 2GB, 512MB, 1.5GiB or as plain bytes",
+    )
+    assert found is not None
+    return int(Fraction(found[1]) * UNITS[found[2]])
 
 
 @dataclass(frozen=True)
@@ -398,6 +416,57 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class PlacementConfig:
+    """Where the routed experts live while a model is trained (train/tiers.py).
+
+    Sizes are like 2GB, 512MB, 1.5GiB or plain bytes. No budget and no policy changes a result.
+    """
+
+    device_budget: str = ""
+    """Device memory for the routed experts: parameters, optimizer moments and gradients, those of
+    the layer at work included. What does not fit lives below, in host memory or on disk, and
+    comes when it is needed. Unset: everything stays on the device."""
+    host_budget: str = ""
+    """Host memory (pinned, on a GPU) for the next hottest experts; the others are on disk."""
+    policy: Literal["lru", "lfu", "decayed_lfu", "lfru"] = "decayed_lfu"
+    """Who stays on the device (placement/policy.py), by the measured load."""
+    mode: Literal["sparse", "exact"] = "sparse"
+    """What an update does to experts that no token chose. sparse: nothing, neither decay of their
+    moments nor weight decay (lazy AdamW). exact: what the optimizer does without tiers, made up
+    for when they are next needed."""
+    direct: bool = False
+    """Read and write the disk around the operating system's page cache (O_DIRECT, Linux), so that
+    no host memory stands in for the disk."""
+    folder: str = ""
+    """Folder for the experts on disk while the run goes on; unset, `shelf` in the run's folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("device_budget", "host_budget"):
+            if getattr(self, name):
+                parse_bytes(f"placement.{name}", getattr(self, name))
+        require(
+            self.device_budget != "" or self.host_budget == "",
+            f"placement.host_budget={self.host_budget} needs placement.device_budget: without it "
+            "everything stays on the device",
+        )
+
+    @property
+    def tiered(self) -> bool:
+        """Whether experts live below the device."""
+        return self.device_budget != ""
+
+    @property
+    def device_bytes(self) -> int:
+        """The device budget, 0 where it is unset."""
+        return parse_bytes("placement.device_budget", self.device_budget or "0")
+
+    @property
+    def host_bytes(self) -> int:
+        """The host budget, 0 where it is unset."""
+        return parse_bytes("placement.host_budget", self.host_budget or "0")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run. `python experiments/train.py PRESET --model.moe.experts 32 …`"""
 
@@ -420,6 +489,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate_every"):

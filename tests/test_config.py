@@ -8,8 +8,10 @@ from moe_jax.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    PlacementConfig,
     TrainConfig,
     fields,
+    parse_bytes,
 )
 from moe_jax.errors import UserError
 from moe_jax.presets import PRESETS, PUBLISHED
@@ -57,6 +59,11 @@ from moe_jax.train.trained import config_from
         ),
         (lambda: TrainConfig(steps=0), "steps is 0"),
         (
+            lambda: PlacementConfig(device_budget="2 fish"),
+            "placement.device_budget '2 fish' is no size: write it like 2GB",
+        ),
+        (lambda: PlacementConfig(host_budget="1GB"), "host_budget=1GB needs placement.device_"),
+        (
             lambda: TrainConfig(model=ModelConfig(vocabulary=300)),
             "model.vocabulary=300 is smaller than the 4096 tokens",
         ),
@@ -89,3 +96,32 @@ def test_the_vocabulary_comes_from_the_tokenizer_unless_set():
 
 def test_fields_are_flat_and_dotted():
     assert fields(TrainConfig())["model.moe.experts"] == TrainConfig().model.moe.experts
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4096", 4096),
+        ("2GB", 2 * 10**9),
+        ("512 mb", 512 * 10**6),
+        ("1.5GiB", 3 * 2**29),
+        ("64k", 64_000),
+        ("8Ki", 8192),
+        (".5kB", 500),
+        ("0", 0),
+    ],
+)
+def test_sizes_in_bytes(text, size):
+    assert parse_bytes("x", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "2i", "-1GB", "1e9", "2 G B", "1,5GB", "3PB", "nan"])
+def test_what_is_no_size_is_named(text):
+    with pytest.raises(UserError, match=r"^--x '.*' is no size: write it like 2GB"):
+        parse_bytes("--x", text)
+
+
+def test_a_config_saved_before_there_were_tiers_can_be_read():
+    saved = dataclasses.asdict(TrainConfig())
+    del saved["placement"]
+    assert config_from(saved) == TrainConfig()

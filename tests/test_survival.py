@@ -110,6 +110,32 @@ def test_a_run_killed_three_times_continues_bit_for_bit(settings, uninterrupted,
     assert json.loads((out / "result.json").read_text())["experiment"] == "train"
 
 
+def copying_experts(step: int) -> Callable[[Path], bool]:
+    """The experts of a checkpoint at or after `step` are being copied out of their tiers."""
+
+    def moment(out: Path) -> bool:
+        return any(
+            int(folder.name.split("-")[1].split(".")[0]) >= step
+            for folder in out.glob("experts-*.tmp")
+        )
+
+    return moment
+
+
+@pytest.mark.slow
+def test_a_killed_run_in_tiers_continues_bit_for_bit_with_another_budget(settings, tmp_path):
+    """Two of eight experts resident, or none; killed at the same moments, and in mid copy."""
+    moments = (reached(1), copying_experts(6), writing(12), reached(29))
+    budgets = ["350kB", "290kB", "10MB", "350kB"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    finish([*settings, "--placement.device-budget", "300kB"], whole)
+    for moment, budget in zip(moments, budgets, strict=True):
+        kill_when([*settings, "--placement.device-budget", budget], out, moment)
+    finish([*settings, "--placement.device-budget", "400kB"], out)
+    assert losses(out) == losses(whole)
+    assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
+
+
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_said_in_a_line_and_costs_only_time(
     settings, uninterrupted, tmp_path

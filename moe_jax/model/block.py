@@ -51,16 +51,33 @@ class Block(nnx.Module):
         cache: Cache | None = None,
         context: Context = NO_CONTEXT,
     ) -> tuple[Float[Array, "B L D"], tuple[Cache, RouterStats | None]]:
-        attended, cache = self.attention(self.attention_norm(x), sight, cache)
-        x = x + self._dropped(attended, context, 0)
-        normed = self.feed_forward_norm(x)
-        stats = None
+        x, normed, cache = self.enter(x, sight, cache, context)
+        routed = stats = None
         if self.sparse:
             routed, stats = self.moe(normed, context)
+        return self.leave(x, normed, routed, context), (cache, stats)
+
+    def enter(
+        self, x: Float[Array, "B L D"], sight: Sight, cache: Cache | None, context: Context
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"], Cache]:
+        """The first half: (x + attention(norm(x)), the norm of that, the extended cache)."""
+        attended, cache = self.attention(self.attention_norm(x), sight, cache)
+        x = x + self._dropped(attended, context, 0)
+        return x, self.feed_forward_norm(x), cache
+
+    def leave(
+        self,
+        x: Float[Array, "B L D"],
+        normed: Float[Array, "B L D"],
+        routed: Float[Array, "B L D"] | None,
+        context: Context,
+    ) -> Float[Array, "B L D"]:
+        """The second half: adds what the routed experts made of `normed`, and the dense part."""
+        if routed is not None:
             x = x + self._dropped(routed, context, 1)
         if self.dense:
             x = x + self._dropped(self.feed_forward(normed), context, 2)
-        return x, (cache, stats)
+        return x
 
     def _dropped(self, added: Array, context: Context, place: int) -> Array:
         # Both stacks start from the same key: their places differ, so that their masks do.

@@ -65,17 +65,30 @@ class Transformer(nnx.Module):
         training step (moe.rules.Context, dropout). `shift` is added to the embeddings
         (adversarial.perturb)."""
         context = Context(tokens, key)
-        x = self.embed(tokens)
-        if shift is not None:
-            x = x + shift.astype(x.dtype)
-        x = dropout(x, self.config.dropout, key)
         dense, sparse = caches or Caches(None, None)
+        x, dense = self.begin(tokens, sight, dense, context, shift)
         stats = None
-        if self.config.dense_layers:
-            x, (dense, _) = self.dense(x, sight, dense, context)
         if self.config.moe_layers:
             x, (sparse, stats) = self.sparse(x, sight, sparse, context)
         return x, Caches(dense, sparse), stats
+
+    def begin(
+        self,
+        tokens: Int[Array, "B L"],
+        sight: Sight,
+        cache: Cache | None,
+        context: Context,
+        shift: Float[Array, "B L D"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+        """The residual stream before the first mixture-of-experts block, and the dense blocks'
+        cache; as `hidden`."""
+        x = self.embed(tokens)
+        if shift is not None:
+            x = x + shift.astype(x.dtype)
+        x = dropout(x, self.config.dropout, context.key)
+        if self.config.dense_layers:
+            x, (cache, _) = self.dense(x, sight, cache, context)
+        return x, cache
 
     def logits(
         self, hidden: Float[Array, "B L D"], norm: RMSNorm | None = None

@@ -138,20 +138,32 @@ def moe_layer(
     Returns ((outputs, chosen experts), statistics over the whole batch).
     """
     tokens = x.reshape(-1, x.shape[-1])
-    logits = project(tokens, parameters.router)
-    noise = parameters.router_noise
+    router, noise = parameters.router, parameters.router_noise
+    chosen, plan = choose(tokens, router, parameters.bias, noise, config, context)
+    mixture = mixture_of(config)
+    out = mixture(tokens, chosen.weights, parameters.gate_up, parameters.down, plan)
+    stats = router_stats(chosen, plan, x.shape, config)
+    return (out.reshape(x.shape), chosen.experts.reshape(*x.shape[:-1], -1)), stats
+
+
+def choose(
+    tokens: Float[Array, "T D"],
+    router: Float[Array, "D E"],
+    bias: Float[Array, "E"],
+    noise: Float[Array, "D E"] | None,
+    config: MoEConfig,
+    context: Context = NO_CONTEXT,
+) -> tuple[Route, Plan]:
+    """Everything of the layer that needs no expert: who computes what, and with what weight."""
+    logits = project(tokens, router)
     spread = None if noise is None else project(tokens, noise)
     kernels = implementation(config.implementation, config.precision) == "triton"
-    chosen = route(logits, parameters.bias, config, context, spread, kernels=kernels)
+    chosen = route(logits, bias, config, context, spread, kernels=kernels)
     factor = config.capacity_factor
     if config.rule == "expert_choice":
         factor = factor or 1.0
     capacity = expert_capacity(len(tokens), config, factor) if factor else None
-    plan = make_plan(chosen.experts, config.experts, capacity, kernels=kernels)
-    mixture = mixture_of(config)
-    out = mixture(tokens, chosen.weights, parameters.gate_up, parameters.down, plan)
-    stats = _stats(chosen, plan, x.shape, config)
-    return (out.reshape(x.shape), chosen.experts.reshape(*x.shape[:-1], -1)), stats
+    return chosen, make_plan(chosen.experts, config.experts, capacity, kernels=kernels)
 
 
 def project(tokens: Array, matrix: Array) -> Array:
@@ -160,7 +172,9 @@ def project(tokens: Array, matrix: Array) -> Array:
     return jnp.matmul(tokens, matrix, precision=lax.Precision.HIGHEST)
 
 
-def _stats(chosen: Route, plan: Plan, shape: tuple[int, ...], config: MoEConfig) -> RouterStats:
+def router_stats(
+    chosen: Route, plan: Plan, shape: tuple[int, ...], config: MoEConfig
+) -> RouterStats:
     """Statistics over the whole batch, also when each device holds a part of it."""
     loss = jnp.zeros((), jnp.float32)
     if config.sequence_loss:

@@ -28,6 +28,8 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 MANIFEST = "MANIFEST.json"
 VALIDATION = "validation_bits_per_byte"
+EXPERTS = "experts"
+"""Folder inside a checkpoint of what was saved beside its state (train.tiered)."""
 
 
 class Restored(NamedTuple):
@@ -81,8 +83,12 @@ class Checkpoints:
         state: TrainState,
         extra: dict[str, Any],
         validation_bits_per_byte: float | None = None,
+        beside: Path | None = None,
     ) -> None:
         """Starts a save and returns once the state is copied; the training goes on meanwhile.
+
+        The folder `beside`, on the same disk and complete, becomes a part of the checkpoint
+        (EXPERTS) before its manifest is written.
 
         Raises UserError if this or the previous save failed for want of space or permission.
         """
@@ -95,7 +101,7 @@ class Checkpoints:
         with disk_errors(self.directory):
             started = self._manager.save(step, args=arguments, metrics=metrics)
         assert started, f"Orbax did not save step {step}"
-        self._pending = self._worker.submit(self._finish, step)
+        self._pending = self._worker.submit(self._finish, step, beside)
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk; raises UserError if it failed."""
@@ -153,9 +159,11 @@ class Checkpoints:
                 shutil.rmtree(self.directory / str(step), ignore_errors=True)
             self._manager.reload()
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, beside: Path | None) -> None:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
+            if beside is not None:
+                beside.rename(self.directory / str(step) / EXPERTS)
             write_manifest(self.directory / str(step))
 
 

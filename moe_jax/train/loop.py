@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,27 @@ from moe_jax.train.report import Facts, write_report
 from moe_jax.train.step import (
     Metrics,
     TrainState,
-    abstract_state,
     init_state,
     make_step,
     state_bytes,
 )
+from moe_jax.train.tier_parts import init_trunk
+from moe_jax.train.tier_step import TieredStep
+from moe_jax.train.tier_store import TieredExperts
+from moe_jax.train.tiered import (
+    check_tiers,
+    device_bytes,
+    open_experts,
+    sampling_state,
+    save_experts,
+    shelf_bytes,
+)
+from moe_jax.train.trained import config_from
 
-MAY_DIFFER = ("out", "samples", "evaluate_every", "data.cache", "checkpoint.")
+MAY_DIFFER = (
+    *("out", "samples", "evaluate_every", "data.cache", "checkpoint."),
+    *(f"placement.{name}" for name in ("device_", "host_", "policy", "direct", "folder")),
+)
 """Settings that a continued run may change: none of them touches the training."""
 
 
@@ -51,11 +66,16 @@ def train(config: TrainConfig) -> Path:
 
     Raises UserError for anything the person at the keyboard can mend, before compiling.
     """
-    check_devices(config)
+    if not config.placement.tiered:
+        check_devices(config)
     check_kernels(config)
-    require_memory(config.preset, state_bytes(config))
+    tiered, size = config.placement.tiered, state_bytes(config)
+    if tiered:
+        check_tiers(config)
+    require_memory(config.preset, device_bytes(config) if tiered else size)
     out = output_folder(config.out)
-    require_space(out, (config.checkpoint.keep + 2) * state_bytes(config))
+    copies = config.checkpoint.keep + 2
+    require_space(out, copies * size + (shelf_bytes(config) if tiered else 0))
     with only_process(out):
         return _train(config, out)
 
@@ -68,14 +88,16 @@ def _train(config: TrainConfig, out: Path) -> Path:
             check_same_run(config, saved[1]["config"], out)
         data = prepare_data(config, saved and saved[1])
         say(describe_data(data))
-        mesh = make_mesh()
+        mesh = make_mesh(1 if config.placement.tiered else None)
         with jax.set_mesh(mesh):
             run = start(config, out, data, mesh, checkpoints)
-            with disk_errors(out):
-                run_steps(run)
-                checkpoints.wait()
+            with closing(run):
+                with disk_errors(out):
+                    run_steps(run)
+                    checkpoints.wait()
+                facts = run.facts()
         with disk_errors(out):
-            write_report(run.facts())
+            write_report(facts)
     finally:
         checkpoints.close()
     return out
@@ -114,10 +136,16 @@ def check_devices(config: TrainConfig) -> None:
 
 def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
     """Raises UserError if a setting that matters differs from the run in `out`."""
+    old = config_from(saved)
+    if old.placement.tiered != config.placement.tiered:
+        raise UserError(
+            f"{out} holds a run {'with' if old.placement.tiered else 'without'} "
+            "placement.device_budget: it may be given another one, but tiers cannot be turned on "
+            "or off, choose another --out"
+        )
+    before = fields(old)
     for name, value in fields(config).items():
-        old: Any = saved
-        for part in name.split("."):
-            old = old.get(part) if isinstance(old, dict) else None
+        old = before[name]
         if old != value and not name.startswith(MAY_DIFFER):
             raise UserError(
                 f"{out} holds a run with {name}={old}, not {value}: choose another --out, or "
@@ -165,18 +193,36 @@ class Run:
     compile_seconds: float
     gemm_rate: float
     flops_per_token: float
+    experts: TieredExperts | None = None
+    """Those that live in tiers; `state` is then without them."""
 
     def facts(self) -> Facts:
         """What the report needs."""
+        config, state = self.config, self.state
+        if self.experts is not None and config.samples:
+            whole = sampling_state(self.experts, state)
+            if whole is None:
+                say("no samples: the experts together are more than placement.device_budget")
+                config = dataclasses.replace(config, samples=0)
+            state = whole or state
         return Facts(
-            self.config,
+            config,
             self.out,
             self.data,
-            jax.tree.map(lambda leaf: leaf.addressable_data(0), self.state),
+            jax.tree.map(lambda leaf: leaf.addressable_data(0), state),
             self.compile_seconds,
             self.gemm_rate,
             self.flops_per_token,
         )
+
+    def moved(self, step: int) -> dict[str, Any]:
+        """What an update moved between tiers, for its line of metrics."""
+        return self.step.lines.pop(step, {}) if isinstance(self.step, TieredStep) else {}
+
+    def close(self) -> None:
+        """Lets go of the tiers."""
+        if self.experts is not None:
+            self.experts.close()
 
 
 def start(
@@ -193,14 +239,16 @@ def start(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    tiered = config.placement.tiered
+    initial = init_trunk if tiered else init_state
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        abstract_state(config),
+        jax.eval_shape(lambda: initial(config)),
     )
     restored = checkpoints.restore(shapes, say)
     if restored is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
+        state = jax.jit(lambda: initial(config), out_shardings=shardings)()
     else:
         state = restored.state
         batches.set_state(restored.extra["data_state"])
@@ -216,19 +264,27 @@ def start(
     row = jax.ShapeDtypeStruct(
         (config.batch, config.data.length + 1 + ahead), jnp.int32, sharding=sharding
     )
-    begin = time.perf_counter()
-    lowered = jax.jit(make_step(config), donate_argnums=0).lower(
-        shapes, {"tokens": row, "segments": row}
-    )
-    step = lowered.compile()
-    compile_seconds = time.perf_counter() - begin
+    begin, experts = time.perf_counter(), None
+    if tiered:
+        folder = restored and checkpoints.directory / str(restored.step)
+        with disk_errors(out):
+            experts = open_experts(config, out, folder, int(state.updates))
+        step = TieredStep(config, experts)
+        compile_seconds = step.compile(state, {"tokens": row, "segments": row})
+        evaluate = step.evaluator(data.validation, place)
+    else:
+        lowered = jax.jit(make_step(config), donate_argnums=0).lower(
+            shapes, {"tokens": row, "segments": row}
+        )
+        step = lowered.compile()
+        compile_seconds = time.perf_counter() - begin
+        evaluate = make_evaluator(config, data.validation, place)
     rate = gemm_rate(config.model.compute_dtype) * jax.device_count()
     say(f"compiled in {compile_seconds:.1f} s; a plain GEMM here runs at {rate / 1e9:,.0f} GFLOP/s")
     flops = train_flops_per_token(config.resolved_model(), config.data.length)
-    evaluate = make_evaluator(config, data.validation, place)
     return Run(
         config, out, data, checkpoints, state, batches, place, step, evaluate,
-        compile_seconds, rate, flops,
+        compile_seconds, rate, flops, experts,
     )  # fmt: skip
 
 
@@ -240,7 +296,7 @@ def run_steps(run: Run) -> None:
     with Display(config.steps, plain_every=max(1, config.steps // 20)) as display:
 
         def finish(step: int, metrics: Metrics) -> None:
-            line = describe(step, metrics, with_load=_load_due(step, config))
+            line = describe(step, metrics, with_load=_load_due(step, config)) | run.moved(step)
             speed.tick(line)
             if _evaluation_due(step, config):
                 line[VALIDATION] = run.evaluate(run.state)
@@ -302,4 +358,5 @@ def _save(run: Run, step: int, bits: float | None) -> None:
         "data_stats": run.data.stats,
         "data_state": run.batches.get_state(),
     }
-    run.checkpoints.save(step, run.state, extra, bits)
+    beside = run.experts and save_experts(run.experts, run.out, step)
+    run.checkpoints.save(step, run.state, extra, bits, beside)

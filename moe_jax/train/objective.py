@@ -60,6 +60,20 @@ def losses(
     tokens, segments = batch["tokens"], batch["segments"][:, :length]
     sight = document_sight(model.config, segments)
     hidden, _, stats = model.hidden(tokens[:, :length], sight, key=main_key)
+    return read_out(model, hidden, stats, batch, length, normalisers, mtp_key)
+
+
+def read_out(
+    model: Transformer,
+    hidden: Float[Array, "B L D"],
+    stats: RouterStats | None,
+    batch: Batch,
+    length: int,
+    normalisers: list[Array],
+    mtp_key: Array | None,
+) -> Losses:
+    """The losses from the residual stream after the last block and the blocks' statistics."""
+    tokens = batch["tokens"]
     targets, mask = shifted_targets(tokens, batch["segments"], length, 1)
     cross_entropy = token_nats(model.logits(hidden), targets, mask) / normalisers[0]
     collected = {} if stats is None else {"sparse": stats._replace(experts=None)}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -54,8 +55,13 @@ def muon_dimensions(parameters: Any) -> Any:
     )
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, steps: int, *, clip: bool = True
+) -> optax.GradientTransformation:
     """Clips by global norm, then applies the configured rule with decoupled weight decay.
+
+    Without `clip` the caller clips (`clipped`), because it has the gradient in parts; the
+    optimizer's state has the same form.
 
     Muon's updates are rescaled to Adam's root mean square (0.2), so that one learning rate and one
     decay serve both kinds of parameter.
@@ -72,7 +78,18 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             muon_weight_dimension_numbers=muon_dimensions,
             consistent_rms=0.2,
         )
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    limit = config.clip_norm if clip else 0.0
+    first = optax.clip_by_global_norm(limit) if limit else optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     rate = optax.scale_by_learning_rate(learning_rate(config, steps))
-    return optax.chain(clip, direction, decay, rate)
+    return optax.chain(first, direction, decay, rate)
+
+
+def clipped(gradients: Any, norm: jax.Array, limit: float) -> Any:
+    """What optax.clip_by_global_norm(limit) makes of a part of a gradient whose norm, over all
+    parts, is `norm`; 0 does not clip."""
+    if not limit:
+        return gradients
+    return jax.tree.map(
+        lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), gradients
+    )

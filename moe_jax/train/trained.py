@@ -17,6 +17,7 @@ from moe_jax.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    PlacementConfig,
     TrainConfig,
 )
 from moe_jax.data.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from moe_jax.model.transformer import Transformer
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.progress import say
 from moe_jax.train.step import TrainState, abstract_state, graph_of
+from moe_jax.train.tiered import abstract_trunk, assembled
 
 
 def config_from(saved: dict[str, Any]) -> TrainConfig:
@@ -39,6 +41,7 @@ def config_from(saved: dict[str, Any]) -> TrainConfig:
         "data": DataConfig(**saved["data"]),
         "optim": OptimConfig(**saved["optim"]),
         "checkpoint": CheckpointConfig(**saved["checkpoint"]),
+        "placement": PlacementConfig(**saved.get("placement", {})),
     }
     return TrainConfig(**{**saved, **parts})
 
@@ -113,11 +116,13 @@ def load_run(out: str | Path) -> Trained:
         here = SingleDeviceSharding(jax.devices()[0])
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            abstract_state(config),
+            abstract_trunk(config) if config.placement.tiered else abstract_state(config),
         )
         restored = checkpoints.restore(shapes, say)
     finally:
         checkpoints.close()
     assert restored is not None
-    tokenizer = Tokenizer.from_json(restored.extra["tokenizer"])
-    return Trained(config, restored.step, restored.state, tokenizer)
+    tokenizer, state = Tokenizer.from_json(restored.extra["tokenizer"]), restored.state
+    if config.placement.tiered:
+        state = assembled(config, state, checkpoints.directory / str(restored.step))
+    return Trained(config, restored.step, state, tokenizer)

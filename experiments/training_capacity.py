@@ -1,0 +1,288 @@
+"""Lever 2, training: how many times larger a model trains in the same memory with tiers?
+
+    python experiments/training_capacity.py [--out DIR] [--quick] [--seed N]
+
+Trains one model twice, each time in a process of its own so that its peak is its own: all resident
+(train.step.make_step), and with a device budget of a quarter of the experts' state, parameters and
+AdamW moments, the working set included; the others are on disk, read and written around the page
+cache (O_DIRECT). Memory is the largest resident size of the process (VmHWM) less what it held
+before the state was made. Capacity is bytes of expert state trained per byte of that memory, and
+the gain is the ratio of the two capacities. Speeds are medians over updates, their ratio the median
+over rounds in which both are run, one after the other. Tokens are random, so nearly every expert is
+used in every update: the most traffic that there can be.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe_jax.startup import ask_for_huge_pages
+
+if __name__ == "__main__":
+    ask_for_huge_pages()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from moe_jax.cli import parse_settings, program
+from moe_jax.config import (
+    AttentionConfig,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    PlacementConfig,
+    TrainConfig,
+)
+from moe_jax.errors import UserError
+from moe_jax.result import Measurement, output_folder, write_result
+from moe_jax.train.step import init_state, make_step
+from moe_jax.train.tier_parts import init_trunk, row_shapes
+from moe_jax.train.tier_step import TieredStep
+from moe_jax.train.tiered import check_tiers, open_experts
+
+QUESTION = "How many times larger a model trains in the same memory with experts in tiers?"
+SHARE = 0.25
+"""The device budget as a part of the experts' parameters and moments."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Trains a model all resident and with a quarter of its experts' state resident."""
+
+    out: str = "runs/training-capacity"
+    """Folder for result.json and the experts on disk."""
+    seed: int = 0
+    """Seed of the parameters and tokens."""
+    quick: bool = False
+    """A smaller model, fewer rounds."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model and the batch."""
+
+    width: int
+    hidden: int
+    """Of one expert."""
+    layers: int
+    experts: int
+    batch: int
+    """Sequences of 128 tokens."""
+    rounds: int
+    updates: int
+    """Timed ones in a round, after two that warm up."""
+
+
+FULL = Size(width=256, hidden=256, layers=8, experts=32, batch=16, rounds=5, updates=5)
+QUICK = Size(width=128, hidden=96, layers=8, experts=32, batch=4, rounds=1, updates=3)
+
+
+def config_of(size: Size, seed: int, folder: Path, tiers: bool, direct: bool) -> TrainConfig:
+    """The run; its experts dominate: narrow attention, a small vocabulary, no shared expert."""
+    moe = MoEConfig(
+        experts=size.experts, experts_per_token=4, expert_hidden=size.hidden, shared_experts=0
+    )
+    model = ModelConfig(
+        width=size.width,
+        layers=size.layers,
+        dense_layers=0,
+        attention=AttentionConfig(heads=4, kv_heads=2, head_dim=32),
+        moe=moe,
+    )
+    config = TrainConfig(
+        out=str(folder),
+        seed=seed,
+        steps=1000,
+        batch=size.batch,
+        model=model,
+        data=DataConfig(tokenizer="bytes", length=128),
+        optim=OptimConfig(learning_rate=1e-3),
+    )
+    budget = f"{round(SHARE * expert_bytes(config))}"
+    placement = PlacementConfig(device_budget=budget, direct=direct, folder=str(folder / "shelf"))
+    return replace(config, placement=placement) if tiers else config
+
+
+def expert_bytes(config: TrainConfig) -> int:
+    """Parameters and moments of all routed experts."""
+    kinds = row_shapes(config).kinds()
+    one = sum(kinds["parameters"]) + sum(kinds["moments"])
+    return one * config.model.moe_layers * config.model.moe.experts
+
+
+def memory(name: str) -> int:
+    """Bytes of VmHWM or VmRSS of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise UserError("the peak of a process's memory is read from /proc: this needs Linux")
+
+
+def make_batch(config: TrainConfig, index: int) -> dict[str, jax.Array]:
+    """Random tokens, one document a sequence."""
+    rng = np.random.default_rng([config.seed, index])
+    shape = (config.batch, config.data.length + 1)
+    tokens = jnp.asarray(rng.integers(0, 256, shape), jnp.int32)
+    return {"tokens": tokens, "segments": jnp.ones_like(tokens)}
+
+
+def prepared(config: TrainConfig) -> tuple[Any, Callable[..., Any], Callable[[], dict[str, Any]]]:
+    """(first state, update function, what the last update moved)"""
+    if not config.placement.tiered:
+        step = jax.jit(make_step(config), donate_argnums=0)
+        return jax.jit(init_state, static_argnums=0)(config), step, dict
+    check_tiers(config)
+    experts = open_experts(config, Path(config.out), None, 0)
+    tiered = TieredStep(config, experts)
+    state = jax.jit(init_trunk, static_argnums=0)(config)
+    return state, tiered, lambda: next(iter(tiered.lines.values()))
+
+
+def worker(spec: dict[str, Any]) -> dict[str, Any]:
+    """One run: its memory, seconds an update, losses, and the last update's traffic."""
+    size = Size(**spec["size"])
+    config = config_of(size, spec["seed"], Path(spec["folder"]), spec["tiers"], spec["direct"])
+    jax.block_until_ready(jax.jit(jnp.matmul)(jnp.ones((512, 512)), jnp.ones((512, 512))))
+    before = memory("VmRSS")
+    state, step, moved = prepared(config)
+    losses, seconds, made = [], [], memory("VmHWM")
+    for index in range(2 + size.updates):
+        batch, begin = make_batch(config, index), time.perf_counter()
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - begin)
+    return {
+        "before": before,
+        "made": made,
+        "peak": memory("VmHWM"),
+        "seconds": seconds[2:],
+        "losses": losses,
+        "traffic": moved(),
+    }
+
+
+def run_worker(spec: dict[str, Any], cache: Path) -> dict[str, Any]:
+    """`worker` in a process of its own; programs are compiled once for all of them."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(spec)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"a run of training_capacity.py failed: {last.removeprefix('error: ')}")
+    return json.loads(lines[-1])
+
+
+def measure(size: Size, seed: int, out: Path) -> tuple[list[Measurement], str]:
+    """Everything: measurements and the verdict. For other experiments as well."""
+    spec = {"size": asdict(size), "seed": seed, "folder": str(out), "direct": direct_works(out)}
+    kinds = {"resident": {**spec, "tiers": False}, "tiers": {**spec, "tiers": True}}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+    for own in kinds.values():  # compiles, so that no compiler is in the measured memory
+        run_worker({**own, "size": {**own["size"], "updates": 1}}, out / "compiled")
+    for _ in track(range(size.rounds), "rounds", disable=not sys.stdout.isatty()):
+        for name, own in kinds.items():
+            found[name].append(run_worker(own, out / "compiled"))
+    return summarise(size, config_of(size, seed, out, True, spec["direct"]), spec["direct"], found)
+
+
+def direct_works(folder: Path) -> bool:
+    """Whether the file system offers O_DIRECT."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return False
+    path = folder / ".direct"
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | flag))
+    except OSError:
+        return False
+    finally:
+        path.unlink(missing_ok=True)
+    return True
+
+
+def summarise(
+    size: Size, config: TrainConfig, direct: bool, found: dict[str, list[dict[str, Any]]]
+) -> tuple[list[Measurement], str]:
+    """The figures of all rounds."""
+
+    def median(name: str, value: Callable[[dict[str, Any]], float]) -> float:
+        return float(np.median([value(run) for run in found[name]]))
+
+    state, tokens = expert_bytes(config), size.batch * config.data.length
+    peak = {name: median(name, lambda run: run["peak"] - run["before"]) for name in found}
+    rate = {name: median(name, lambda run: tokens / np.median(run["seconds"])) for name in found}
+    pairs = zip(found["tiers"], found["resident"], strict=True)
+    speed = float(np.median([np.median(r["seconds"]) / np.median(t["seconds"]) for t, r in pairs]))
+    gain = peak["resident"] / peak["tiers"]
+    apart = np.max(np.abs(np.subtract(found["tiers"][0]["losses"], found["resident"][0]["losses"])))
+    last = found["tiers"][-1]["traffic"]
+    seeds = [config.seed]
+    rows = [
+        Measurement("train_capacity_gain_at_25", gain, "x", "all resident", gain, seeds=seeds),
+        Measurement("train_speed_of_all_resident_at_25", speed, "x", "all resident", speed),
+        Measurement("expert_state_bytes", state, "bytes"),
+        Measurement("device_budget_bytes", config.placement.device_bytes, "bytes"),
+        Measurement("largest_difference_of_losses", float(apart), "nats/token"),
+        Measurement("update_bytes_read", last["disk_read_bytes"], "bytes"),
+        Measurement("update_bytes_written", last["disk_written_bytes"], "bytes"),
+        Measurement("update_seconds_waited", last["expert_wait_seconds"], "s"),
+    ]
+    for name in found:
+        rows += [
+            Measurement(f"{name}_peak_bytes", peak[name], "bytes"),
+            Measurement(
+                f"{name}_process_bytes_before", median(name, lambda run: run["before"]), "bytes"
+            ),
+            Measurement(f"{name}_tokens_per_second", rate[name], "tokens/s"),
+        ]
+    below = "around the page cache" if direct else "through the page cache (no O_DIRECT here)"
+    verdict = (
+        f"With a device budget of a quarter of the experts' state ({state / 1e6:,.0f} MB) training "
+        f"takes {peak['tiers'] / 1e6:,.0f} MB where all resident takes "
+        f"{peak['resident'] / 1e6:,.0f} MB: a model {gain:.1f} times as large in the same memory, "
+        f"at {speed:.2f} of the speed ({below}, every expert used in every update)"
+    )
+    return rows, verdict
+
+
+def main(argv: list[str]) -> None:
+    """Parses, measures, reports."""
+    if argv[:1] == ["--worker"]:
+        print(json.dumps(worker(json.loads(argv[1]))))
+        return
+    settings = parse_settings(Settings(), argv, (__doc__ or "").splitlines()[0])
+    out = output_folder(settings.out)
+    size = QUICK if settings.quick else FULL
+    rows, verdict = measure(size, settings.seed, out)
+    config = {**asdict(settings), **asdict(size)}
+    write_result(
+        out,
+        experiment="training_capacity",
+        question=QUESTION,
+        config=config,
+        measurements=rows,
+        verdict=verdict,
+    )
+    for row in rows:
+        print(f"{row.name:36} {row.value:>14,.4g} {row.unit}")
+    print(verdict)
+
+
+if __name__ == "__main__":
+    program(main)

@@ -121,7 +121,7 @@ class ExpertStore:
 
     `low_bit`: 8-bit copies of the same experts (write_experts), which then stand in, for once, for
     absent experts whose share of every token's weight is below `low_bit_share`. This changes
-    results; nothing else does.
+    results; nothing else does. `device`: the first one, unless another is given.
 
     Use it as a context, from one thread. What `fetch` returned is overwritten after the next
     `fetch`: by then, nothing may be computing with it.
@@ -144,6 +144,7 @@ class ExpertStore:
         on_miss: OnMiss = "copy",
         low_bit: ExpertFiles | None = None,
         low_bit_share: float = 0.5,
+        device: Any = None,
     ) -> None:
         self.files, self.blocking, self.host_budget = files, blocking, host_bytes
         size, working_set = files.expert_bytes, min(working_set, files.experts)
@@ -163,7 +164,7 @@ class ExpertStore:
         self.ahead = Ahead(look_ahead, recall_floor)
         self.placement = Placement(policy, files.layers, files.experts, capacity, scope)
         self.traffic, self._born = Traffic(), perf_counter()
-        self.device = jax.local_devices()[0]
+        self.device = device or jax.local_devices()[0]
         self.unified = self.device.platform == "cpu"
         """Whether the device computes with host memory, too."""
         self._room_below = min(host_bytes // size, everything)

@@ -25,7 +25,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.attention import document_sight
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
-from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.checkpoint import MANIFEST, Checkpoints
 from moe_jax.train.progress import say
 from moe_jax.train.step import TrainState, abstract_state, graph_of
 from moe_jax.train.tiered import abstract_trunk, assembled
@@ -100,6 +100,16 @@ def decode_until_end(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     """The text of `tokens` before the first end-of-document token."""
     stop = np.flatnonzero(tokens == tokenizer.eos)
     return tokenizer.decode(tokens[: stop[0]] if len(stop) else tokens)
+
+
+def newest_step(out: str | Path) -> int:
+    """Step of the newest checkpoint that was written to its end, its files not looked at.
+    UserError: there is none."""
+    found = (Path(out) / "checkpoints").glob(f"*/{MANIFEST}")
+    steps = [int(path.parent.name) for path in found if path.parent.name.isdigit()]
+    if not steps:
+        raise UserError(f"{out} holds no complete checkpoint: give the --out of a training run")
+    return max(steps)
 
 
 def load_run(out: str | Path) -> Trained:

@@ -84,6 +84,9 @@ def test_the_same_bits_whatever_is_resident(small_model, tmp_path):
             np.testing.assert_array_equal(logits(name, slots, 4, look_ahead=3), everything)
     host = 4 * 3 * small_model.width * small_model.moe.expert_hidden * 4
     np.testing.assert_array_equal(logits("lru", 5, 4, host_bytes=host), everything)
+    np.testing.assert_array_equal(
+        logits("lru", 5, 4, host_bytes=host, on_miss="compute"), everything
+    )
     np.testing.assert_array_equal(logits("lru", 5, 4, blocking=True), everything)
     np.testing.assert_array_equal(logits("lru", 9, 4, scope="quota"), everything)
 
@@ -109,3 +112,33 @@ def test_the_routing_of_a_decoded_text_can_be_collected(small_model, tmp_path):
         decoder.routing = []
         decoder.generate(jnp.zeros((1, 3), jnp.int32), jax.random.key(0), count=2, vocabulary=61)
     assert [chosen.shape for chosen in decoder.routing] == [(1, 2)] * (4 * 2)
+
+
+def test_experts_in_the_memory_of_another_device_are_computed_there(small_model, tmp_path):
+    """The second of two CPU devices stands for an accelerator, whose host computes on a miss."""
+    _, parameters, router = split(small_model)
+    save_experts(tmp_path, parameters)
+    tokens = np.asarray(jax.random.randint(jax.random.key(1), (7, 2), 0, 61))
+    everything = 16 * 3 * small_model.width * small_model.moe.expert_hidden * 4
+
+    def logits(device, **settings):
+        parts = jax.device_put((parameters, router), device)
+        with store(tmp_path, "static", 5, 4, device=device, **settings) as tiers:
+            tiers.unified = device == jax.devices()[0]
+            decoder = TieredDecoder(small_model, *parts, tiers)
+            with jax.default_device(device):
+                caches, found = decoder.empty_caches(2, len(tokens)), []
+                for position, token in enumerate(tokens):
+                    out, caches = decoder.step(token, position, caches)
+                    found.append(np.asarray(out))
+            return np.stack(found), tiers.traffic
+
+    here, accelerator = jax.devices()[:2]
+    exact, _ = logits(here)
+    copied, _ = logits(accelerator)
+    np.testing.assert_array_equal(copied, exact)
+    settings = {"host_bytes": everything, "on_miss": "compute"}
+    computed, traffic = logits(accelerator, **settings)
+    assert traffic.computed > 0
+    # The same products, but the host's experts are summed apart: only the order differs.
+    np.testing.assert_allclose(computed, exact, rtol=1e-5, atol=1e-5)

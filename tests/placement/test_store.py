@@ -9,6 +9,7 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.placement import files as expert_files
 from moe_jax.placement.files import ExpertFiles, layer_name, write_experts
+from moe_jax.placement.memory import SharedMemory
 from moe_jax.placement.policy import LFU, LRU, ONLINE, Static, make_policy
 from moe_jax.placement.store import ExpertStore
 
@@ -34,6 +35,14 @@ def record_start(files, layer, expert):
 def folder(tmp_path):
     assert write_experts(tmp_path / "experts", matrices()) == LAYERS
     return tmp_path / "experts"
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    """The same as `folder`, for tests that damage nothing."""
+    path = tmp_path_factory.mktemp("experts")
+    write_experts(path, matrices())
+    return path
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jax.numpy.bfloat16])
@@ -109,14 +118,21 @@ def budget(experts):
 
 @pytest.mark.parametrize("name", ["static", *ONLINE])
 @pytest.mark.parametrize("slots", [2, 5, 9, 19])
-@pytest.mark.parametrize("host", [0, 4])
-@pytest.mark.parametrize("on_miss", ["copy", "compute"])
-@pytest.mark.parametrize("blocking", [False, True])
-def test_the_right_experts_within_the_budget(folder, name, slots, host, on_miss, blocking):
+@pytest.mark.parametrize(
+    ("host", "on_miss", "blocking"),
+    [
+        (0, "copy", False),
+        (0, "copy", True),
+        (4, "copy", False),
+        (4, "copy", True),
+        (4, "compute", False),
+    ],
+)
+def test_the_right_experts_within_the_budget(whole_files, name, slots, host, on_miss, blocking):
     rng, content = np.random.default_rng(slots), matrices()
     policy = make_policy(name, LAYERS * EXPERTS, LAYERS, np.arange(LAYERS * EXPERTS))
     with ExpertStore(
-        ExpertFiles(folder),
+        ExpertFiles(whole_files),
         policy,
         device_bytes=budget(slots) + 3,
         working_set=2,
@@ -194,3 +210,49 @@ def test_predictions_that_come_true_are_counted_and_wrong_ones_switch_off(folder
             store.fetch(0, np.array([0]), np.array([2, 3]))
             store.fetch(1, np.array([2, 3]))
         assert store.ahead.active
+
+
+def test_eight_bit_copies_are_close_and_a_quarter_of_the_size(tmp_path):
+    content = matrices()
+    content[0][0][1, :, 2] = 0  # a column of zeros has no scale of its own
+    write_experts(tmp_path, content, low_bit=True)
+    files = ExpertFiles(tmp_path)
+    assert files.low_bit
+    assert files.dtype == np.float32
+    for layer, (gate_up, down) in enumerate(content):
+        for expert in range(EXPERTS):
+            for found, exact in zip(
+                files.read(layer, expert), (gate_up[expert], down[expert]), strict=True
+            ):
+                half_a_step = np.abs(exact).max(axis=0) / 127 / 2
+                assert (np.abs(found - exact) <= half_a_step * (1 + 1e-5)).all()
+
+
+def test_absent_experts_of_little_weight_are_served_by_eight_bit_copies(folder, tmp_path):
+    write_experts(tmp_path / "low", matrices(), low_bit=True)
+    exact, low = ExpertFiles(folder), ExpertFiles(tmp_path / "low")
+    with ExpertStore(
+        exact, LRU(15), device_bytes=budget(5), working_set=2, low_bit=low, low_bit_share=0.5
+    ) as store:
+        share = np.array([0.9, 0.1])
+        heavy, light = store.fetch(0, np.array([1, 3]), share=share)
+        np.testing.assert_array_equal(heavy[0], matrices()[0][0][1])
+        np.testing.assert_array_equal(light[0], low.read(0, 3)[0])
+        assert store.traffic.low_bit == 1
+        assert set(store._resident) == {1}  # what stood in is not kept
+        again = store.fetch(0, np.array([3]), share=np.array([0.6]))
+        np.testing.assert_array_equal(again[0][0], matrices()[0][0][3])
+
+
+def test_the_sizes_that_a_device_computes_with_in_place_are_read_without_a_copy(tmp_path):
+    rng = np.random.default_rng(0)
+    large = [(rng.normal(size=(4, 16, 32)), rng.normal(size=(4, 16, 16)))]
+    write_experts(tmp_path, [tuple(m.astype(np.float32) for m in layer) for layer in large])
+    files = ExpertFiles(tmp_path)
+    memory = SharedMemory(files, 1, jax.local_devices()[0])
+    first = memory.read(0, 1, files)
+    address = first.matrices[0].unsafe_buffer_pointer()
+    memory.release(first)
+    second = memory.read(0, 2, files)
+    assert second.matrices[0].unsafe_buffer_pointer() == address
+    np.testing.assert_array_equal(second.matrices[0], large[0][0][2].astype(np.float32))

@@ -10,15 +10,10 @@ from typing import Any, Literal
 
 import tyro
 
-from moe_jax.errors import UserError
+from moe_jax.distill_config import DistillConfig
+from moe_jax.errors import require
 
 DType = Literal["float32", "bfloat16", "float16"]
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises UserError(message) unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
 
 
 def _positive(owner: str, config: Any, *names: str) -> None:
@@ -420,6 +415,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate_every"):
@@ -431,9 +427,14 @@ class TrainConfig:
             self.batch % self.optim.accumulation == 0,
             f"optim.accumulation={self.optim.accumulation} does not divide batch={self.batch}",
         )
-        vocabulary = self.model.vocabulary
+        vocabulary, taught = self.model.vocabulary, self.distill.teacher != ""
         require(
-            vocabulary is None or vocabulary >= self.data.vocabulary,
+            taught or self.distill == DistillConfig(),
+            "the settings of distill need a teacher: set distill.teacher",
+        )
+        self.distill.check_length(self.data.length)
+        require(  # a teacher brings its own tokenizer (train/teaching.py)
+            taught or vocabulary is None or vocabulary >= self.data.vocabulary,
             f"model.vocabulary={vocabulary} is smaller than the {self.data.vocabulary} tokens of "
             f"data.tokenizer '{self.data.tokenizer}'",
         )

@@ -16,6 +16,7 @@ from moe_jax.config import TrainConfig, fields
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData, prepare
+from moe_jax.distill.teacher import Teacher
 from moe_jax.errors import UserError
 from moe_jax.files import disk_errors, only_process
 from moe_jax.machine import gemm_rate, require_memory, require_space
@@ -23,10 +24,11 @@ from moe_jax.model.count import train_flops_per_token
 from moe_jax.moe.layer import implementation
 from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from moe_jax.result import output_folder
+from moe_jax.train import teaching
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.metrics import MetricsFile, describe
-from moe_jax.train.objective import Batch
+from moe_jax.train.objective import Batch, losses
 from moe_jax.train.progress import Display, Speedometer, say
 from moe_jax.train.report import Facts, write_report
 from moe_jax.train.step import (
@@ -37,8 +39,13 @@ from moe_jax.train.step import (
     make_step,
     state_bytes,
 )
+from moe_jax.train.teaching import Lesson, require_same_teacher, teacher_bytes, with_teacher
+from moe_jax.train.trained import config_from
 
-MAY_DIFFER = ("out", "samples", "evaluate_every", "data.cache", "checkpoint.")
+MAY_DIFFER = (
+    *("out", "samples", "evaluate_every", "data.cache", "checkpoint."),
+    "distill.teacher",  # may have moved: teaching.require_same_teacher compares what it is
+)
 """Settings that a continued run may change: none of them touches the training."""
 
 
@@ -51,26 +58,30 @@ def train(config: TrainConfig) -> Path:
 
     Raises UserError for anything the person at the keyboard can mend, before compiling.
     """
+    config, teacher = with_teacher(config)
     check_devices(config)
     check_kernels(config)
-    require_memory(config.preset, state_bytes(config))
+    require_memory(config.preset, state_bytes(config) + teacher_bytes(teacher))
     out = output_folder(config.out)
     require_space(out, (config.checkpoint.keep + 2) * state_bytes(config))
     with only_process(out):
-        return _train(config, out)
+        return _train(config, out, teacher)
 
 
-def _train(config: TrainConfig, out: Path) -> Path:
+def _train(config: TrainConfig, out: Path, teacher: Teacher | None) -> Path:
     checkpoints = Checkpoints(out, config.checkpoint)
     try:
         saved = checkpoints.peek(say)
+        fingerprint = teacher and teacher.fingerprint()
         if saved is not None:
+            require_same_teacher(fingerprint, saved[1].get("teacher"), out)
             check_same_run(config, saved[1]["config"], out)
-        data = prepare_data(config, saved and saved[1])
+        data = prepare_data(config, saved and saved[1], teacher and teacher.tokenizer)
         say(describe_data(data))
+        lesson = teacher and teaching.prepare(config, teacher, fingerprint or "", data)
         mesh = make_mesh()
         with jax.set_mesh(mesh):
-            run = start(config, out, data, mesh, checkpoints)
+            run = start(config, out, data, mesh, checkpoints, lesson)
             with disk_errors(out):
                 run_steps(run)
                 checkpoints.wait()
@@ -114,10 +125,9 @@ def check_devices(config: TrainConfig) -> None:
 
 def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
     """Raises UserError if a setting that matters differs from the run in `out`."""
+    before = fields(config_from(saved))
     for name, value in fields(config).items():
-        old: Any = saved
-        for part in name.split("."):
-            old = old.get(part) if isinstance(old, dict) else None
+        old = before[name]
         if old != value and not name.startswith(MAY_DIFFER):
             raise UserError(
                 f"{out} holds a run with {name}={old}, not {value}: choose another --out, or "
@@ -125,10 +135,13 @@ def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> Non
             )
 
 
-def prepare_data(config: TrainConfig, saved: dict[str, Any] | None) -> TokenData:
-    """The token arrays; a continued run keeps its own tokenizer and insists on its own text."""
+def prepare_data(
+    config: TrainConfig, saved: dict[str, Any] | None, tokenizer: Tokenizer | None = None
+) -> TokenData:
+    """The token arrays; a continued run keeps its own tokenizer and insists on its own text. A new
+    one takes the given tokenizer, a teacher's."""
     if saved is None:
-        return prepare(config.data, say=say)
+        return prepare(config.data, tokenizer, say=say)
     data = prepare(config.data, Tokenizer.from_json(saved["tokenizer"]), say=say)
     if data.fingerprint != saved["data_fingerprint"]:
         raise UserError(
@@ -165,6 +178,7 @@ class Run:
     compile_seconds: float
     gemm_rate: float
     flops_per_token: float
+    lesson: Lesson | None = None
 
     def facts(self) -> Facts:
         """What the report needs."""
@@ -180,7 +194,12 @@ class Run:
 
 
 def start(
-    config: TrainConfig, out: Path, data: TokenData, mesh: Mesh, checkpoints: Checkpoints
+    config: TrainConfig,
+    out: Path,
+    data: TokenData,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    lesson: Lesson | None = None,
 ) -> Run:
     """Fresh or restored state, the batch iterator at the same place, and the compiled step."""
     ahead = config.model.mtp_depth
@@ -192,6 +211,7 @@ def start(
         ahead=ahead,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        beside=lesson and lesson.cache,
     )
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
@@ -201,6 +221,7 @@ def start(
     if restored is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
+        state = lesson.first_state(state) if lesson else state
     else:
         state = restored.state
         batches.set_state(restored.extra["data_state"])
@@ -216,19 +237,24 @@ def start(
     row = jax.ShapeDtypeStruct(
         (config.batch, config.data.length + 1 + ahead), jnp.int32, sharding=sharding
     )
+    rows, objective, more = {"tokens": row, "segments": row}, losses, ()
+    if lesson is not None:
+        rows |= lesson.rows(row)
+        objective, more = lesson.objective, lesson.arguments(mesh)
     begin = time.perf_counter()
-    lowered = jax.jit(make_step(config), donate_argnums=0).lower(
-        shapes, {"tokens": row, "segments": row}
-    )
-    step = lowered.compile()
+    lowered = jax.jit(make_step(config, objective), donate_argnums=0).lower(shapes, rows, *more)
+    step: Callable[..., Any] = lowered.compile()
     compile_seconds = time.perf_counter() - begin
     rate = gemm_rate(config.model.compute_dtype) * jax.device_count()
     say(f"compiled in {compile_seconds:.1f} s; a plain GEMM here runs at {rate / 1e9:,.0f} GFLOP/s")
     flops = train_flops_per_token(config.resolved_model(), config.data.length)
+    if lesson is not None:
+        step = lesson.taught(step, more, mesh, int(state.step))
+        flops += lesson.flops_per_token()
     evaluate = make_evaluator(config, data.validation, place)
     return Run(
         config, out, data, checkpoints, state, batches, place, step, evaluate,
-        compile_seconds, rate, flops,
+        compile_seconds, rate, flops, lesson,
     )  # fmt: skip
 
 
@@ -301,5 +327,5 @@ def _save(run: Run, step: int, bits: float | None) -> None:
         "data_fingerprint": run.data.fingerprint,
         "data_stats": run.data.stats,
         "data_state": run.batches.get_state(),
-    }
+    } | ({"teacher": run.lesson.fingerprint} if run.lesson else {})
     run.checkpoints.save(step, run.state, extra, bits)

@@ -28,6 +28,7 @@ from moe_jax.distill.teacher import Teacher, split_model
 from moe_jax.files import disk_errors, write_atomically
 from moe_jax.model.generate import generate
 from moe_jax.result import output_folder
+from moe_jax.train.progress import say
 from moe_jax.train.teaching import find_teacher
 from moe_jax.train.trained import decode_until_end
 
@@ -113,10 +114,8 @@ def main(argv: list[str]) -> None:
                 texts = written(teacher, prompts[own], settings, first)
                 for path, text in zip(paths[own], texts, strict=True):
                     write_atomically(path, text)
-            advance(len(paths[own]))
-    print(
-        f"{settings.documents} texts: python experiments/train.py --data.source 'files:{out}/*.txt'"
-    )
+                say(f"{first + len(paths[own])} of {settings.documents} texts")
+    say(f"done: python experiments/train.py --data.source 'files:{out}/*.txt'")
 
 
 if __name__ == "__main__":

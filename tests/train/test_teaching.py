@@ -218,7 +218,8 @@ def test_every_kind_of_teacher_is_found(teacher_run, tmp_path, capsys):
     }
     assert found["run"].tokenizer.kind == "bytes"
     assert found["safetensors"].model.moe.experts == safetensors.EXPERTS
-    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(found))
+    leaves = jax.tree.leaves([(t.parameters, t.router) for t in found.values()])
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
     assert "run, step 6" in said[0]
@@ -228,7 +229,7 @@ def test_every_kind_of_teacher_is_found(teacher_run, tmp_path, capsys):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("rows", [None, 300])
+@pytest.mark.parametrize("rows", [None, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_teacher_with_more_rows_than_tokens(tmp_path, small_run, rows):
     """The student has the tokens alone, or the teacher's rows; no other number."""
     safetensors.write(tmp_path / "folder", "qwen3", rows=300)

@@ -19,18 +19,25 @@ teacher does; the sizes and number of its experts are its own."""
 
 
 def upcycle_config(config: TrainConfig, dense: ModelConfig) -> UpcycleConfig:
-    """How the teacher becomes a student of this shape. UserError: the experts are no whole part of
-    its feed-forward."""
+    """How the teacher becomes a student of this shape. UserError: the experts are no whole parts of
+    its feed-forward, or do not make whole copies of it."""
     moe, distill, hidden = config.model.moe, config.distill, dense.dense_hidden
     require(
         hidden % moe.expert_hidden == 0,
         f"distill.upcycle: model.moe.expert_hidden={moe.expert_hidden} does not divide the "
         f"teacher's dense_hidden={hidden}",
     )
+    parts = hidden // moe.expert_hidden
+    require(
+        moe.experts % parts == 0 and moe.experts_per_token % parts == 0,
+        f"distill.upcycle: {parts} experts of model.moe.expert_hidden={moe.expert_hidden} are one "
+        f"copy of the teacher's dense_hidden={hidden}: make experts={moe.experts} and "
+        f"experts_per_token={moe.experts_per_token} multiples of {parts}",
+    )
     return UpcycleConfig(
         experts=moe.experts,
         experts_per_token=moe.experts_per_token,
-        granularity=hidden // moe.expert_hidden,
+        granularity=parts,
         first=config.model.dense_layers,
         gate=moe.gate,
         noise=distill.upcycle_noise,

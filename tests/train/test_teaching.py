@@ -204,6 +204,9 @@ def test_more_that_cannot_be_upcycled(teacher_run, tmp_path):
     config = pupil(tmp_path, teacher_run, upcycle=True)
     with pytest.raises(UserError, match="expert_hidden=14 does not divide the teacher's"):
         train(config)
+    moe = replace(SMALL_MODEL.moe, expert_hidden=6)
+    with pytest.raises(UserError, match=r"4 experts of .* are one copy .* multiples of 4$"):
+        train(replace(config, model=replace(config.model, moe=moe)))
     moe = replace(SMALL_MODEL.moe, expert_hidden=12)
     config = replace(config, model=replace(config.model, moe=moe))
     with pytest.raises(UserError, match=r"--model.moe.shared-experts 0 --model.moe.scale 2.0$"):

@@ -39,7 +39,13 @@ from moe_jax.train.step import (
     make_step,
     state_bytes,
 )
-from moe_jax.train.teaching import Lesson, require_same_teacher, teacher_bytes, with_teacher
+from moe_jax.train.teaching import (
+    Lesson,
+    identity,
+    require_same_teacher,
+    teacher_bytes,
+    with_teacher,
+)
 from moe_jax.train.trained import config_from
 
 MAY_DIFFER = (
@@ -72,7 +78,7 @@ def _train(config: TrainConfig, out: Path, teacher: Teacher | None) -> Path:
     checkpoints = Checkpoints(out, config.checkpoint)
     try:
         saved = checkpoints.peek(say)
-        fingerprint = teacher and teacher.fingerprint()
+        fingerprint = identity(teacher)
         if saved is not None:
             require_same_teacher(fingerprint, saved[1].get("teacher"), out)
             check_same_run(config, saved[1]["config"], out)

@@ -91,6 +91,13 @@ def with_teacher(config: TrainConfig) -> tuple[TrainConfig, Teacher | None]:
     return config, teacher._replace(model=reader)
 
 
+def identity(teacher: Teacher | None) -> str | None:
+    """The teacher's fingerprint, whatever dtype it computes in here."""
+    if teacher is None:
+        return None
+    return teacher._replace(model=replace(teacher.model, compute_dtype="float32")).fingerprint()
+
+
 def require_same_teacher(mine: str | None, saved: str | None, out: Path) -> None:
     """A run goes on with the teacher that it began with, by fingerprint. UserError otherwise."""
     if mine == saved:

@@ -23,6 +23,7 @@ from moe_jax.train.step import abstract_state, graph_of, init_state, make_gradie
 from moe_jax.train.teaching import (
     Lesson,
     find_teacher,
+    identity,
     require_same_teacher,
     with_teacher,
 )
@@ -100,11 +101,13 @@ def test_a_changed_teacher_is_refused(teacher_run, tmp_path):
     _, teacher = with_teacher(replace(teacher_run, distill=taught))
     assert teacher is not None
     changed = teacher._replace(parameters=jax.tree.map(lambda a: a + 1e-3, teacher.parameters))
-    require_same_teacher(teacher.fingerprint(), teacher.fingerprint(), tmp_path)
+    half = teacher._replace(model=replace(teacher.model, compute_dtype="bfloat16"))
+    require_same_teacher(identity(teacher), identity(half), tmp_path)
+    assert identity(None) is None
     with pytest.raises(UserError, match="the teacher has changed since; restore it, or choose"):
-        require_same_teacher(changed.fingerprint(), teacher.fingerprint(), tmp_path)
+        require_same_teacher(identity(changed), identity(teacher), tmp_path)
     with pytest.raises(UserError, match=r"holds a run with one: give --distill\.teacher"):
-        require_same_teacher(None, teacher.fingerprint(), tmp_path)
+        require_same_teacher(None, identity(teacher), tmp_path)
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
     python experiments/train.py [PRESET] [--out DIR] [--seed N] [--steps N] [--FIELD VALUE …]
 
 Without arguments: the preset `tiny` on the text of Python's own standard library. `--help` lists
-every field; `--quick` stands for a run of under a minute. The same command continues a killed run,
-and its results are bit for bit those of an uninterrupted one.
+every field; `--quick` stands for a run of under a minute; `--distill.teacher` names a teacher to
+learn from (smollm2, a GGUF file, a folder of safetensors, or a run's folder). The same command
+continues a killed run, and its results are bit for bit those of an uninterrupted one.
 """
 
 import hashlib

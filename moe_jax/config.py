@@ -12,15 +12,10 @@ from typing import Any, Literal
 
 import tyro
 
-from moe_jax.errors import UserError
+from moe_jax.distill_config import DistillConfig
+from moe_jax.errors import require
 
 DType = Literal["float32", "bfloat16", "float16"]
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises UserError(message) unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
 
 
 def _positive(owner: str, config: Any, *names: str) -> None:
@@ -428,7 +423,7 @@ class PlacementConfig:
     comes when it is needed. Unset: everything stays on the device."""
     host_budget: str = ""
     """Host memory (pinned, on a GPU) for the next hottest experts; the others are on disk."""
-    policy: Literal["lru", "lfu", "decayed_lfu", "lfru"] = "decayed_lfu"
+    policy: Literal["lru", "lfu", "decayed_lfu", "lfru", "successor"] = "decayed_lfu"
     """Who stays on the device (placement/policy.py), by the measured load."""
     mode: Literal["sparse", "exact"] = "sparse"
     """What an update does to experts that no token chose. sparse: nothing, neither decay of their
@@ -490,6 +485,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate_every"):
@@ -501,9 +497,19 @@ class TrainConfig:
             self.batch % self.optim.accumulation == 0,
             f"optim.accumulation={self.optim.accumulation} does not divide batch={self.batch}",
         )
-        vocabulary = self.model.vocabulary
+        vocabulary, taught = self.model.vocabulary, self.distill.teacher != ""
         require(
-            vocabulary is None or vocabulary >= self.data.vocabulary,
+            taught or self.distill == DistillConfig(),
+            "the settings of distill need a teacher: set distill.teacher",
+        )
+        require(
+            not taught or not self.placement.tiered,
+            f"distill.teacher={self.distill.teacher} and placement.device_budget="
+            f"{self.placement.device_budget}: training with tiers takes no teacher yet, unset one",
+        )
+        self.distill.check_length(self.data.length)
+        require(  # a teacher brings its own tokenizer (train/teaching.py)
+            taught or vocabulary is None or vocabulary >= self.data.vocabulary,
             f"model.vocabulary={vocabulary} is smaller than the {self.data.vocabulary} tokens of "
             f"data.tokenizer '{self.data.tokenizer}'",
         )

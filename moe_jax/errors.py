@@ -7,3 +7,9 @@ class UserError(Exception):
     The message is one line that names the offending value and the fix. Programs print it as
     `error: …` and end with exit code 2; nothing has been compiled, written or lost by then.
     """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless `condition` holds."""
+    if not condition:
+        raise UserError(message)

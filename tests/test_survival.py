@@ -136,6 +136,33 @@ def test_a_killed_run_in_tiers_continues_bit_for_bit_with_another_budget(setting
     assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
 
 
+ROUTES = {
+    "online": ["--distill.alpha", "0.5"],
+    "cache": ["--distill.cache", "samples:4"],
+    "own text": ["--distill.on-policy", "0.5", "--distill.prompt", "16"],
+    "upcycled": [
+        *("--distill.upcycle", "--model.dense-layers", "0", "--model.moe.shared-experts", "0"),
+        *("--model.moe.scale", "2.0", "--model.moe.expert-hidden", "16"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_student_killed_three_times_continues_bit_for_bit(settings, tmp_path, route):
+    """Its teacher is a dense run of ours; the first kill also meets the cache half made."""
+    dense = ["--model.dense-layers", "1", "--model.dense-hidden", "32", "--steps", "6"]
+    finish([*settings, *dense], tmp_path / "teacher")
+    taught = [*settings, "--distill.teacher", str(tmp_path / "teacher"), *ROUTES[route]]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    finish(taught, whole)
+    for moment in (reached(1), writing(12), reached(29)):
+        kill_when(taught, out, moment)
+    finish(taught, out)
+    assert losses(out) == losses(whole)
+    assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
+
+
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_said_in_a_line_and_costs_only_time(
     settings, uninterrupted, tmp_path

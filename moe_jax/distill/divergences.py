@@ -6,15 +6,14 @@ w, gives the gradient in the student's logits: w - q · sum(w).
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from moe_jax.config import require
+from moe_jax.distill_config import Kind, check_divergence
 
-Kind = Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse", "total_variation"]
 Entries = Float[Array, "*batch V"]
 
 
@@ -26,11 +25,7 @@ class Divergence(NamedTuple):
 
     def checked(self) -> "Divergence":
         """Itself. UserError: unknown kind, or `mix` outside its range."""
-        kinds = get_args(Kind)
-        require(self.kind in kinds, f"divergence '{self.kind}' is unknown: use {', '.join(kinds)}")
-        require(0 <= self.mix <= 1, f"mix is {self.mix}: it must lie between 0 and 1")
-        skewed = self.kind.startswith("skew")
-        require(not skewed or 0 < self.mix < 1, f"mix is {self.mix}: {self.kind} needs 0 < mix < 1")
+        check_divergence(self.kind, self.mix)
         return self
 
     def term(self, log_p: Entries, log_q: Entries) -> Entries:

@@ -4,6 +4,7 @@ import hashlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -13,7 +14,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.distill.chunked import Readout
 from moe_jax.errors import UserError
-from moe_jax.interop.gguf import load
+from moe_jax.interop import gguf, huggingface
 from moe_jax.model.attention import document_sight
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterBias
@@ -31,8 +32,18 @@ class Teacher(NamedTuple):
     @staticmethod
     def from_gguf(path: str) -> "Teacher":
         """interop.gguf.load; errors as there."""
-        config, parameters, tokenizer = load(path)
-        return Teacher(config, parameters, split_model(config)[2], tokenizer)
+        return Teacher._untrained_router(*gguf.load(path))
+
+    @staticmethod
+    def from_folder(path: str) -> "Teacher":
+        """interop.huggingface.load; errors as there."""
+        return Teacher._untrained_router(*huggingface.load(path))
+
+    @staticmethod
+    def _untrained_router(config: ModelConfig, parameters: Any, tokenizer: Tokenizer) -> "Teacher":
+        """Models from elsewhere have no selection bias."""
+        router = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), split_model(config)[2])
+        return Teacher(config, parameters, router, tokenizer)
 
     def fingerprint(self) -> str:
         """Hash of the architecture, every parameter and the tokenizer."""

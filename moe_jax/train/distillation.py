@@ -5,7 +5,6 @@ step = make_step(config, online_objective(settings, models))   # step(state, bat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,53 +15,29 @@ from jax import Array
 from moe_jax.config import ModelConfig, require
 from moe_jax.data.batches import shifted_targets
 from moe_jax.distill import losses as distill
-from moe_jax.distill.chunked import CHUNK, Columns, Readout, divergence, make_columns
-from moe_jax.distill.divergences import Divergence, Kind
+from moe_jax.distill.chunked import Columns, Readout, divergence, make_columns
+from moe_jax.distill.divergences import Divergence
 from moe_jax.distill.teacher import read, readout, split_model
+from moe_jax.distill_config import DistillConfig
 from moe_jax.model.attention import document_sight
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
-from moe_jax.train.objective import Batch, Losses
+from moe_jax.train.objective import Batch, Losses, mtp_loss
 from moe_jax.train.step import Objective, TrainState
 
 OWN = "own"
-"""Key of a batch: bool[B, L], true where the target is the student's own token."""
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """What the student is trained on."""
-
-    kind: Kind = "forward"
-    """The divergence from an online teacher; a cache always gives forward KL."""
-    mix: float = 0.5
-    """jsd's b, or the skew divergences' l."""
-    alpha: float = 1.0
-    """Share of the teacher; the rest is cross-entropy with the text."""
-    temperature: float = 1.0
-    """Of teacher and student; a cache must have been made at the same."""
-    on_policy: float = 0.0
-    """lambda: fraction of the batches that the student writes itself."""
-    prompt: int = 32
-    """Tokens of text that the student continues."""
-    chunk: int = CHUNK
-    """Columns of the vocabulary in memory at once."""
-
-    def __post_init__(self) -> None:
-        Divergence(self.kind, self.mix).checked()
-        for name in ("alpha", "on_policy"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"distill.{name} is {value}: it must lie between 0 and 1")
-        for name in ("temperature", "prompt", "chunk"):
-            value = getattr(self, name)
-            require(value > 0, f"distill.{name} is {value}: it must be positive")
+"""Key of a batch: bool[B, L + mtp_depth], true where the token after t is the student's own."""
 
 
 def online_objective(
-    settings: DistillConfig, teachers: Sequence[ModelConfig], weights: Sequence[float] | None = None
+    settings: DistillConfig,
+    teachers: Sequence[ModelConfig],
+    weights: Sequence[float] | None = None,
+    vocabulary: int | None = None,
 ) -> Objective:
     """The teachers read every batch. A step takes their [(parameters, router), …] as its third
-    argument, so that they are no constants of the program."""
+    argument, so that they are no constants of the program. `vocabulary`: tokens that all have,
+    where their tables are of different heights."""
     graphs = [split_model(model)[0] for model in teachers]
     kind = Divergence(settings.kind, settings.mix)
 
@@ -81,7 +56,9 @@ def online_objective(
         ]
 
         def apart(student: Readout) -> Array:
-            columns = make_columns([student, *outputs], None, settings.chunk, settings.temperature)
+            columns = make_columns(
+                [student, *outputs], vocabulary, settings.chunk, settings.temperature
+            )
             return divergence(student, outputs, columns, kind, weights)
 
         return _losses(model, batch, length, normalisers, key, settings, apart)
@@ -127,16 +104,16 @@ def _losses(
     apart: Any,
 ) -> Losses:
     """(1 - alpha) CE + alpha t² divergence over the valid targets; the student's own tokens have no
-    cross-entropy, which would only confirm them."""
-    require(
-        model.config.mtp_depth == 0, "distillation with multi-token prediction is not supported"
-    )
+    cross-entropy and no multi-token prediction, which would only confirm them."""
     tokens, segments = batch["tokens"], batch["segments"]
     sight = document_sight(model.config, segments[:, :length])
+    depth, mtp_key = model.config.mtp_depth, None
+    if depth and key is not None:
+        key, mtp_key = jax.random.split(key)
     hidden, _, stats = model.hidden(tokens[:, :length], sight, key=key)
     student = readout(model, hidden)
     targets, valid = (a.reshape(-1) for a in shifted_targets(tokens, segments, length, 1))
-    given = valid & ~batch[OWN].reshape(-1) if OWN in batch else valid
+    given = valid & ~batch[OWN][:, :length].reshape(-1) if OWN in batch else valid
     columns = _columns(student, settings)
     cross_entropy = distill.cross_entropy(student, targets, columns)
     cross_entropy = distill.total(cross_entropy, given, normalisers[0])
@@ -145,9 +122,13 @@ def _losses(
         factor = settings.alpha * settings.temperature**2
         loss += factor * distill.total(apart(student), valid, normalisers[0])
     collected = {} if stats is None else {"sparse": stats._replace(experts=None)}
-    zero = jnp.zeros((), jnp.float32)
-    balance = sum((s.loss.sum() for s in collected.values()), zero)
-    return Losses(cross_entropy, zero, balance, collected, loss)
+    mtp = jnp.zeros((), jnp.float32)
+    if depth:
+        own = batch.get(OWN)
+        mtp, more = mtp_loss(model, hidden, batch, length, normalisers[1:], mtp_key, own)
+        collected |= more
+    balance = sum((s.loss.sum() for s in collected.values()), jnp.zeros((), jnp.float32))
+    return Losses(cross_entropy, mtp, balance, collected, loss)
 
 
 def is_on_policy(settings: DistillConfig, seed: int, step: int) -> bool:

@@ -17,6 +17,7 @@ from moe_jax.config import TrainConfig, fields
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData, prepare
+from moe_jax.distill.teacher import Teacher
 from moe_jax.errors import UserError
 from moe_jax.files import disk_errors, only_process
 from moe_jax.machine import gemm_rate, require_memory, require_space
@@ -24,10 +25,11 @@ from moe_jax.model.count import train_flops_per_token
 from moe_jax.moe.layer import implementation
 from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from moe_jax.result import output_folder
+from moe_jax.train import teaching
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.metrics import MetricsFile, describe
-from moe_jax.train.objective import Batch
+from moe_jax.train.objective import Batch, losses
 from moe_jax.train.progress import Display, Speedometer, say
 from moe_jax.train.report import Facts, write_report
 from moe_jax.train.step import (
@@ -36,6 +38,13 @@ from moe_jax.train.step import (
     init_state,
     make_step,
     state_bytes,
+)
+from moe_jax.train.teaching import (
+    Lesson,
+    identity,
+    require_same_teacher,
+    teacher_bytes,
+    with_teacher,
 )
 from moe_jax.train.tier_parts import init_trunk
 from moe_jax.train.tier_step import TieredStep
@@ -53,6 +62,7 @@ from moe_jax.train.trained import config_from
 MAY_DIFFER = (
     *("out", "samples", "evaluate_every", "data.cache", "checkpoint."),
     *(f"placement.{name}" for name in ("device_", "host_", "policy", "direct", "folder")),
+    "distill.teacher",  # may have moved: teaching.require_same_teacher compares what it is
 )
 """Settings that a continued run may change: none of them touches the training."""
 
@@ -66,31 +76,36 @@ def train(config: TrainConfig) -> Path:
 
     Raises UserError for anything the person at the keyboard can mend, before compiling.
     """
-    if not config.placement.tiered:
-        check_devices(config)
-    check_kernels(config)
+    config, teacher = with_teacher(config)
     tiered, size = config.placement.tiered, state_bytes(config)
     if tiered:
         check_tiers(config)
-    require_memory(config.preset, device_bytes(config) if tiered else size)
+    else:
+        check_devices(config)
+    check_kernels(config)
+    held = device_bytes(config) if tiered else size + teacher_bytes(teacher)
+    require_memory(config.preset, held)
     out = output_folder(config.out)
     copies = config.checkpoint.keep + 2
     require_space(out, copies * size + (shelf_bytes(config) if tiered else 0))
     with only_process(out):
-        return _train(config, out)
+        return _train(config, out, teacher)
 
 
-def _train(config: TrainConfig, out: Path) -> Path:
+def _train(config: TrainConfig, out: Path, teacher: Teacher | None) -> Path:
     checkpoints = Checkpoints(out, config.checkpoint)
     try:
         saved = checkpoints.peek(say)
+        fingerprint = identity(teacher)
         if saved is not None:
+            require_same_teacher(fingerprint, saved[1].get("teacher"), out)
             check_same_run(config, saved[1]["config"], out)
-        data = prepare_data(config, saved and saved[1])
+        data = prepare_data(config, saved and saved[1], teacher and teacher.tokenizer)
         say(describe_data(data))
+        lesson = teacher and teaching.prepare(config, teacher, fingerprint or "", data)
         mesh = make_mesh(1 if config.placement.tiered else None)
         with jax.set_mesh(mesh):
-            run = start(config, out, data, mesh, checkpoints)
+            run = start(config, out, data, mesh, checkpoints, lesson)
             with closing(run):
                 with disk_errors(out):
                     run_steps(run)
@@ -153,10 +168,13 @@ def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> Non
             )
 
 
-def prepare_data(config: TrainConfig, saved: dict[str, Any] | None) -> TokenData:
-    """The token arrays; a continued run keeps its own tokenizer and insists on its own text."""
+def prepare_data(
+    config: TrainConfig, saved: dict[str, Any] | None, tokenizer: Tokenizer | None = None
+) -> TokenData:
+    """The token arrays; a continued run keeps its own tokenizer and insists on its own text. A new
+    one takes the given tokenizer, a teacher's."""
     if saved is None:
-        return prepare(config.data, say=say)
+        return prepare(config.data, tokenizer, say=say)
     data = prepare(config.data, Tokenizer.from_json(saved["tokenizer"]), say=say)
     if data.fingerprint != saved["data_fingerprint"]:
         raise UserError(
@@ -195,6 +213,7 @@ class Run:
     flops_per_token: float
     experts: TieredExperts | None = None
     """Those that live in tiers; `state` is then without them."""
+    lesson: Lesson | None = None
 
     def facts(self) -> Facts:
         """What the report needs."""
@@ -226,7 +245,12 @@ class Run:
 
 
 def start(
-    config: TrainConfig, out: Path, data: TokenData, mesh: Mesh, checkpoints: Checkpoints
+    config: TrainConfig,
+    out: Path,
+    data: TokenData,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    lesson: Lesson | None = None,
 ) -> Run:
     """Fresh or restored state, the batch iterator at the same place, and the compiled step."""
     ahead = config.model.mtp_depth
@@ -238,6 +262,7 @@ def start(
         ahead=ahead,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        beside=lesson and lesson.cache,
     )
     tiered = config.placement.tiered
     initial = init_trunk if tiered else init_state
@@ -249,6 +274,7 @@ def start(
     if restored is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         state = jax.jit(lambda: initial(config), out_shardings=shardings)()
+        state = lesson.first_state(state) if lesson else state
     else:
         state = restored.state
         batches.set_state(restored.extra["data_state"])
@@ -265,26 +291,32 @@ def start(
         (config.batch, config.data.length + 1 + ahead), jnp.int32, sharding=sharding
     )
     begin, experts = time.perf_counter(), None
+    rows, objective, more = {"tokens": row, "segments": row}, losses, ()
+    if lesson is not None:
+        rows |= lesson.rows(row)
+        objective, more = lesson.objective, lesson.arguments(mesh)
+    step: Any
     if tiered:
         folder = restored and checkpoints.directory / str(restored.step)
         with disk_errors(out):
             experts = open_experts(config, out, folder, int(state.updates))
         step = TieredStep(config, experts)
-        compile_seconds = step.compile(state, {"tokens": row, "segments": row})
+        compile_seconds = step.compile(state, rows)
         evaluate = step.evaluator(data.validation, place)
     else:
-        lowered = jax.jit(make_step(config), donate_argnums=0).lower(
-            shapes, {"tokens": row, "segments": row}
-        )
-        step = lowered.compile()
+        jitted = jax.jit(make_step(config, objective), donate_argnums=0)
+        step = jitted.lower(shapes, rows, *more).compile()
         compile_seconds = time.perf_counter() - begin
         evaluate = make_evaluator(config, data.validation, place)
     rate = gemm_rate(config.model.compute_dtype) * jax.device_count()
     say(f"compiled in {compile_seconds:.1f} s; a plain GEMM here runs at {rate / 1e9:,.0f} GFLOP/s")
     flops = train_flops_per_token(config.resolved_model(), config.data.length)
+    if lesson is not None:
+        step = lesson.taught(step, more, mesh, int(state.step))
+        flops += lesson.flops_per_token()
     return Run(
         config, out, data, checkpoints, state, batches, place, step, evaluate,
-        compile_seconds, rate, flops, experts,
+        compile_seconds, rate, flops, experts, lesson,
     )  # fmt: skip
 
 
@@ -357,6 +389,6 @@ def _save(run: Run, step: int, bits: float | None) -> None:
         "data_fingerprint": run.data.fingerprint,
         "data_stats": run.data.stats,
         "data_state": run.batches.get_state(),
-    }
+    } | ({"teacher": run.lesson.fingerprint} if run.lesson else {})
     beside = run.experts and save_experts(run.experts, run.out, step)
     run.checkpoints.save(step, run.state, extra, bits, beside)

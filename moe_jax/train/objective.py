@@ -79,26 +79,31 @@ def read_out(
     collected = {} if stats is None else {"sparse": stats._replace(experts=None)}
     mtp = jnp.zeros((), jnp.float32)
     if model.config.mtp_depth:
-        mtp, mtp_stats = _mtp_loss(model, hidden, batch, length, normalisers[1:], mtp_key)
+        mtp, mtp_stats = mtp_loss(model, hidden, batch, length, normalisers[1:], mtp_key)
         collected |= mtp_stats
     balance = sum((s.loss.sum() for s in collected.values()), jnp.zeros((), jnp.float32))
     return Losses(cross_entropy, mtp, balance, collected)
 
 
-def _mtp_loss(
+def mtp_loss(
     model: Transformer,
     hidden: Array,
     batch: Batch,
     length: int,
     normalisers: list[Array],
     key: Array | None,
+    without: Bool[Array, "B M"] | None = None,
 ) -> tuple[Array, dict[str, RouterStats]]:
-    """lambda-free multi-token loss, 1/depth sum_k CE_k (arXiv:2412.19437, eq. 24-25)."""
+    """lambda-free multi-token loss, 1/depth sum_k CE_k (arXiv:2412.19437, eq. 24-25).
+
+    `without` is true at t where token t + 1 does not count; M is at least length + depth."""
     tokens, segments = batch["tokens"], batch["segments"]
     total, collected = jnp.zeros((), jnp.float32), []
     predictions = model.mtp.predictions(model, hidden, tokens, segments[:, :length], key)
     for depth, logits, stats in predictions:
         targets, mask = shifted_targets(tokens, segments, length, depth + 1)
+        if without is not None:
+            mask &= ~without[:, depth : depth + length]
         total += token_nats(logits, targets, mask) / normalisers[depth - 1]
         collected.append(stats and stats._replace(experts=None))
     mean = total / model.config.mtp_depth

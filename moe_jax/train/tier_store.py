@@ -119,7 +119,7 @@ class TieredExperts:
         self.norm = np.zeros((layers, experts), np.float32)
         self.upto = np.zeros((layers, experts), np.int32)
         """exact: updates that the rows reflect."""
-        policy = make_policy(placement.policy, layers * experts)
+        policy = make_policy(placement.policy, layers * experts, layers)
         policy.hysteresis = HYSTERESIS if placement.policy != "lru" else 0.0
         capacity = self.sizes.quota * layers
         self.placement = Placement(policy, layers, experts, capacity, "quota")

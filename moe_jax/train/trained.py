@@ -21,6 +21,7 @@ from moe_jax.config import (
     TrainConfig,
 )
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.distill_config import DistillConfig
 from moe_jax.errors import UserError
 from moe_jax.model.attention import document_sight
 from moe_jax.model.generate import generate
@@ -42,6 +43,7 @@ def config_from(saved: dict[str, Any]) -> TrainConfig:
         "optim": OptimConfig(**saved["optim"]),
         "checkpoint": CheckpointConfig(**saved["checkpoint"]),
         "placement": PlacementConfig(**saved.get("placement", {})),
+        "distill": DistillConfig(**saved.get("distill", {})),
     }
     return TrainConfig(**{**saved, **parts})
 

@@ -44,8 +44,11 @@ def config(small_run):
 
 
 @pytest.mark.slow
-def test_without_a_teacher_it_is_the_plain_loss(config):
-    """alpha = 0: the same loss and gradient as training without distillation."""
+@pytest.mark.parametrize("depth", [0, 1])
+def test_without_a_teacher_it_is_the_plain_loss(config, depth):
+    """alpha = 0: the same loss and gradient as training without distillation, multi-token
+    prediction included."""
+    config = replace(config, model=replace(config.model, mtp_depth=depth))
     state, batch, key = init_state(config), make_batch(config), jax.random.key(0)
     model = config.resolved_model()
     online = online_objective(replace(CHUNKED, alpha=0.0), [model])
@@ -147,11 +150,13 @@ def test_the_students_own_text(config):
 
 
 @pytest.mark.slow
-def test_own_tokens_have_no_cross_entropy(config):
+@pytest.mark.parametrize("depth", [0, 1])
+def test_own_tokens_have_no_cross_entropy(config, depth):
     """The gradient of a batch that is all the student's own is alpha times the divergence's."""
+    config = replace(config, model=replace(config.model, mtp_depth=depth))
     state, batch, key = init_state(config), make_batch(config), jax.random.key(0)
     model = config.resolved_model()
-    own = {**batch, OWN: jnp.ones((config.batch, config.data.length), bool)}
+    own = {**batch, OWN: jnp.ones((config.batch, config.data.length + depth), bool)}
     states = [states_of(model, 5)]
 
     def loss(alpha, batch):
@@ -159,7 +164,7 @@ def test_own_tokens_have_no_cross_entropy(config):
         (_, parts), _ = gradient_of(config, objective)(
             state.parameters, state.router, batch, key, states
         )
-        return float(parts.cross_entropy), float(parts.distillation)
+        return float(parts.cross_entropy + parts.mtp), float(parts.distillation)
 
     cross_entropy, half = loss(0.5, own)
     assert cross_entropy == 0

@@ -1,0 +1,122 @@
+"""Text that a teacher writes: the way to learn from one whose vocabulary is not the student's.
+
+    python experiments/teacher_text.py --teacher smollm2 --out runs/teacher_text
+    python experiments/train.py --data.source 'files:runs/teacher_text/*.txt' …
+
+The teacher continues beginnings of the documents of a corpus, and a student of any tokenizer is
+trained on what it wrote (sequence-level distillation, arXiv:1606.07947, with samples in place of
+beam search). A document is a file; the same command goes on with those that are missing, which are
+the same whether or not it was interrupted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe_jax.startup import ask_for_huge_pages
+
+if __name__ == "__main__":
+    ask_for_huge_pages()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.cli import parse_settings, program
+from moe_jax.config import DataConfig, require
+from moe_jax.data.tokens import TokenArray, prepare
+from moe_jax.distill.teacher import Teacher, split_model
+from moe_jax.files import disk_errors, write_atomically
+from moe_jax.model.generate import generate
+from moe_jax.result import output_folder
+from moe_jax.train.progress import say
+from moe_jax.train.teaching import find_teacher
+from moe_jax.train.trained import decode_until_end
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Has a teacher continue beginnings of documents."""
+
+    teacher: str = "smollm2"
+    """As --distill.teacher of train.py."""
+    out: str = "runs/teacher_text"
+    """Folder of the texts, NNNNNN.txt."""
+    source: str = "stdlib"
+    """Where the beginnings come from, as --data.source of train.py, its held-out part left out."""
+    documents: int = 200
+    """Texts to write."""
+    prompt: int = 32
+    """Tokens of a beginning, the first of the document."""
+    tokens: int = 224
+    """At most so many tokens are written after it; the end of the document ends it."""
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    batch: int = 8
+    """Documents at once; another number gives other texts."""
+    seed: int = 0
+    cache: str = ""
+    """As --data.cache of train.py."""
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "prompt", "tokens", "batch"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}: it must be positive")
+        require(
+            self.temperature >= 0, f"temperature is {self.temperature}: it must not be negative"
+        )
+
+
+def beginnings(array: TokenArray, settings: Settings) -> np.ndarray:
+    """The first tokens of documents in a random order, int32[documents, 1 + prompt], bos first.
+
+    UserError: there are fewer documents that are long enough.
+    """
+    size = 1 + settings.prompt
+    ends = np.append(array.starts[1:], len(array.tokens))
+    long_enough = array.starts[ends - array.starts > size]
+    require(
+        len(long_enough) >= settings.documents,
+        f"documents={settings.documents}, but only {len(long_enough)} of the source have more than "
+        f"prompt={settings.prompt} tokens: shorten --prompt or write fewer",
+    )
+    chosen = np.random.default_rng(settings.seed).permutation(long_enough)[: settings.documents]
+    return np.stack([array.tokens[start : start + size] for start in chosen]).astype(np.int32)
+
+
+def written(teacher: Teacher, prompts: np.ndarray, settings: Settings, first: int) -> Iterator[str]:
+    """A batch of texts, from document `first` on; the last batch is filled up."""
+    full = np.resize(prompts, (settings.batch, prompts.shape[1]))
+    found = generate(
+        split_model(teacher.model)[0],
+        (teacher.parameters, teacher.router),
+        jnp.asarray(full),
+        jax.random.fold_in(jax.random.key(settings.seed), first),
+        count=settings.tokens,
+        vocabulary=teacher.tokenizer.vocabulary,
+        temperature=settings.temperature,
+    )
+    for prompt, tokens in zip(prompts, np.asarray(found), strict=False):
+        yield teacher.tokenizer.decode(prompt) + decode_until_end(teacher.tokenizer, tokens)
+
+
+def main(argv: list[str]) -> None:
+    """Writes the missing texts, a batch at a time."""
+    settings = parse_settings(Settings(), argv, (__doc__ or "").splitlines()[0])
+    out = output_folder(settings.out)
+    teacher = find_teacher(settings.teacher)
+    data = prepare(DataConfig(source=settings.source, cache=settings.cache), teacher.tokenizer)
+    prompts = beginnings(data.train, settings)
+    paths = [out / f"{index:06d}.txt" for index in range(settings.documents)]
+    with disk_errors(out):
+        for first in range(0, settings.documents, settings.batch):
+            own = slice(first, first + settings.batch)
+            if not all(path.exists() for path in paths[own]):
+                texts = written(teacher, prompts[own], settings, first)
+                for path, text in zip(paths[own], texts, strict=True):
+                    write_atomically(path, text)
+                say(f"{first + len(paths[own])} of {settings.documents} texts")
+    say(f"done: python experiments/train.py --data.source 'files:{out}/*.txt'")
+
+
+if __name__ == "__main__":
+    program(main)

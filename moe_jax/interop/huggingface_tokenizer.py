@@ -1,0 +1,111 @@
+"""The byte-level BPE tokenizer in a tokenizer.json."""
+
+import json
+from typing import Any
+
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+
+CUTTERS = ("Sequence", "Split", "Digits", "ByteLevel")
+"""Kinds of pre-tokenizer that leave every byte in its place."""
+PROBE = "  Näïve\tcafé — 日本語 🙂\r\n\n\tdef f(x): return x + 1234567  # 'tis\u00a0x "
+"""Text that a tokenizer which loses anything usually loses something of."""
+
+
+def read_tokenizer(fields: dict[str, Any], rows: int, bos: Any, eos: Any) -> Tokenizer:
+    """Our Tokenizer with the file's tokens, merges and cuts; `rows` of the embedding, which may be
+    more than there are tokens. Without a bos, eos opens documents too.
+
+    Ours lose nothing (but for bytes that a vocabulary lacks, such as SmolLM2's for some control
+    characters) and never write a special token for a text: the file's normaliser (Unicode
+    NFC), special tokens and template are left out. UserError: another kind of tokenizer, or parts
+    that do not fit each other or the embedding.
+    """
+    model = fields.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not _byte_level(fields):
+        raise UserError("tokenizer.json is no byte-level BPE: use a model that has one")
+    normaliser = fields.get("normalizer")
+    if normaliser is not None and normaliser != {"type": "NFC"}:
+        raise UserError("tokenizer.json changes the text (its normalizer): only NFC is supported")
+    added = _added(fields)
+    vocabulary = _vocabulary(model, added, rows)
+    for name, end in (("bos", bos), ("eos", eos)):
+        if (name == "eos" or end is not None) and not _is_id(end, vocabulary):
+            raise UserError(f"{name}_token_id is {end!r}: it must be one of {vocabulary} tokens")
+    kept = {token: i for token, i in model["vocab"].items() if i not in added}
+    try:
+        found = tokenizers.Tokenizer.from_str(json.dumps(_plain(fields, model, kept)))
+        ends = eos if bos is None else bos, eos
+        tokenizer = Tokenizer(f"bpe:{vocabulary}", vocabulary, found, *ends)
+        same = tokenizer.decode(tokenizer.encode(PROBE)) == PROBE
+    except Exception as error:  # what the library raises has no type of its own
+        reason = " ".join(str(error).split())
+        raise UserError(f"tokenizer.json cannot be used: {reason}") from error
+    if not same:
+        raise UserError("tokenizer.json loses parts of a text: use a model with another tokenizer")
+    return tokenizer
+
+
+def _plain(fields: dict[str, Any], model: dict[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
+    """tokenizer.json with nothing but the model and the cuts before it."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": fields["pre_tokenizer"],
+        "post_processor": None,
+        "decoder": {
+            "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True
+        },
+        "model": {**model, "vocab": vocab, "dropout": None, "unk_token": None},
+    }  # fmt: skip
+
+
+def _byte_level(fields: dict[str, Any]) -> bool:
+    """Whether the text is cut into pieces and these are written as bytes, with nothing added."""
+    first: Any = fields.get("pre_tokenizer")
+    steps: Any = first.get("pretokenizers", [first]) if isinstance(first, dict) else None
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        return False
+    kinds = [step.get("type") for step in steps]
+    whole = not any(s.get("behavior") == "Removed" or s.get("add_prefix_space") for s in steps)
+    return whole and "ByteLevel" in kinds and all(kind in CUTTERS for kind in kinds)
+
+
+def _added(fields: dict[str, Any]) -> set[int]:
+    """Ids of special tokens, which stand for no text."""
+    entries = fields.get("added_tokens") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError("tokenizer.json: added_tokens is no list of objects")
+    ids = [entry.get("id") for entry in entries]
+    if not all(_is_id(i, 1 << 31) for i in ids):
+        raise UserError("tokenizer.json: an added token has no id")
+    return set(ids)
+
+
+def _vocabulary(model: dict[str, Any], added: set[int], rows: int) -> int:
+    """Number of ids. UserError: they exceed the embedding's rows, or the model's tokens are not
+    different strings of bytes."""
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(_is_id(i, 1 << 31) for i in vocab.values()):
+        raise UserError("tokenizer.json: the model's vocab does not map tokens to ids")
+    count = max({*vocab.values(), *added}, default=-1) + 1
+    if count > rows or len(set(vocab.values())) != len(vocab):
+        raise UserError(
+            f"tokenizer.json has {len(vocab)} tokens with ids up to {count - 1} for {rows} rows of "
+            "the embedding"
+        )
+    texts = {token for token, i in vocab.items() if i not in added}
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    if not all(alphabet.issuperset(text) for text in texts):
+        raise UserError("tokenizer.json is no byte-level BPE: use a model that has one")
+    return count
+
+
+def _is_id(value: Any, below: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below

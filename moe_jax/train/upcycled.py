@@ -1,0 +1,82 @@
+"""A run whose student starts as the sparse upcycling of its teacher (distill/upcycle.py)."""
+
+from typing import Any
+
+import jax
+
+from moe_jax.config import ModelConfig, TrainConfig, fields, require
+from moe_jax.distill.teacher import Teacher
+from moe_jax.distill.upcycle import UpcycleConfig, sparse_config, upcycle
+from moe_jax.train.step import TrainState
+
+SAME = (
+    *("vocabulary", "width", "layers", "attention.", "tied_embedding", "norm_epsilon"),
+    *("rope_base", "mtp_depth", "moe.shared_experts", "moe.normalise", "moe.scale", "moe.rule"),
+    *("moe.groups", "moe.capacity_factor"),
+)
+"""Settings, or beginnings of their names, without which the student does not compute what the
+teacher does; the sizes and number of its experts are its own."""
+
+
+def upcycle_config(config: TrainConfig, dense: ModelConfig) -> UpcycleConfig:
+    """How the teacher becomes a student of this shape. UserError: the experts are no whole parts of
+    its feed-forward, or do not make whole copies of it."""
+    moe, distill, hidden = config.model.moe, config.distill, dense.dense_hidden
+    require(
+        hidden % moe.expert_hidden == 0,
+        f"distill.upcycle: model.moe.expert_hidden={moe.expert_hidden} does not divide the "
+        f"teacher's dense_hidden={hidden}",
+    )
+    parts = hidden // moe.expert_hidden
+    require(
+        moe.experts % parts == 0 and moe.experts_per_token % parts == 0,
+        f"distill.upcycle: {parts} experts of model.moe.expert_hidden={moe.expert_hidden} are one "
+        f"copy of the teacher's dense_hidden={hidden}: make experts={moe.experts} and "
+        f"experts_per_token={moe.experts_per_token} multiples of {parts}",
+    )
+    return UpcycleConfig(
+        experts=moe.experts,
+        experts_per_token=moe.experts_per_token,
+        granularity=parts,
+        first=config.model.dense_layers,
+        gate=moe.gate,
+        noise=distill.upcycle_noise,
+        reinitialised=distill.upcycle_reinitialised,
+        seed=config.seed,
+    )
+
+
+def require_upcyclable(config: TrainConfig, dense: ModelConfig) -> None:
+    """UserError, with the options that mend it, unless the student's shape is the teacher's with
+    experts for feed-forwards."""
+    wanted = fields(sparse_config(dense, upcycle_config(config, dense)))
+    student = fields(config.resolved_model())
+    same = (*SAME, "dense_hidden") if config.model.dense_layers else SAME
+    change = [
+        _option(name, value)
+        for name, value in wanted.items()
+        if name.startswith(same) and student[name] != value
+    ]
+    require(not change, f"distill.upcycle needs the teacher's shape: {' '.join(change)}")
+
+
+def _option(name: str, value: Any) -> str:
+    head, _, leaf = f"model.{name}".replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return f"--{head}.{leaf if value else 'no-' + leaf}"
+    return f"--{head}.{leaf} {value}"
+
+
+def upcycled_state(config: TrainConfig, teacher: Teacher, state: TrainState) -> TrainState:
+    """The state before the first update, with the teacher's parameters; the optimizer is fresh."""
+    how = upcycle_config(config, teacher.model)
+    _, parameters, router = upcycle(teacher.model, teacher.parameters, how)
+
+    def placed(new: Any, like: jax.Array) -> jax.Array:
+        assert new.shape == like.shape, f"{new.shape} upcycled, {like.shape} in the student"
+        return jax.device_put(new.astype(like.dtype), like.sharding)
+
+    return state._replace(
+        parameters=jax.tree.map(placed, parameters, state.parameters),
+        router=jax.tree.map(placed, router, state.router),
+    )

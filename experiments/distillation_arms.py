@@ -63,7 +63,7 @@ class Settings:
     """The first seed."""
     seeds: int = 5
     """Seeds, one after the other from `seed`."""
-    costly_seeds: int = 5
+    costly_seeds: int = 3
     """At most so many of them for the arms that write their own text."""
     steps: int = 300
     """Updates of a student."""
@@ -72,7 +72,7 @@ class Settings:
     smollm2_seeds: int = 5
     """At most so many of them for the route with SmolLM2; 0 leaves it out."""
     smollm2_tokens: int = 98_304
-    """Tokens that SmolLM2 reads, and that its students are trained on."""
+    """Tokens that SmolLM2 reads, and that its students are trained on, each once."""
     quick: bool = False
     """One seed, a few updates, and one arm of a kind."""
 
@@ -132,7 +132,7 @@ ARMS = {
     "upcycled_kd_on_policy": Arm(start="upcycled", alpha=0.5, on_policy=0.5),
     "self_kd": Arm(sparse=False, alpha=0.5, length="teacher"),
 }
-QUICK = ("teacher", "scratch", "upcycled", "kd", "kd_sampled", "upcycled_kd_on_policy")
+QUICK = ("teacher", "scratch", "upcycled", "kd", "upcycled_kd_on_policy")
 """One arm of a kind: most of the time of --quick is compilation."""
 
 
@@ -316,7 +316,7 @@ class Runner:
         if not arm.traits:
             return {}
         model, states = config.resolved_model(), (state.parameters, state.router)
-        found = traits.of_experts(model, states, self.folder.parent)
+        found = traits.of_experts(model, states)
         if arm.alpha:
             teacher = self.teacher(config.seed)
             found |= traits.of_own_text(model, states, teacher, self.data.validation, config.batch)

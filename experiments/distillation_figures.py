@@ -290,7 +290,7 @@ def draw_ends(curves: Curves) -> Figure:
 
 def draw_experts(curves: Curves) -> Figure:
     """What the experts became, block by block: mean and range over the seeds."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.9), layout="constrained")
     axes = figure.subplots(1, 4)
     panels = {
         "class_nats": "nats of expert and domain",
@@ -308,5 +308,6 @@ def draw_experts(curves: Curves) -> Figure:
             ax.fill_between(blocks, values.min(0), values.max(0), color=f"C{index}", alpha=0.12)
         ax.set(xlabel="block", title=title, xticks=blocks)  # pyright: ignore
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
-from placement_model import DOMAINS, write_corpus
+from placement_model import DOMAINS, domain_texts
 
 from moe_jax.config import ModelConfig
 from moe_jax.data.batches import Windows
@@ -26,21 +26,33 @@ State = tuple[Any, Any]
 """(parameters, router)"""
 TEXTS, LENGTH = 64, 128
 """Of each domain, so many texts of so many bytes route through the experts."""
+SPREAD = 1000
+"""Bytes of the library from which one text comes, so that many files are read."""
 WRITTEN, PROMPT = 128, 32
 """Continuations that a student is judged by, and the bytes of text before each."""
 
 
-def of_experts(model: ModelConfig, state: State, folder: Path) -> dict[str, list[float]]:
-    """distill.specialise of a student on held-out code, prose and tables."""
-    write_corpus(folder)
-    texts = []
-    for domain in DOMAINS:
-        text = np.frombuffer((folder / "held-out" / f"{domain}.txt").read_bytes(), np.uint8)
-        starts = np.linspace(0, len(text) - LENGTH, TEXTS, dtype=int)  # all over the held-out files
-        texts.append(np.stack([text[start : start + LENGTH] for start in starts]))
-    classes = np.repeat(np.arange(len(DOMAINS)), TEXTS)
-    found = specialisation(model, *state, np.concatenate(texts).astype(np.int32), classes)
-    return found._asdict()
+def of_experts(model: ModelConfig, state: State) -> dict[str, list[float]]:
+    """distill.specialise of a student on code, prose and tables."""
+    tokens, classes = domain_batch()
+    return specialisation(model, *state, tokens, classes)._asdict()
+
+
+@cache
+def domain_batch() -> tuple[Int[np.ndarray, "N L"], Int[np.ndarray, "N"]]:
+    """TEXTS of each domain as bytes, and the domain's number; of the standard library, so that a
+    student has read most of them: what counts is where it sends them."""
+    found: dict[str, bytes] = dict.fromkeys((str(domain) for domain in DOMAINS), b"")
+    for _, domain, text in domain_texts():
+        found[domain] += text.encode()
+        if min(len(part) for part in found.values()) >= TEXTS * SPREAD:
+            break
+    parts = [np.frombuffer(part, np.uint8) for part in found.values()]
+    starts = [np.linspace(0, len(part) - LENGTH, TEXTS, dtype=int) for part in parts]
+    texts = [
+        p[start : start + LENGTH] for p, row in zip(parts, starts, strict=True) for start in row
+    ]
+    return np.stack(texts).astype(np.int32), np.repeat(np.arange(len(DOMAINS)), TEXTS)
 
 
 def of_own_text(
@@ -98,9 +110,9 @@ def with_cache(
     starts = np.flatnonzero(begins.reshape(-1))
     array = TokenArray(stream, starts, len(stream), teacher.tokenizer)
     length = tokens.shape[1] - 1
-    cache = build_cache(folder / "cache", teacher, array, length, config, lambda line: None)
+    kept = build_cache(folder / "cache", teacher, array, length, config, lambda line: None)
     row = 0
     for batch in batches:
-        beside = [cache[row + index] for index in range(len(batch["tokens"]))]
+        beside = [kept[row + index] for index in range(len(batch["tokens"]))]
         row += len(beside)
         yield batch | {name: np.stack([r[name] for r in beside]) for name in beside[0]}

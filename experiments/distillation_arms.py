@@ -77,7 +77,11 @@ class Settings:
     """One seed, a few updates, and one arm of a kind."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "costly_seeds", "steps", "teacher_steps", "smollm2_tokens"):
+        require(
+            self.smollm2_tokens >= 256,
+            f"smollm2_tokens is {self.smollm2_tokens}: one update needs 256",
+        )
+        for name in ("seeds", "costly_seeds", "steps", "teacher_steps"):
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}: it must be positive")
         require(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from distillation_arms import (
     ARMS,
+    UPCYCLE,
     Curve,
     Curves,
     Settings,
@@ -232,19 +233,26 @@ def _variants(found: Mapping[str, Measurement]) -> list[str]:
             )
     apart = "upcycled_minus_scratch_expert"
     if f"{apart}_domain_nats" in found:
-        alike = found["upcycled.expert_output_cosine"], found["scratch.expert_output_cosine"]
+        alike, other = (
+            found[f"{name}.expert_output_cosine"].value or 0.0 for name in ("upcycled", "scratch")
+        )
         sentences.append(
-            f"upcycled experts stay alike (cosine of their outputs {alike[0].value:.2f}, from "
-            f"scratch {alike[1].value:.2f}), and their routing knows "
+            f"upcycled experts {'stay alike' if alike > 0.5 else 'part ways'} (cosine of their "
+            f"outputs {alike:.2f}, from scratch {other:.2f}), and their routing knows "
             f"{say(found[f'{apart}_domain_nats'])} nats about the domain and "
             f"{say(found[f'{apart}_byte_nats'])} about the byte beside experts from scratch"
         )
     return sentences
 
 
-SHOWN = tuple(n for n, a in ARMS.items() if not a.on_policy and a.teaching == "online")
-SHOWN = tuple(n for n in SHOWN if n not in ("upcycled_exact", "upcycled_half_new"))
+SHOWN = tuple(
+    name
+    for name, arm in ARMS.items()
+    if not arm.on_policy and arm.teaching == "online" and arm.upcycle == UPCYCLE
+)
 """Arms in draw_curves; draw_ends has all of them."""
+EXAMINED = ("scratch", "kd", "upcycled", "upcycled_exact", "upcycled_half_new", "upcycled_kd")
+"""Arms in draw_experts."""
 
 
 def draw_curves(curves: Curves, settings: Settings) -> Figure:
@@ -283,8 +291,8 @@ def draw_ends(curves: Curves) -> Figure:
             ax.plot(value, [place] * len(value), ".", color="0.7")
             ax.plot(value.mean(), place, "o", color="C1" if ARMS[name].alpha else "C0")
     axes[0].set_yticks(range(len(order)), order)
-    axes[0].set(xlabel="held-out bits per byte (each seed, and the mean; taught ones orange)")
-    axes[1].set(xlabel="KL(student ‖ teacher) on the student's own text, bits per byte")
+    axes[0].set(xlabel="held-out bits per byte (taught: orange)")
+    axes[1].set(xlabel="KL(student ‖ teacher) on its own text, bits per byte")
     return figure
 
 
@@ -298,7 +306,7 @@ def draw_experts(curves: Curves) -> Figure:
         "load_entropy": "entropy of loads / log E",
         "output_cosine": "cosine of experts' outputs",
     }
-    examined = [name for name in curves if curves[name][0].traits]
+    examined = [name for name in EXAMINED if name in curves]
     for ax, (key, title) in zip(axes, panels.items(), strict=True):
         for index, name in enumerate(examined):
             values = trait(curves, name, key)
@@ -309,5 +317,5 @@ def draw_experts(curves: Curves) -> Figure:
         ax.set(xlabel="block", title=title, xticks=blocks)  # pyright: ignore
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure

@@ -86,23 +86,29 @@ def write_corpus(out: Path) -> None:
     """
     if (out / "corpus.done").exists():
         return
-    library = Path(sysconfig.get_paths()["stdlib"])
     size: dict[str, int] = dict.fromkeys(DOMAINS, 0)
     held: dict[str, str] = dict.fromkeys(DOMAINS, "")
+    for name, domain, text in domain_texts():
+        if len(held[domain]) < LIMIT // 8:
+            held[domain] += text
+        elif size[domain] < LIMIT:
+            size[domain] += len(text)
+            stem = name.replace("/", "-").removesuffix(".py")
+            (out / "corpus" / domain).mkdir(parents=True, exist_ok=True)
+            (out / "corpus" / domain / f"{stem}.txt").write_text(text)
+    for domain, text in held.items():
+        write_atomically(out / "held-out" / f"{domain}.txt", text[: LIMIT // 8])
+    write_atomically(out / "corpus.done", "")
+
+
+def domain_texts() -> Iterator[tuple[str, str, str]]:
+    """(module's file, domain, text) of the whole standard library, in an order by hash."""
+    library = Path(sysconfig.get_paths()["stdlib"])
     paths = [p for p in library.rglob("*.py") if "site-packages" not in p.parts]
     names = {str(path.relative_to(library)): path for path in paths}
     for name in sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest()):
         for domain, text in _texts(name, names[name]):
-            if len(held[domain]) < LIMIT // 8:
-                held[domain] += text
-            elif size[domain] < LIMIT:
-                size[domain] += len(text)
-                stem = name.replace("/", "-").removesuffix(".py")
-                (out / "corpus" / domain).mkdir(parents=True, exist_ok=True)
-                (out / "corpus" / domain / f"{stem}.txt").write_text(text)
-    for domain, text in held.items():
-        write_atomically(out / "held-out" / f"{domain}.txt", text[: LIMIT // 8])
-    write_atomically(out / "corpus.done", "")
+            yield name, domain, text
 
 
 def _texts(name: str, path: Path) -> Iterator[tuple[str, str]]:

@@ -35,15 +35,19 @@ def token_logit(of: Readout, tokens: Int[Array, "N"]) -> Float[Array, "N"]:
 
 
 def cross_entropy(
-    student: Readout, targets: Int[Array, "N"], columns: Columns
+    student: Readout,
+    targets: Int[Array, "N"],
+    columns: Columns,
+    log_z: Float[Array, "N"] | None = None,
 ) -> Float[Array, "N"]:
-    """-log softmax(student)[target], at temperature 1.
+    """-log softmax(student)[target], at temperature 1; `log_z`: its log_normaliser, if it is known.
 
     On text that the teacher wrote, it is sequence-level distillation (arXiv:1606.07947, eq. 6). On
     the student's own text it would only confirm the student: use a divergence there.
     """
-    plain = columns._replace(temperature=1.0)
-    return log_normaliser(student, plain) - token_logit(student, targets)
+    if log_z is None:
+        log_z = log_normaliser(student, columns._replace(temperature=1.0))
+    return log_z - token_logit(student, targets)
 
 
 def distillation(
@@ -70,13 +74,20 @@ def distillation(
     return values
 
 
-def sampled(student: Readout, samples: Int[Array, "N K"], columns: Columns) -> Float[Array, "N"]:
+def sampled(
+    student: Readout,
+    samples: Int[Array, "N K"],
+    columns: Columns,
+    log_z: Float[Array, "N"] | None = None,
+) -> Float[Array, "N"]:
     """-1/K · sum_k log q(v_k) for v_k drawn from the teacher (arXiv:2503.16870, §4).
 
     Its expectation is KL(p ‖ q) + H(p), and its gradient's is exactly q - p, whatever K. Samples
-    must have been drawn at the temperature of `columns`.
+    must have been drawn at the temperature of `columns`. `log_z`: log_normaliser(student, columns),
+    if it is known: it is nearly all of the cost.
     """
-    log_z = log_normaliser(student, columns)
+    if log_z is None:
+        log_z = log_normaliser(student, columns)
     return jnp.mean(log_z[:, None] - _picked(student, samples, columns), axis=-1)
 
 

@@ -4,7 +4,7 @@ step = make_step(config, cached_objective(settings))           # batches with a 
 step = make_step(config, online_objective(settings, models))   # step(state, batch, states)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ def online_objective(
             for graph, state in zip(graphs, states, strict=True)
         ]
 
-        def apart(student: Readout) -> Array:
+        def apart(student: Readout, log_z: Array) -> Array:
             columns = make_columns(
                 [student, *outputs], vocabulary, settings.chunk, settings.temperature
             )
@@ -78,10 +78,11 @@ def cached_objective(settings: DistillConfig) -> Objective:
     ) -> Losses:
         tokens = batch["teacher_tokens"].reshape(-1, batch["teacher_tokens"].shape[-1])
 
-        def apart(student: Readout) -> Array:
+        def apart(student: Readout, log_z: Array) -> Array:
             columns = _columns(student, settings)
             if "teacher_log_p" not in batch:
-                return distill.sampled(student, tokens, columns)
+                shared = log_z if settings.temperature == 1 else None
+                return distill.sampled(student, tokens, columns, shared)
             log_p = batch["teacher_log_p"].reshape(tokens.shape)
             return distill.top_k_tail(student, tokens, log_p, columns)
 
@@ -101,10 +102,11 @@ def _losses(
     normalisers: list[Array],
     key: Array | None,
     settings: DistillConfig,
-    apart: Any,
+    apart: Callable[[Readout, Array], Array],
 ) -> Losses:
     """(1 - alpha) CE + alpha t² divergence over the valid targets; the student's own tokens have no
-    cross-entropy and no multi-token prediction, which would only confirm them."""
+    cross_entropy and no multi-token prediction, which would only confirm them. `apart`(student, its
+    log_normaliser at temperature 1) is the divergence of each position."""
     tokens, segments = batch["tokens"], batch["segments"]
     sight = document_sight(model.config, segments[:, :length])
     depth, mtp_key = model.config.mtp_depth, None
@@ -115,12 +117,13 @@ def _losses(
     targets, valid = (a.reshape(-1) for a in shifted_targets(tokens, segments, length, 1))
     given = valid & ~batch[OWN][:, :length].reshape(-1) if OWN in batch else valid
     columns = _columns(student, settings)
-    cross_entropy = distill.cross_entropy(student, targets, columns)
+    log_z = distill.log_normaliser(student, columns._replace(temperature=1.0))
+    cross_entropy = distill.cross_entropy(student, targets, columns, log_z)
     cross_entropy = distill.total(cross_entropy, given, normalisers[0])
     loss = (1 - settings.alpha) * cross_entropy
     if settings.alpha > 0:
         factor = settings.alpha * settings.temperature**2
-        loss += factor * distill.total(apart(student), valid, normalisers[0])
+        loss += factor * distill.total(apart(student, log_z), valid, normalisers[0])
     collected = {} if stats is None else {"sparse": stats._replace(experts=None)}
     mtp = jnp.zeros((), jnp.float32)
     if depth:

@@ -149,6 +149,33 @@ def test_the_students_own_text(config):
     assert np.isfinite([first.distillation, second.distillation]).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_from_a_sampled_cache_is_its_formula(config, temperature):
+    """(1 - a) CE + a t² mean_k -log q_t(v_k), straight from the logits. At temperature 1 both parts
+    share the normaliser, at others they must not."""
+    state, batch = init_state(config), make_batch(config)
+    length, model = config.data.length, config.resolved_model()
+    drawn = np.random.default_rng(1).integers(0, 256, (config.batch, length, 4))
+    settings = replace(CHUNKED, alpha=0.25, temperature=temperature)
+    taught = make_gradient(config, graph_of(model), cached_objective(settings))
+    beside = batch | {"teacher_tokens": jnp.asarray(drawn)}
+    (_, parts), _ = taught(state.parameters, state.router, beside, jax.random.key(0))
+    tokens, segments = batch["tokens"], batch["segments"]
+    built = nnx.merge(graph_of(model), state.parameters, state.router)
+    logits = built(tokens[:, :length], segments[:, :length])
+    valid = np.asarray(segments[:, 1:] == segments[:, :-1])
+
+    def mean(log_q, chosen):
+        picked = np.take_along_axis(np.asarray(log_q), np.asarray(chosen), -1).mean(-1)
+        return -picked[valid].mean()
+
+    plain = mean(jax.nn.log_softmax(logits), tokens[:, 1:, None])
+    soft = mean(jax.nn.log_softmax(logits / temperature), drawn)
+    np.testing.assert_allclose(parts.cross_entropy, plain, rtol=1e-5)
+    expected = 0.75 * plain + 0.25 * temperature**2 * soft
+    np.testing.assert_allclose(parts.distillation, expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", [0, 1])
 def test_own_tokens_have_no_cross_entropy(config, depth):

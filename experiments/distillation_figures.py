@@ -319,3 +319,11 @@ def draw_experts(curves: Curves) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
+
+
+def report(found: list[Measurement]) -> None:
+    """One line a figure."""
+    for m in found:
+        value = "not reached" if m.value is None else f"{m.value:.4g}"
+        bounds = "" if m.interval is None else f"  [{m.interval[0]:.4g}, {m.interval[1]:.4g}]"
+        print(f"{m.name:52} {value:>12} {m.unit}{bounds}")

@@ -1,5 +1,9 @@
 """lever_distillation with a teacher that others pre-trained: SmolLM2-135M-Instruct on Python text.
 
+    python experiments/distillation_smollm2.py [--out DIR] [--smollm2-seeds N] [--quick]
+
+runs this route alone; lever_distillation.py runs it after its own arms.
+
 The teacher reads a stretch of Python's standard library once, in its own tokens, into a cache of 12
 samples a token. Small mixtures of experts over the same 49,152 tokens are trained on that stretch
 from scratch, with the cache and without, from the same start on the same batches. The teacher's
@@ -17,10 +21,17 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from moe_jax.startup import ask_for_huge_pages
+
+if __name__ == "__main__":
+    ask_for_huge_pages()
+
 from distillation_arms import Curve, Curves, Settings
-from distillation_figures import final, first_below, over_seeds, paired, say
+from distillation_figures import final, first_below, over_seeds, paired, report, say
 from matplotlib.figure import Figure
 
+from moe_jax.cli import parse_settings, program
 from moe_jax.config import (
     AttentionConfig,
     DataConfig,
@@ -38,11 +49,12 @@ from moe_jax.errors import UserError
 from moe_jax.files import write_atomically
 from moe_jax.interop.gguf import SMOLLM2, find
 from moe_jax.model.count import count_parameters, train_flops_per_token
-from moe_jax.result import Measurement
+from moe_jax.result import Measurement, output_folder, write_result
 from moe_jax.train.distillation import DistillConfig, cached_objective, online_objective
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.step import init_state, make_step, state_bytes
 
+QUESTION = "What does a published pre-trained teacher give a small mixture of experts?"
 LENGTH, BATCH = 128, 2
 ALPHA = 0.9
 """Share of the teacher; the rest is cross-entropy with the text."""
@@ -335,3 +347,35 @@ def draw(curves: Curves, route: Route) -> Figure:
     axes[1].set(xlabel="FLOPs, the teacher's reading included", xscale="log")
     axes[0].legend(frameon=False)
     return figure
+
+
+def main(argv: list[str]) -> None:
+    """This route alone."""
+    default = Settings(out="runs/distillation_smollm2")
+    settings = parse_settings(default, argv, QUESTION)
+    if settings.quick:
+        settings = replace(settings, seeds=1)
+    out = output_folder(settings.out)
+    for folder in ("arms", "plots"):
+        (out / folder).mkdir(exist_ok=True)
+    route = open_route(settings, out / "arms")
+    if route is None:
+        return
+    curves = route.run()
+    found = describe(curves, route)
+    sentence = verdict({m.name: m for m in found}, route)
+    draw(curves, route).savefig(out / "plots" / "smollm2.png", dpi=120)
+    write_result(
+        out,
+        experiment="distillation_smollm2",
+        question=QUESTION,
+        config=settings,
+        measurements=found,
+        verdict=sentence,
+    )
+    report(found)
+    print(f"\n{sentence}\n{out}/result.json, plots/")
+
+
+if __name__ == "__main__":
+    program(main)

@@ -26,7 +26,7 @@ from distillation_arms import Curves, Runner, Settings, arms_of, seeds_of, teach
 
 from moe_jax.cli import parse_settings, program
 from moe_jax.data.tokens import prepare
-from moe_jax.result import Measurement, output_folder, write_result
+from moe_jax.result import output_folder, write_result
 
 QUESTION = "What does a teacher save a mixture-of-experts student, its own cost counted?"
 
@@ -40,14 +40,6 @@ def train_arms(settings: Settings, folder: Path) -> Curves:
             if seed in seeds_of(name, settings):
                 found.append(runner.curve(name, seed))
     return curves
-
-
-def report(found: list[Measurement]) -> None:
-    """One line a figure."""
-    for m in found:
-        value = "not reached" if m.value is None else f"{m.value:.4g}"
-        bounds = "" if m.interval is None else f"  [{m.interval[0]:.4g}, {m.interval[1]:.4g}]"
-        print(f"{m.name:52} {value:>12} {m.unit}{bounds}")
 
 
 def main(argv: list[str]) -> None:
@@ -82,7 +74,7 @@ def main(argv: list[str]) -> None:
         measurements=found,
         verdict=sentence,
     )
-    report(found)
+    figures.report(found)
     print(f"\n{sentence}\n{out}/result.json, plots/")
 
 

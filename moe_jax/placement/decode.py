@@ -154,9 +154,11 @@ class TieredDecoder:
                 self._blocks[layer], own, following, self._leaving(layer, entered), ids, at,
                 sparse[layer + 1],
             )  # fmt: skip
+            self.store.settle()
             extended.append(cache)
-        end = self._programs.end(self._trunk, self._blocks[last], self._leaving(last, entered))
-        return end, (dense, extended)
+        logits = self._programs.end(self._trunk, self._blocks[last], self._leaving(last, entered))
+        self.store.settle()
+        return logits, (dense, extended)
 
     def _leaving(self, layer: int, entered: Entered) -> "Leaving":
         """The experts that a block needs, from the store."""

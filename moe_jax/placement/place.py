@@ -73,39 +73,30 @@ class Placement:
         self.policy.use(ids)
         inside = self.resident[ids]
         misses = ids[~inside]
-        admitted, evicted = [], []
-        for newcomer in misses.tolist():
-            leaves = None if newcomer in barred else self._admit(layer, newcomer)
-            if leaves is not None:
-                admitted.append(newcomer)
-                if leaves >= 0:
-                    evicted.append(leaves)
-        # One newcomer may push out another of the same step: neither then comes nor goes.
-        came_and_went = set(admitted) & set(evicted)
-        return Change(
-            ids[inside],
-            misses,
-            [e for e in admitted if e not in came_and_went],
-            [e for e in evicted if e not in came_and_went],
-        )
+        newcomers = [e for e in misses.tolist() if e not in barred]
+        admitted, evicted = self._admit(layer, newcomers) if newcomers else ([], [])
+        return Change(ids[inside], misses, admitted, evicted)
 
-    def _admit(self, layer: int, newcomer: int) -> int | None:
-        """Makes room for `newcomer`: who leaves, -1 for nobody, or None if it is not kept."""
+    def _admit(self, layer: int, newcomers: list[int]) -> tuple[list[int], list[int]]:
+        """(who comes, who leaves). One newcomer may push out another of the same step: neither
+        then comes nor goes."""
         scope, room = self.room(layer)
         residents = np.flatnonzero(self.resident[scope]) + scope.start
-        if len(residents) < room:
-            self.resident[newcomer] = True
-            return -1
-        if room == 0:
-            return None
-        worth = self.policy.worth(residents)
-        weakest = int(np.argmin(worth))
-        own = self.policy.worth(np.array([newcomer]))[0]
-        if own <= (1 + self.policy.hysteresis) * worth[weakest]:
-            return None
-        self.resident[residents[weakest]] = False
-        self.resident[newcomer] = True
-        return int(residents[weakest])
+        held = dict(zip(residents.tolist(), self.policy.worth(residents).tolist(), strict=True))
+        worth = self.policy.worth(np.array(newcomers)).tolist()
+        before = set(held)
+        for newcomer, own in zip(newcomers, worth, strict=True):
+            if len(held) >= room:
+                if room == 0:
+                    break
+                weakest = min(held, key=lambda e: (held[e], e))
+                if own <= (1 + self.policy.hysteresis) * held[weakest]:
+                    continue
+                del held[weakest]
+            held[newcomer] = own
+        evicted, admitted = sorted(before - held.keys()), sorted(held.keys() - before)
+        self.resident[evicted], self.resident[admitted] = False, True
+        return admitted, evicted
 
 
 class Replay(NamedTuple):

@@ -97,6 +97,7 @@ class Ahead:
         self.recall += 0.02 * (found - self.recall)
 
 
+Arrived = dict[int, "Future[Held]"]
 OnMiss = Literal["copy", "compute", "cheaper"]
 """What is done with an expert that is in host memory: copy it to the device; compute there where it
 is; or whichever was faster when the store was made, for as many tokens."""
@@ -177,6 +178,7 @@ class ExpertStore:
         self._arriving: dict[int, Future[Held]] = {}
         self._below: OrderedDict[int, Future[Held]] = OrderedDict()
         self._leaving: list[tuple[Memory, Future[Held], Future]] = []
+        self._unsettled: tuple[int, np.ndarray, Arrived, Arrived] | None = None
         self._worker = ThreadPoolExecutor(1 if blocking else READERS, "experts")
         self._counting = Lock()
         self.on_miss, self.low_bit, self._low_bit_share = on_miss, low_bit, low_bit_share
@@ -225,6 +227,7 @@ class ExpertStore:
         (1 without it), and `share` the largest share of a token's weight (1 without it).
         """
         entered = perf_counter()
+        self.settle()
         self._release()
         ids = [layer * self.files.experts + int(e) for e in experts]
         self.ahead.compare(layer, ids)
@@ -252,7 +255,7 @@ class ExpertStore:
         self.traffic.ahead += len(predicted)
         self.traffic.low_bit += len(low)
         self._measure(len(came) + len(low))
-        self._settle(layer, experts, came, low)
+        self._unsettled = layer, np.asarray(experts), came, low
         self.traffic.fetches.append((entered - self._born, perf_counter() - self._born))
         return matrices
 
@@ -270,17 +273,15 @@ class ExpertStore:
         finally:
             self.traffic.waited += perf_counter() - begin
 
-    def _settle(
-        self,
-        layer: int,
-        experts: np.ndarray,
-        came: dict[int, Future[Held]],
-        low: dict[int, Future[Held]],
-    ) -> None:
-        """Who stays on the device, and where the others go."""
+    def settle(self) -> None:
+        """Decides who of the last fetch stays on the device, and where the others go. The next
+        fetch does it first; called when the work on the fetched is under way, it costs nothing."""
+        if self._unsettled is None:
+            return
+        (layer, experts, came, low), self._unsettled = self._unsettled, None
         for e in came.keys() & self._below.keys():
             self._leave(self._host, self._below.pop(e), came[e])
-        change = self.placement.use(layer, np.asarray(experts), barred=low)
+        change = self.placement.use(layer, experts, barred=low)
         for e in change.admitted:
             self._resident[e] = came.pop(e) if e in came else self._raise(e)
         for e in change.evicted:

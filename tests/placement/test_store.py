@@ -239,6 +239,7 @@ def test_absent_experts_of_little_weight_are_served_by_eight_bit_copies(folder, 
         np.testing.assert_array_equal(heavy[0], matrices()[0][0][1])
         np.testing.assert_array_equal(light[0], low.read(0, 3)[0])
         assert store.traffic.low_bit == 1
+        store.settle()
         assert set(store._resident) == {1}  # what stood in is not kept
         again = store.fetch(0, np.array([3]), share=np.array([0.6]))
         np.testing.assert_array_equal(again[0][0], matrices()[0][0][3])

@@ -27,9 +27,9 @@ from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.loop import train
 from moe_jax.train.metrics import read_lines
 from moe_jax.train.step import init_state, make_step
+from moe_jax.train.tier_chunks import Sizes
 from moe_jax.train.tier_parts import init_trunk, row_shapes
 from moe_jax.train.tier_step import TieredStep
-from moe_jax.train.tier_store import Sizes
 from moe_jax.train.tiered import assembled, check_tiers, open_experts, save_experts
 from moe_jax.train.trained import load_run
 from tests.conftest import GQA

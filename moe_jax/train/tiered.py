@@ -35,11 +35,6 @@ def check_tiers(config: TrainConfig) -> None:
         "the batch as a whole, set optim.accumulation to 1 and shrink batch",
     )
     require(
-        model.remat == "none",
-        f"{budget} and model.remat={model.remat}: training with tiers recomputes the experts "
-        "alone, set model.remat to none",
-    )
-    require(
         visible_devices() == 1,
         f"{budget} and {visible_devices()} devices: training with tiers uses one device, hide the "
         "others (CUDA_VISIBLE_DEVICES)",

@@ -161,7 +161,8 @@ def test_tiers_equal_the_ordinary_update(tiers, name):
     metrics = one.run(0, 12)
     np.testing.assert_allclose(one.losses, losses, rtol=1e-5)
     assert_close(one.state(), states[-1])
-    assert int(metrics.stats["sparse"].load.sum()) == 2 * 12 * config.model.moe.experts_per_token
+    assignments = config.model.moe_layers * 12 * config.model.moe.experts_per_token
+    assert int(metrics.stats["sparse"].load.sum()) == assignments
 
 
 PLACES = {

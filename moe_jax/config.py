@@ -422,7 +422,7 @@ class PlacementConfig:
     the layer at work included. What does not fit lives below, in host memory or on disk, and
     comes when it is needed. Unset: everything stays on the device."""
     host_budget: str = ""
-    """Host memory (pinned, on a GPU) for the next hottest experts; the others are on disk."""
+    """Host memory for the next hottest experts; the others are on disk."""
     policy: Literal["lru", "lfu", "decayed_lfu", "lfru", "successor"] = "decayed_lfu"
     """Who stays on the device (placement/policy.py), by the measured load."""
     mode: Literal["sparse", "exact"] = "sparse"

@@ -123,7 +123,11 @@ def make_advance(config: TrainConfig) -> Callable[..., tuple[Matrices, Matrices]
     """(parameters, moments, gradients, Due) -> (parameters, moments) after the due updates.
 
     Each row goes through the configured optimizer by itself, at the count and learning rate of the
-    update in question: the same arithmetic whenever it is done, and whatever lies beside it.
+    update in question: the same arithmetic whenever it is done, and whatever lies beside it. With
+    every missed update due (placement.mode exact) that is dense AdamW. With the gradient's own
+    alone (sparse) it is lazy AdamW: an expert that no token chose keeps its parameters and moments
+    bit for bit, where dense AdamW decays both and lets the parameters drift by the old moments;
+    bias correction goes by the updates of the whole model, as in dense AdamW.
     """
     optimizer = make_optimizer(config.optim, config.steps, clip=False)
     limit = config.optim.clip_norm

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from moe_jax.config import PlacementConfig, TrainConfig
 from moe_jax.data.batches import shifted_targets
 from moe_jax.model.attention import Sight, document_sight
-from moe_jax.model.block import Block
+from moe_jax.model.block import REMAT_POLICIES, Block
 from moe_jax.moe.layer import RouterBias, RouterStats, choose, mixture_of, router_stats
 from moe_jax.moe.plan import Plan
 from moe_jax.moe.rules import Context
@@ -179,9 +179,18 @@ def _enter(
     batch: Batch,
     key: Array | None,
 ) -> tuple[tuple[Array, Entered], Any]:
+    context = model.context(batch, key, layer)
+
+    def attend(parameters: nnx.State, x: Array) -> tuple[Array, Array]:
+        block = model.block(parameters, router, layer)
+        return block.enter(x, model.sight(batch), None, context)[:2]
+
+    if model.config.remat != "none":  # the gate is outside: what it chose is never decided again
+        attend = jax.checkpoint(attend, policy=REMAT_POLICIES[model.config.remat])
+
     def run(parameters: nnx.State, x: Array) -> Any:
-        block, context = model.block(parameters, router, layer), model.context(batch, key, layer)
-        x, normed, _ = block.enter(x, model.sight(batch), None, context)
+        x, normed = attend(parameters, x)
+        block = model.block(parameters, router, layer)
         moe, tokens = block.moe, normed.reshape(-1, normed.shape[-1])
         noise = moe.router_noise[...] if model.config.moe.rule == "noisy_top_k" else None
         settings = model.config.moe

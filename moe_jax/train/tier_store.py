@@ -9,8 +9,7 @@ in a slab, [E, …] arrays at their natural indices; the slab of the next layer 
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,47 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
-from moe_jax.config import PlacementConfig, TrainConfig, require
+from moe_jax.config import TrainConfig
 from moe_jax.placement.place import Placement
 from moe_jax.placement.policy import make_policy
 from moe_jax.placement.shelf import Shelf, as_parts
-from moe_jax.train.tier_parts import (
-    Due,
-    Matrices,
-    RowShapes,
-    init_experts,
-    make_advance,
-    row_shapes,
-)
+from moe_jax.train.tier_chunks import Residents, Sizes, Slab, padded, programs_of
+from moe_jax.train.tier_parts import Due, Matrices, init_experts, row_shapes
 
 DECIDE_EVERY = 50
 """Updates between two decisions on who is resident."""
 HYSTERESIS = 0.25
 """A newcomer's worth must exceed a resident's by this fraction."""
-
-
-@dataclass(eq=False)
-class Slab:
-    """The matrices of one layer's experts on the device; rows that are not `filled` are anything
-    finite, computed with weight 0 and never read."""
-
-    matrices: Matrices
-    filled: Bool[np.ndarray, "E"]
-    layer: int = -1
-    job: "Future[None] | None" = None
-
-
-@dataclass(eq=False)
-class Residents:
-    """The experts of one layer that stay on the device, in ascending order: [R, …] arrays."""
-
-    ids: Int[np.ndarray, "R"]
-    parameters: Matrices
-    moments: Matrices
-    gradients: Matrices
 
 
 @dataclass
@@ -70,33 +41,6 @@ class Uses:
     waited: float = 0.0
     """Seconds that the update waited for experts, or for room to write gradients."""
     start: dict[str, int] = field(default_factory=dict)
-
-
-class Sizes:
-    """How a device budget is spent. UserError: it is below one layer's working set."""
-
-    def __init__(self, config: TrainConfig, shapes: RowShapes) -> None:
-        model, moe = config.resolved_model(), config.model.moe
-        self.layers, self.experts = model.moe_layers, moe.experts
-        self.chunk = max(1, moe.experts // 16)
-        """Experts that are brought up to date together."""
-        own, record = shapes.parameter_bytes, shapes.record_bytes
-        # Two slabs and two layers' gradients (at work, and read ahead or being written), and two
-        # chunks on their way in and out.
-        slabs = 4 * self.experts * own
-        self.working = slabs + 2 * self.chunk * (2 * record - own)
-        budget = config.placement.device_bytes
-        require(
-            budget >= self.working,
-            f"placement.device_budget={config.placement.device_budget} is below one layer's "
-            f"working set: {self.experts} experts of {own} bytes (two layers' matrices and "
-            f"gradients, and {2 * self.chunk} whole records on their way) need at least "
-            f"{self.working} bytes",
-        )
-        self.quota = min(self.experts, (budget - self.working) // record // self.layers)
-        """Residents in each layer."""
-        self.device = self.working + self.quota * self.layers * record
-        self.host = config.placement.host_bytes // sum(map(sum, shapes.kinds().values()))
 
 
 class TieredExperts:
@@ -126,7 +70,7 @@ class TieredExperts:
         self.placement.fill()
         self.last = [np.zeros(0, int) for _ in range(layers)]
         """Experts that were active in each layer's last update."""
-        self._programs = _programs(replace(config, placement=PlacementConfig(), out=""))
+        self._programs = programs_of(config)
         self._slabs: list[Slab] = []
         self._residents: list[Residents] = []
         self._writes: list[list[Future[None]]] = [[] for _ in range(layers)]
@@ -142,31 +86,40 @@ class TieredExperts:
         self.shelf.keep(self._host_ids())
         make = jax.jit(init_experts, static_argnums=0)
         for layer in range(self.sizes.layers):
-            matrices = make(self.config, jnp.int32(layer))
-            self._settle(layer, matrices)
-
-    def _settle(self, layer: int, matrices: Matrices) -> None:
-        ids = self._resident_ids(layer)
-        parameters = self._programs.take(matrices, ids) if len(ids) else ()
-        self._residents.append(self._blank_residents(ids, parameters))
-        cold = np.setdiff1d(np.arange(self.sizes.experts), ids)
-        self._write("parameters", layer, cold, [np.asarray(m)[cold] for m in matrices])
+            matrices = [np.asarray(m) for m in make(self.config, jnp.int32(layer))]
+            held = self._add_residents(layer)
+            held.load("parameters", [m[held.ids] for m in matrices])
+            cold = np.setdiff1d(np.arange(self.sizes.experts), held.ids)
+            self._write("parameters", layer, cold, [m[cold] for m in matrices])
 
     def restore(self, saved: Shelf, updates: int) -> None:
         """The experts of a checkpoint, which reflects `updates` updates."""
         self.updates, self.upto[:] = updates, updates
         self.shelf.keep(self._host_ids())
         for layer in range(self.sizes.layers):
-            ids = self._resident_ids(layer)
-            self._residents.append(self._blank_residents(ids, ()))
-            for rows in self._chunks(np.arange(self.sizes.experts)):
-                for kind in ("parameters", "moments"):
-                    held = self._read_from(saved, kind, layer, rows)
-                    inside = np.isin(rows, ids)
-                    self._write(kind, layer, rows[~inside], [h[: len(rows)][~inside] for h in held])
-                    self._into_residents(
-                        kind, layer, rows[inside], [h[: len(rows)][inside] for h in held]
-                    )
+            held = self._add_residents(layer)
+            for kind in ("parameters", "moments"):
+                held.load(kind, self._copy(saved, kind, layer, held.ids))
+
+    def _copy(self, saved: Shelf, kind: str, layer: int, residents: np.ndarray) -> list[np.ndarray]:
+        """Rows of a layer to the shelf; returns those of `residents`."""
+        kept = self._blank(kind, len(residents))
+        for rows in self._chunks(np.arange(self.sizes.experts)):
+            found = [part[: len(rows)] for part in self._read_from(saved, kind, layer, rows)]
+            inside = np.isin(rows, residents)
+            self._write(kind, layer, rows[~inside], [part[~inside] for part in found])
+            for part, new in zip(kept, found, strict=True):
+                part[np.isin(residents, rows)] = new[inside]
+        return kept
+
+    def _blank(self, kind: str, count: int) -> list[np.ndarray]:
+        shapes = self.shapes.moments if kind == "moments" else self.shapes.parameters
+        return [np.empty((count, *s.shape), s.dtype) for s in shapes]
+
+    def _add_residents(self, layer: int) -> Residents:
+        held = Residents(self._resident_ids(layer), self.sizes.chunk, self.shapes)
+        self._residents.append(held)
+        return held
 
     def _resident_ids(self, layer: int) -> np.ndarray:
         experts = self.sizes.experts
@@ -177,13 +130,6 @@ class TieredExperts:
         below = np.flatnonzero(~self.placement.resident)
         order = np.argsort(-self.placement.policy.worth(below), kind="stable")
         return np.sort(below[order[: self.sizes.host]])
-
-    def _blank_residents(self, ids: np.ndarray, parameters: Matrices) -> Residents:
-        def zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Matrices:
-            return tuple(jnp.zeros((len(ids), *s.shape), s.dtype) for s in shapes)
-
-        own = self.shapes.parameters
-        return Residents(ids, parameters or zeros(own), zeros(self.shapes.moments), zeros(own))
 
     # A layer's turn.
 
@@ -205,12 +151,10 @@ class TieredExperts:
     def put_gradient(self, layer: int, active: Int[np.ndarray, "n"], gradients: Matrices) -> None:
         """Keeps the gradients, [E, …], of the experts that were active, until `end_update` says
         what they are worth."""
-        held, experts = self._residents[layer], self.sizes.experts
         self.made[layer, active] = -1
-        if len(held.ids):
-            held.gradients = self._programs.take(gradients, held.ids)
-        cold = np.setdiff1d(active, held.ids)
-        assert len(gradients[0]) == experts
+        for held in self._residents[layer].chunks:
+            held.rows["gradients"] = self._programs.take(gradients, self._places(held.ids))
+        cold = np.setdiff1d(active, self._residents[layer].ids)
 
         def write() -> None:
             parts = [np.asarray(g) for g in gradients]
@@ -284,23 +228,27 @@ class TieredExperts:
         self._advance_residents(layer)
         cold = np.setdiff1d(ids, held.ids)
         if len(cold) < len(ids):  # residents, then: they come together
-            self._place(slab, held.ids, held.parameters)
+            for chunk in held.chunks:
+                self._place(slab, chunk.ids, chunk.rows["parameters"])
         for rows, parameters in self._up_to_date(layer, cold):
-            self._place(slab, _padded(rows, self.sizes.chunk), parameters, len(rows))
+            self._place(slab, rows, parameters)
         jax.block_until_ready(slab.matrices)
 
-    def _place(self, slab: Slab, ids: np.ndarray, rows: Matrices, count: int | None = None) -> None:
-        places, number = ids.astype(np.int32), len(ids) if count is None else count
-        slab.matrices = self._programs.place(slab.matrices, rows, places, np.int32(number))
+    def _place(self, slab: Slab, ids: np.ndarray, rows: Matrices) -> None:
+        count = np.int32(len(ids))
+        slab.matrices = self._programs.place(slab.matrices, rows, self._places(ids), count)
+
+    def _places(self, ids: np.ndarray) -> np.ndarray:
+        return padded(ids.astype(np.int32), self.sizes.chunk)
 
     def _advance_residents(self, layer: int) -> None:
-        held = self._residents[layer]
-        due = self._due(layer, held.ids)
-        if len(held.ids) and np.any(due.stop > due.start):
-            held.parameters, held.moments = self._programs.advance_in_place(
-                held.parameters, held.moments, held.gradients, due
-            )
-            self._mark(layer, held.ids)
+        for held in self._residents[layer].chunks:
+            due, rows = self._due(layer, held.ids, self.sizes.chunk), held.rows
+            if np.any(due.stop > due.start):
+                rows["parameters"], rows["moments"] = self._programs.advance(
+                    rows["parameters"], rows["moments"], rows["gradients"], due
+                )
+                self._mark(layer, held.ids)
 
     def _up_to_date(self, layer: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Any]]:
         """(experts, their parameters [chunk, …]) for all of `ids`, a chunk at a time: the next one
@@ -344,7 +292,7 @@ class TieredExperts:
         else:
             start, stop = np.maximum(made, 0), made + 1
         found = start, np.maximum(start, stop), made, self.norm[layer, ids]
-        return Due(*(_padded(part, max(size, len(ids))) for part in found))
+        return Due(*(padded(part, max(size, len(ids))) for part in found))
 
     def _mark(self, layer: int, ids: np.ndarray) -> None:
         self.made[layer, ids], self.upto[layer, ids] = -1, self.updates
@@ -355,8 +303,7 @@ class TieredExperts:
 
     def _read_from(self, shelf: Shelf, kind: str, layer: int, rows: np.ndarray) -> list[np.ndarray]:
         """The rows, padded to a chunk, in memory of their own: JAX may keep it as it is."""
-        shapes = self.shapes.moments if kind == "moments" else self.shapes.parameters
-        arrays = [np.empty((self.sizes.chunk, *s.shape), s.dtype) for s in shapes]
+        arrays = self._blank(kind, self.sizes.chunk)
         shelf.read(kind, layer, rows, [part[: len(rows)] for part in as_parts(arrays)])
         for array in arrays:
             array[len(rows) :] = 0
@@ -413,27 +360,19 @@ class TieredExperts:
     def _swap(self, layer: int) -> None:
         """Makes the residents of a layer those that the placement names."""
         held, ids = self._residents[layer], self._resident_ids(layer)
-        leave = ~np.isin(held.ids, ids)
+        new = Residents(ids, self.sizes.chunk, self.shapes)
+        stays, leaves = np.isin(ids, held.ids), ~np.isin(held.ids, ids)
         for kind in ("parameters", "moments", "gradients"):
-            rows = [np.asarray(part) for part in getattr(held, kind)]
-            new = [np.empty_like(part) for part in rows]
-            for part, old in zip(new, rows, strict=True):
-                part[np.isin(ids, held.ids)] = old[~leave]
-            enter = np.flatnonzero(~np.isin(ids, held.ids))
-            for places in self._chunks(enter):
+            before, after = held.on_host(kind), self._blank(kind, len(ids))
+            self._write(kind, layer, held.ids[leaves], [part[leaves] for part in before])
+            for part, old in zip(after, before, strict=True):
+                part[stays] = old[~leaves]
+            for places in self._chunks(np.flatnonzero(~stays)):
                 found = self._read_from(self.shelf, kind, layer, ids[places])
-                for part, arrived in zip(new, found, strict=True):
+                for part, arrived in zip(after, found, strict=True):
                     part[places] = arrived[: len(places)]
-            self._write(kind, layer, held.ids[leave], [part[leave] for part in rows])
-            setattr(held, kind, tuple(jnp.asarray(part) for part in new))
-        held.ids = ids
-
-    def _into_residents(self, kind: str, layer: int, rows: np.ndarray, arrays: list[Any]) -> None:
-        held = self._residents[layer]
-        if len(rows):
-            places = np.searchsorted(held.ids, rows)
-            parts = zip(getattr(held, kind), arrays, strict=True)
-            setattr(held, kind, tuple(part.at[places].set(array) for part, array in parts))
+            new.load(kind, after)
+        self._residents[layer] = new
 
     # Checkpoints and reports.
 
@@ -454,8 +393,7 @@ class TieredExperts:
         held = self._residents[layer]
         for kind in ("parameters", "moments"):
             if len(held.ids):
-                rows = [np.asarray(part) for part in getattr(held, kind)]
-                saved.write(kind, layer, held.ids, as_parts(rows))
+                saved.write(kind, layer, held.ids, as_parts(held.on_host(kind)))
         cold = np.setdiff1d(np.arange(self.sizes.experts), held.ids)
         for rows, _ in self._up_to_date(layer, cold):
             for written in self._writes[layer]:
@@ -484,39 +422,6 @@ class TieredExperts:
         self.shelf.remove()
 
 
-class Programs:
-    """The jitted functions on rows."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        advance = make_advance(config)
-        self.advance = jax.jit(advance)
-        self.advance_in_place = jax.jit(advance, donate_argnums=(0, 1))
-        self.take = jax.jit(lambda rows, ids: tuple(part[ids] for part in rows))
-        self.place = jax.jit(_place, donate_argnums=0)
-
-
-@lru_cache(maxsize=4)
-def _programs(config: TrainConfig) -> Programs:
-    return Programs(config)
-
-
-def _place(
-    slab: Matrices, rows: Matrices, places: Int[Array, "n"], count: Int[Array, ""]
-) -> Matrices:
-    """slab[places[i]] = rows[i] for i < count."""
-
-    def body(i: Array, slab: Matrices) -> Matrices:
-        pairs = zip(slab, rows, strict=True)
-        return tuple(lax.dynamic_update_index_in_dim(s, r[i], places[i], 0) for s, r in pairs)
-
-    return lax.fori_loop(0, count, body, slab)
-
-
 def _runs(ids: np.ndarray) -> list[np.ndarray]:
     """`ids` (ascending) split where they are not adjacent."""
     return np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1) if len(ids) else []
-
-
-def _padded(part: np.ndarray, size: int) -> np.ndarray:
-    """`part` and zeros: nothing is due in them."""
-    return np.concatenate([part, np.zeros(size - len(part), part.dtype)])

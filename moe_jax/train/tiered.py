@@ -12,8 +12,9 @@ from moe_jax.config import TrainConfig, require
 from moe_jax.placement.shelf import Shelf, as_parts
 from moe_jax.train.checkpoint import EXPERTS
 from moe_jax.train.step import TrainState, abstract_state
+from moe_jax.train.tier_chunks import Sizes
 from moe_jax.train.tier_parts import RowShapes, assemble, init_trunk, row_shapes, with_experts
-from moe_jax.train.tier_store import Sizes, TieredExperts
+from moe_jax.train.tier_store import TieredExperts
 
 
 def visible_devices() -> int:
@@ -32,11 +33,6 @@ def check_tiers(config: TrainConfig) -> None:
         config.optim.accumulation == 1,
         f"{budget} and optim.accumulation={config.optim.accumulation}: training with tiers takes "
         "the batch as a whole, set optim.accumulation to 1 and shrink batch",
-    )
-    require(
-        model.remat == "none",
-        f"{budget} and model.remat={model.remat}: training with tiers recomputes the experts "
-        "alone, set model.remat to none",
     )
     require(
         visible_devices() == 1,

@@ -2,7 +2,8 @@
 
 The routed experts' matrices are not part of the model here; an ExpertStore brings those that a
 token needs. Sums over experts are taken in ascending order of their numbers, one matrix product an
-expert, so the result is the same bit for bit whatever is resident.
+expert, so the result is the same bit for bit whatever is resident. (Experts that an accelerator's
+host computes are summed apart: there the last bits may differ.)
 """
 
 from collections.abc import Iterable

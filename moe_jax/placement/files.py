@@ -38,11 +38,14 @@ def write_experts(folder: Path, layers: Iterable[Layer], *, low_bit: bool = Fals
 
     One layer at a time is in memory. Tensors are called expert-NNNNN.down and .gate_up; the files'
     metadata holds the CRC-32 of each expert's record. With `low_bit` the matrices are rounded to
-    8-bit integers (`quantise`), each with a .…_scale: a quarter of float32's bytes.
+    8-bit integers (`quantise`), each with a .…_scale: a quarter of float32's bytes. UserError: a
+    dtype that is not float32, float16 or bfloat16; a disk that fails.
     """
     count = 0
     with disk_errors(folder):
         for index, (gate_up, down) in enumerate(layers):
+            kinds = {np.dtype(gate_up.dtype), np.dtype(down.dtype)}
+            require(kinds <= NAMES.keys(), f"experts of {kinds} cannot be written: use float32")
             records = [_tensors(gate_up[e], down[e], low_bit) for e in range(len(gate_up))]
             write_atomically(folder / layer_name(index), _serialised(records))
             count += 1

@@ -168,7 +168,7 @@ class Shelf:
         for kind in self.kinds:
             for layer in range(self.layers):
                 self.path(kind, layer).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _open(self, kind: str, layer: int) -> int:
@@ -254,7 +254,11 @@ class Shelf:
             _gather(vectors[0], stride, parts, slots)
         else:
             vectors = _vectors(parts, slots, self._padding[: stride - self.row_bytes[kind]])
-        self._fully(os.pwritev, kind, layer, vectors, first, size)
+        if self._fully(os.pwritev, kind, layer, vectors, first, size) < size:
+            raise UserError(
+                f"{self._who(kind, layer, first)} was written in part: is the disk "
+                f"full? Mend that, then {AGAIN}"
+            )
         with self._counting:
             self.moved.disk_written += size
 

@@ -103,6 +103,10 @@ OnMiss = Literal["copy", "compute", "cheaper"]
 is; or whichever was faster when the store was made, for as many tokens."""
 
 
+def _failed(future: "Future[Held]") -> bool:
+    return future.done() and future.exception() is not None
+
+
 def _give_back(memory: Memory, future: "Future[Held]", after: Future) -> None:
     def done(_: Future) -> None:
         if not future.cancelled() and future.exception() is None:
@@ -122,7 +126,8 @@ class ExpertStore:
 
     `low_bit`: 8-bit copies of the same experts (write_experts), which then stand in, for once, for
     absent experts whose share of every token's weight is below `low_bit_share`. This changes
-    results; nothing else does. `device`: the first one, unless another is given.
+    results. Nothing else does, but that on an accelerator what is computed in host memory is summed
+    apart, and rounded as the CPU rounds. `device`: the first one, unless another is given.
 
     Use it as a context, from one thread. What `fetch` returned is overwritten after the next
     `fetch`: by then, nothing may be computing with it.
@@ -155,6 +160,7 @@ class ExpertStore:
             f"placement.device_budget of {device_bytes} bytes is below one layer's working set: "
             f"{working_set} experts of {size} bytes need at least {working_set * size}",
         )
+        self.working_set = working_set
         require(host_bytes >= 0, f"placement.host_budget is {host_bytes}: it must not be negative")
         require(on_miss in get_args(OnMiss), f"unknown on_miss '{on_miss}': use {get_args(OnMiss)}")
         everything = files.layers * files.experts
@@ -171,8 +177,9 @@ class ExpertStore:
         self._room_below = min(host_bytes // size, everything)
         places = capacity + (look_ahead + working_set if capacity < everything else 0)
         self._above = device_memory(files, places, self.device)
-        # A copy down that is under way may find its place given to a later one.
-        below = self._room_below + (READERS if self._room_below else 0)
+        # Copies down that are under way may find their places given to later ones.
+        spare = max(READERS, 2 * (working_set + look_ahead))
+        below = self._room_below + (spare if self._room_below else 0)
         self._host = host_memory(files, below, self.device, on_miss != "copy")
         self._resident: dict[int, Future[Held]] = {}
         self._arriving: dict[int, Future[Held]] = {}
@@ -190,6 +197,7 @@ class ExpertStore:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._release()  # a copy down may wait for one of these places
         self._worker.shutdown(cancel_futures=True)
 
     def fill(self) -> None:
@@ -230,6 +238,11 @@ class ExpertStore:
         self.settle()
         self._release()
         ids = [layer * self.files.experts + int(e) for e in experts]
+        require(
+            len(ids) <= self.working_set,
+            f"{len(ids)} experts of one layer are needed together, the store is made for a "
+            f"working set of {self.working_set}: make it for the whole batch",
+        )
         self.ahead.compare(layer, ids)
         predicted = self._drop_wrong(set(ids))
         found: dict[int, Future[Held]] = {}
@@ -269,6 +282,8 @@ class ExpertStore:
         except BaseException:
             for future in passing.values():
                 self._leave(self._above, future)
+            for e in [e for e in found if e in self._below and _failed(self._below[e])]:
+                del self._below[e]
             raise
         finally:
             self.traffic.waited += perf_counter() - begin
@@ -339,7 +354,7 @@ class ExpertStore:
         """The arriving experts that are needed; the others leave again."""
         for e in self._arriving.keys() - needed:
             future = self._arriving[e]
-            if future.cancel():
+            if future.cancel() or _failed(future):
                 continue
             self.traffic.wasted_bytes += self.files.expert_bytes
             if e in self._below:
@@ -392,7 +407,7 @@ class ExpertStore:
 
     def _measure_compute(self) -> float:
         """Tokens of one expert up to which computing in host memory beats a copy to the device."""
-        if self.unified:
+        if self.unified or not self._room_below:
             return np.inf  # the same processor either way, so the copy saves nothing
         below = self._host.read(0, 0, self.files)
         above = self._above.copy(below)

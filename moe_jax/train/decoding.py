@@ -33,7 +33,7 @@ TRUNK, MODEL, LOW_BIT = "trunk.safetensors", "model.json", "low-bit"
 @dataclass(frozen=True)
 class DecodePlacement:
     """Where the routed experts live while a model decodes. Sizes are like 2GB, 512MB, 1.5GiB or
-    plain bytes; none of them changes a result."""
+    plain bytes; none of them changes a result (on_miss, on an accelerator, its last bits)."""
 
     device_budget: str = ""
     """Device memory for the routed experts; the others come from below when they are needed.
@@ -69,7 +69,8 @@ def prepare_decoding(run: str | Path, *, low_bit: bool = False) -> Path:
     """
     folder, step = Path(run) / "decode", newest_step(run)
     if _step_in(folder) != step:
-        (folder / MODEL).unlink(missing_ok=True)
+        for about in (folder / MODEL, folder / LOW_BIT / MODEL):
+            about.unlink(missing_ok=True)
         trained = load_run(run)
         require(
             trained.config.model.moe_layers > 0,
@@ -78,13 +79,14 @@ def prepare_decoding(run: str | Path, *, low_bit: bool = False) -> Path:
         write_experts(folder, _experts(trained.state.parameters))
         with disk_errors(folder):
             write_atomically(folder / TRUNK, save(_flat(trained.state)))
-            about = {
-                "step": trained.step,
+            facts = {
+                "step": step,
+                "loaded": trained.step,  # an older one, if the newest was damaged
                 "config": asdict(trained.config),
                 "tokenizer": trained.tokenizer.to_json(),
             }
-            write_atomically(folder / MODEL, json.dumps(about))
-    if low_bit and not (folder / LOW_BIT / MODEL).exists():
+            write_atomically(folder / MODEL, json.dumps(facts))
+    if low_bit and _step_in(folder / LOW_BIT) != step:
         files = ExpertFiles(folder)
         write_experts(folder / LOW_BIT, _read_all(files), low_bit=True)
         files.close()

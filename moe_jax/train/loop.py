@@ -87,7 +87,11 @@ def train(config: TrainConfig) -> Path:
     require_memory(config.preset, held)
     out = output_folder(config.out)
     copies = config.checkpoint.keep + 2
-    require_space(out, copies * size + (shelf_bytes(config) if tiered else 0))
+    elsewhere = Path(config.placement.folder) if tiered and config.placement.folder else out
+    shelf = shelf_bytes(config) if tiered else 0
+    require_space(out, copies * size + (shelf if elsewhere == out else 0))
+    if elsewhere != out:
+        require_space(output_folder(str(elsewhere)), shelf)
     with only_process(out):
         return _train(config, out, teacher)
 
@@ -221,7 +225,10 @@ class Run:
         if self.experts is not None and config.samples:
             whole = sampling_state(self.experts, state)
             if whole is None:
-                say("no samples: the experts together are more than placement.device_budget")
+                say(
+                    "no samples: all experts are more than placement.device_budget has left; "
+                    f"experiments/complete.py --run {self.out} writes within it"
+                )
                 config = dataclasses.replace(config, samples=0)
             state = whole or state
         return Facts(

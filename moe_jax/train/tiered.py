@@ -1,5 +1,6 @@
 """A run whose experts live in tiers: what it refuses, how it starts, and how it is loaded again."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,13 +52,23 @@ def device_bytes(config: TrainConfig) -> int:
     """Bytes of the trunk's state and of the device budget's part that is used."""
     leaves = jax.tree.leaves(abstract_trunk(config))
     trunk = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return trunk + Sizes(config, row_shapes(config)).device
+    below = min(config.placement.host_bytes, shelf_bytes(config))
+    own_host = jax.default_backend() == "cpu"  # then the device's memory is the host's
+    return trunk + Sizes(config, row_shapes(config)).device + own_host * below
 
 
 def shelf_bytes(config: TrainConfig) -> int:
     """Bytes of the experts on disk while the run goes on."""
     model = config.model
     return row_shapes(config).record_bytes * model.moe_layers * model.moe.experts
+
+
+def shelf_folder(config: TrainConfig, out: Path) -> Path:
+    """Where a run's shelf is: a folder of its own, also in a placement.folder that others use."""
+    if not config.placement.folder:
+        return out / "shelf"
+    own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
+    return Path(config.placement.folder) / f"shelf-{out.name}-{own}"
 
 
 def open_experts(
@@ -69,9 +80,8 @@ def open_experts(
     """
     for unfinished in out.glob("experts-*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    folder = Path(config.placement.folder) if config.placement.folder else out / "shelf"
-    for old in folder.glob("layer-*"):
-        old.unlink()
+    folder = shelf_folder(config, out)
+    shutil.rmtree(folder, ignore_errors=True)
     experts = TieredExperts(config, folder)
     try:
         if checkpoint is None:
@@ -117,10 +127,10 @@ def _stacked(saved: Shelf, shapes: RowShapes) -> Callable[[str], list[Any]]:
 
 
 def sampling_state(experts: TieredExperts, state: TrainState) -> TrainState | None:
-    """`state` with the experts' parameters, for generate; None where these together are more than
-    the device budget."""
+    """`state` with the experts' parameters, for generate; None where these, beside what is on the
+    device, are more than the device budget."""
     layers, number = experts.sizes.layers, experts.sizes.experts
-    size = experts.shapes.parameter_bytes * layers * number
+    size = experts.shapes.parameter_bytes * layers * number + experts.sizes.device
     if size > experts.config.placement.device_bytes:
         return None
     everyone = np.arange(number)

@@ -1,6 +1,7 @@
 """Files of experts name their damage; the store gives the right experts within its budget."""
 
 import os
+from concurrent.futures import wait
 
 import jax
 import numpy as np
@@ -155,7 +156,7 @@ def test_the_right_experts_within_the_budget(whole_files, name, slots, host, on_
         assert len(store._below) <= host
         assert not store._below.keys() & store._resident.keys()
         assert traffic.hits + traffic.ahead + traffic.computed <= traffic.uses
-        assert (traffic.computed > 0) <= (host > 0 and on_miss == "compute")
+        assert (traffic.computed > 0) == (on_miss == "compute" and slots < 19)
         copied = traffic.disk_bytes + traffic.host_bytes
         assert copied == len(traffic.copies) * store.files.expert_bytes
         if host == 0:
@@ -257,3 +258,53 @@ def test_the_sizes_that_a_device_computes_with_in_place_are_read_without_a_copy(
     second = memory.read(0, 2, files)
     assert second.matrices[0].unsafe_buffer_pointer() == address
     np.testing.assert_array_equal(second.matrices[0], large[0][0][2].astype(np.float32))
+
+
+def test_many_misses_with_a_full_host_tier_end_with_the_last_step(tmp_path):
+    """More copies down than readers, and nobody who fetches again: the exit must not wait."""
+    rng = np.random.default_rng(0)
+    layer = tuple(rng.normal(size=size).astype(np.float32) for size in ((24, 6, 8), (24, 4, 6)))
+    with pytest.raises(UserError, match=r"float64.* cannot be written"):
+        write_experts(tmp_path, [tuple(part.astype(float) for part in layer)])
+    write_experts(tmp_path, [layer, layer])
+    files = ExpertFiles(tmp_path)
+    size = files.expert_bytes
+    with ExpertStore(
+        files, LRU(48), device_bytes=12 * size, working_set=12, host_bytes=12 * size,
+        on_miss="compute",
+    ) as store:  # fmt: skip
+        for step in range(5):
+            store.fetch(step % 2, np.arange(12) + 12 * (step % 3 == 0))
+            store.settle()
+
+
+def test_more_experts_than_the_working_set_are_refused(folder):
+    with (
+        ExpertStore(ExpertFiles(folder), LRU(15), device_bytes=budget(4), working_set=2) as store,
+        pytest.raises(UserError, match=r"3 experts of one layer .* working set of 2"),
+    ):
+        store.fetch(0, np.array([0, 1, 2]))
+
+
+def test_a_prediction_that_could_not_be_read_is_forgotten(folder, monkeypatch):
+    with ExpertStore(
+        ExpertFiles(folder),
+        LRU(15),
+        device_bytes=budget(6),
+        working_set=2,
+        look_ahead=2,
+        host_bytes=budget(4),
+    ) as store:
+
+        def broken(*_):
+            raise OSError(5, "Input/output error")
+
+        store.fetch(0, np.array([0]))
+        store.settle()
+        with monkeypatch.context() as broken_disk:
+            broken_disk.setattr(expert_files.os, "preadv", broken)
+            store.fetch(0, np.array([0]), np.array([3]))
+            wait(store._arriving.values())
+        for expert in (1, 3):  # the prediction was wrong, and then it is right
+            (found,) = store.fetch(1, np.array([expert]))
+            np.testing.assert_array_equal(found[0], matrices()[1][0][expert])

@@ -72,6 +72,10 @@ def test_eight_bit_copies_stand_in_if_asked_for(run):
     assert found.shape == tokens.shape
     assert store.low_bit is not None
     assert store.low_bit.expert_bytes < 0.5 * size
+    stale = store.low_bit.folder / "model.json"
+    stale.write_text('{"step": 1}')  # of an earlier checkpoint
+    prepare_decoding(run, low_bit=True)
+    assert stale.read_text() != '{"step": 1}'
 
 
 def test_refusals_are_one_line(run, tmp_path):

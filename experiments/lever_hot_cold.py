@@ -10,7 +10,8 @@ same text, one after the other; ratios are medians over rounds of speeds in the 
 naive baseline loads each expert when it is needed, one after the other, and keeps none. The ceiling
 is max(compute, bytes · (1 - h) / bandwidth) a token: compute is the all-resident time, h the hit
 rate, bandwidth that of the same copies, as many at once, with nothing else running, in the same
-round. All variants but low_bit_… give the same bits.
+round. All variants but low_bit_… give the same bits. Training with tiers is measured by
+training_capacity.py, which this runs at the end.
 """
 
 import time
@@ -29,6 +30,7 @@ from moe_jax.startup import ask_for_huge_pages
 if __name__ == "__main__":
     ask_for_huge_pages()
 
+import training_capacity
 from matplotlib.figure import Figure
 from placement_model import held_out_texts, trained_model
 
@@ -420,7 +422,9 @@ def verdict(values: Mapping[str, float | int | None], reads: str) -> str:
         f"{values['decode_of_ceiling_at_25']:.0%} of the ceiling, and asynchronous copies make "
         f"{values['async_over_blocking_at_25']:.2f}x of blocking ones; results are "
         f"{'bit for bit the same' if values['exact'] else 'NOT the same'}; reads {reads}; batch 1, "
-        "one CPU, one model"
+        "one CPU, one model. Training with a quarter of the experts' state in memory: "
+        f"{values['train_capacity_gain_at_25']:.1f}x the model in the same measured memory, at "
+        f"{values['train_speed_of_all_resident_at_25']:.0%} of the speed"
     )
 
 
@@ -446,6 +450,8 @@ def main(argv: list[str]) -> None:
     (out / "plots").mkdir(exist_ok=True)
     for name, figure in plots.items():
         figure.savefig(out / "plots" / f"{name}.png", dpi=120)
+    size = training_capacity.QUICK if settings.quick else training_capacity.FULL
+    found += training_capacity.measure(size, settings.seed, out)[0]
     sentence = verdict({m.name: m.value for m in found}, reads)
     write_result(
         out,

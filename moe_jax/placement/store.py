@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moe_jax.config import require
+from moe_jax.errors import UserError
 from moe_jax.moe.experts import swiglu
 from moe_jax.placement.files import ExpertFiles
 from moe_jax.placement.memory import Expert, Held, Memory, device_memory, host_memory
@@ -101,6 +102,16 @@ Arrived = dict[int, "Future[Held]"]
 OnMiss = Literal["copy", "compute", "cheaper"]
 """What is done with an expert that is in host memory: copy it to the device; compute there where it
 is; or whichever was faster when the store was made, for as many tokens."""
+
+
+def _done(call: Callable[..., Held], *arguments: Any) -> "Future[Held]":
+    """What the call gives or raises, as if another thread had called it."""
+    future: Future[Held] = Future()
+    try:
+        future.set_result(call(*arguments))
+    except UserError as error:
+        future.set_exception(error)
+    return future
 
 
 def _failed(future: "Future[Held]") -> bool:
@@ -246,7 +257,7 @@ class ExpertStore:
         self.ahead.compare(layer, ids)
         predicted = self._drop_wrong(set(ids))
         found: dict[int, Future[Held]] = {}
-        came, low = dict(predicted), {}
+        came, low, missing = dict(predicted), {}, []
         for index, e in enumerate(ids):
             if e in self._resident:
                 found[e] = self._resident[e]
@@ -259,10 +270,14 @@ class ExpertStore:
             elif share is not None and self.low_bit and share[index] < self._low_bit_share:
                 found[e] = low[e] = self._submit(self._read, self._above, e, self.low_bit, False)
             else:
-                found[e] = came[e] = self._ask(e, False)
+                missing.append(e)
+        for e in missing[:-1]:
+            found[e] = came[e] = self._ask(e, False)
         if following is not None:
             self._ask_ahead(layer + 1, following)
-        matrices = self._wait(found, came | low)
+        for e in missing[-1:]:  # by this thread, which has nothing else to do
+            found[e] = came[e] = self._ask(e, False, here=True)
+        matrices = self._wait({e: found[e] for e in ids}, came | low)
         self.traffic.uses += len(ids)
         self.traffic.hits += sum(e in self._resident for e in ids)
         self.traffic.ahead += len(predicted)
@@ -365,17 +380,23 @@ class ExpertStore:
         arriving, self._arriving = self._arriving, {}
         return {e: future for e, future in arriving.items() if e in needed}
 
-    def _submit(self, call: Callable[..., Held], *arguments: Any) -> "Future[Held]":
+    def _submit(
+        self, call: Callable[..., Held], *arguments: Any, here: bool = False
+    ) -> "Future[Held]":
+        if here:
+            return _done(call, *arguments)
         future = self._worker.submit(call, *arguments)
         if self.blocking:
             wait([future])
         return future
 
-    def _ask(self, expert: int, ahead: bool) -> "Future[Held]":
-        """Has the expert brought to the device, from host memory if it is there."""
+    def _ask(self, expert: int, ahead: bool, here: bool = False) -> "Future[Held]":
+        """Has the expert brought to the device, from host memory if it is there, by another thread
+        or `here` and now."""
         if expert in self._below:
-            return self._submit(self._copy, self._above, expert, self._below[expert], ahead)
-        return self._submit(self._read, self._above, expert, self.files, ahead)
+            below = self._below[expert]
+            return self._submit(self._copy, self._above, expert, below, ahead, here=here)
+        return self._submit(self._read, self._above, expert, self.files, ahead, here=here)
 
     def _read(self, memory: Memory, expert: int, files: ExpertFiles, ahead: bool) -> Held:
         """In a thread: from the disk."""

@@ -12,6 +12,7 @@ how far such a process stands in for a recording. `--trace` replays a recorded f
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -119,13 +120,15 @@ def draw(rates: Mapping, bound: list[float], uses: float, expert_bytes: int) -> 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     share = [100 * budget for budget in BUDGETS]
-    curves = {f"{n}, {s}": values for (n, s), values in rates.items()} | {"Belady": bound}
-    for label, values in curves.items():
-        style = "k-" if label == "Belady" else "--" if label.endswith("quota") else "-"
-        panels[0].plot(share, values, style, marker=".", label=label)
-        moved = [(1 - v) * uses * expert_bytes / 1e6 for v in values]
-        panels[1].plot(share, moved, style, marker=".")
-        panels[2].plot(share, [v / max(b, 1e-9) for v, b in zip(values, bound, strict=True)], style)
+    names = list(dict.fromkeys(name for name, _ in rates))
+    curves = {**rates, ("Belady", ""): bound}
+    for (name, scope), values in curves.items():
+        look: dict[str, Any] = {"ls": "--" if scope == "quota" else "-", "marker": "."}
+        look["color"] = f"C{names.index(name)}" if scope else "k"
+        panels[0].plot(share, values, label=f"{name}, {scope}".strip(", "), **look)
+        panels[1].plot(share, [(1 - v) * uses * expert_bytes / 1e6 for v in values], **look)
+        parts = [v / max(b, 1e-9) for v, b in zip(values, bound, strict=True)]
+        panels[2].plot(share, parts, **look)
     unit = "MB" if expert_bytes > 1 else "million experts"
     for axes, name in zip(panels, ("hit rate", f"{unit} per token", "hits of Belady's")):  # noqa: B905
         axes.set(xlabel="resident experts, %", ylabel=name)

@@ -65,9 +65,8 @@ ROUTES = {
 }
 
 
-@pytest.mark.parametrize(
-    "route", ["cache", *(pytest.param(r, marks=pytest.mark.slow) for r in ("online", "own text"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ROUTES)
 def test_an_interrupted_run_goes_on_bit_for_bit(teacher_run, tmp_path, route):
     """By an exception between two updates; real kills are in test_survival."""
     whole = replace(pupil(tmp_path, teacher_run, **ROUTES[route]), steps=6)

@@ -355,7 +355,12 @@ def describe(f: Figures, seed: int) -> list[Measurement]:
             (f"{v.name}.ahead_rate", traffic.ahead / max(1, traffic.uses), "fraction", None),
             (f"{v.name}.recall", v.decoder.store.ahead.recall, "fraction, at the end", None),
             (f"{v.name}.disk_bytes_per_token", traffic.disk_bytes / f.tokens, "bytes", None),
-            (f"{v.name}.waited", traffic.waited / f.tokens * 1e3, "ms a token", None),
+            (
+                f"{v.name}.waited",
+                traffic.waited / f.tokens * 1e3,
+                "ms a token, for other threads",
+                None,
+            ),
             (f"{v.name}.peak_expert_bytes", traffic.peak_bytes, "bytes", None),
         ]
     return [Measurement(n, v, u, b, seeds=[seed]) for n, v, u, b in rows]

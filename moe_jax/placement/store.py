@@ -60,7 +60,7 @@ class Traffic:
     wasted_bytes: int = 0
     """Of all these, those of predictions that did not come true."""
     waited: float = 0.0
-    """Seconds that `fetch` waited for experts."""
+    """Seconds that `fetch` waited for other threads."""
     peak_bytes: int = 0
     """Most bytes of experts on the device at once."""
     copies: list[Copy] = field(default_factory=list)

@@ -22,6 +22,7 @@ def test_differences_are_paired_over_the_seeds():
     assert not math.isfinite(lab_module.over_seeds([1.0]).low)
 
 
+@pytest.mark.slow
 def test_roles_share_no_document(tmp_path):
     text = lab_module.Text(tmp_path)
     drawn = {role: set(text.draw(role, 200, 0)[0]) for role in ("teacher", "seed", "pool")}

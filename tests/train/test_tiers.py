@@ -419,6 +419,7 @@ def test_a_checkpoint_whose_experts_are_damaged_is_passed_over(tiered_run):
     assert load_run(tiered_run.out).step == 8
 
 
+@pytest.mark.slow
 def test_samples_need_all_experts_within_the_budget(tiered_run, capsys):
     train(replace(tiered_run, samples=1, steps=1))
     assert "no samples: all experts are more" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from moe_jax.config import ModelConfig, TrainConfig, parse_bytes, require
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.files import disk_errors, write_atomically
 from moe_jax.moe.layer import RouterBias
-from moe_jax.placement.decode import TieredDecoder
+from moe_jax.placement.decode import TieredDecoder, save_experts
 from moe_jax.placement.files import ExpertFiles, Layer, write_experts
 from moe_jax.placement.policy import make_policy
 from moe_jax.placement.store import ExpertStore, OnMiss
@@ -76,7 +76,7 @@ def prepare_decoding(run: str | Path, *, low_bit: bool = False) -> Path:
             trained.config.model.moe_layers > 0,
             f"{run} is a dense model (dense_layers equals layers): it has no experts to place",
         )
-        write_experts(folder, _experts(trained.state.parameters))
+        save_experts(folder, trained.state.parameters)
         with disk_errors(folder):
             write_atomically(folder / TRUNK, save(_flat(trained.state)))
             facts = {
@@ -99,13 +99,6 @@ def _step_in(folder: Path) -> int | None:
         return json.loads((folder / MODEL).read_text())["step"]
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _experts(parameters: Any) -> Iterator[Layer]:
-    moe = parameters["sparse"]["blocks"]["moe"]
-    gate_up, down = moe["gate_up"][...], moe["down"][...]
-    for layer in range(len(gate_up)):
-        yield np.asarray(gate_up[layer]), np.asarray(down[layer])
 
 
 def _read_all(files: ExpertFiles) -> Iterator[Layer]:

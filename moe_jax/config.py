@@ -147,6 +147,9 @@ class MoEConfig:
     """Weight of the expert-level balance loss (DeepSeekMoE); 0 turns it off."""
     device_loss: float = 0.0
     """Weight of the device-level balance loss over the groups (DeepSeekMoE); 0 turns it off."""
+    locality_loss: float = 0.0
+    """Weight of the locality loss, which keeps a token with the experts of those just before it, so
+    that decoding with experts in tiers fetches fewer; 0 turns it off."""
     z_loss: float = 0.0
     """Weight of the router z-loss, mean(logsumexp(logits)^2); 0 turns it off."""
     implementation: Literal["auto", "reference", "xla", "triton"] = "auto"
@@ -165,6 +168,7 @@ class MoEConfig:
         _positive(owner, self, "groups_per_token", "scale")
         _not_negative(owner, self, "shared_experts", "bias_rate", "capacity_factor")
         _not_negative(owner, self, "sequence_loss", "expert_loss", "device_loss", "z_loss")
+        _not_negative(owner, self, "locality_loss")
         _positive(owner, self, "rounding_tile")
         _fraction(owner, self, "bias_until")
         require(

@@ -1,4 +1,4 @@
-"""Keeping the experts equally busy: losses, and the bias update that needs no loss."""
+"""Who is busy, and for how long: balance losses, locality, and the bias update without a loss."""
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,29 @@ def expert_loss(
         frequency = frequency.reshape(groups, -1).mean(axis=1)
         probability = probability.reshape(groups, -1).sum(axis=1)
     return (frequency * probability).sum()
+
+
+def locality_loss(
+    scores: Float[Array, "B L E"], chosen: Int[Array, "B L K"], window: int = 8
+) -> Float[Array, ""]:
+    """1 - mean over tokens of sum_e f_te P_te: 0 where every token stays with the last ones'
+    experts, 1 - K/E where nothing is preferred.
+
+    f_te = share of the up to `window` tokens before t that went to e (0 for the first token);
+    P_te = s_te / sum_e s_te. The gradient flows through P only. It is f P of the balance losses
+    with the other sign and a memory of a few tokens instead of a sequence: experts that stay in use
+    need not be fetched (moe_jax.placement), and over longer stretches the balance losses still
+    hold.
+    """
+    *_, length, experts = scores.shape
+    picked = jnp.any(chosen[..., None] == jnp.arange(experts), axis=-2).astype(jnp.float32)
+    # Before token t: all picks so far, less those that are older than the window.
+    sums = jnp.pad(jnp.cumsum(picked, axis=1), ((0, 0), (1, 0), (0, 0)))[:, :length]
+    older = jnp.pad(sums, ((0, 0), (window, 0), (0, 0)))[:, :length]
+    seen = jnp.clip(jnp.arange(length), 1, window)[:, None]
+    frequency = lax.stop_gradient((sums - older) / seen)
+    probability = scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
+    return 1 - (frequency * probability).sum(axis=-1).mean()
 
 
 def z_loss(logits: Float[Array, "*batch E"]) -> Float[Array, ""]:

@@ -184,6 +184,9 @@ def router_stats(
         loss += config.expert_loss * balance.expert_loss(chosen.scores, plan.load)
     if config.device_loss:
         loss += config.device_loss * balance.expert_loss(chosen.scores, plan.load, config.groups)
+    if config.locality_loss:
+        scores, picks = (a.reshape(*shape[:-1], -1) for a in (chosen.scores, chosen.experts))
+        loss += config.locality_loss * balance.locality_loss(scores, picks)
     if config.z_loss:
         loss += config.z_loss * balance.z_loss(chosen.logits)
     entropy = lax.stop_gradient(balance.router_entropy(chosen.scores))

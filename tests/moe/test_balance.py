@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.moe.balance import expert_loss, router_entropy, sequence_loss, update_bias, z_loss
+from moe_jax.moe.balance import (
+    expert_loss,
+    locality_loss,
+    router_entropy,
+    sequence_loss,
+    update_bias,
+    z_loss,
+)
 
 
 def test_sequence_loss_equals_the_formula():
@@ -29,7 +36,11 @@ def test_sequence_loss_is_least_when_balanced():
     assert sequence_loss(skewed, 1) > 2
 
 
-@pytest.mark.parametrize("loss", [lambda s: sequence_loss(s, 2), z_loss])
+def _stay(scores):
+    return locality_loss(scores, jax.lax.top_k(scores, 2)[1])
+
+
+@pytest.mark.parametrize("loss", [lambda s: sequence_loss(s, 2), _stay, z_loss])
 def test_losses_have_gradients(loss):
     scores = jax.random.uniform(jax.random.key(0), (2, 7, 5))
     gradient = jax.grad(loss)(scores)
@@ -53,6 +64,28 @@ def test_expert_and_device_loss_equal_the_formula(groups):
         expected += frequency[group].mean() * probability[group].sum()
     found = expert_loss(jnp.asarray(scores, jnp.float32), jnp.asarray(load), groups)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_locality_loss_equals_the_formula(window):
+    rng = np.random.default_rng(2)
+    scores = rng.uniform(0.1, 1, size=(2, 9, 6))
+    chosen = np.argsort(rng.uniform(size=scores.shape), axis=-1)[..., :2]
+    stays = []
+    for s, own in zip(scores, chosen, strict=True):
+        for t in range(len(s)):
+            before = own[max(0, t - window) : t].ravel().tolist()
+            share = [before.count(e) * 2 / max(1, len(before)) for e in range(6)]
+            stays.append((np.array(share) * s[t] / s[t].sum()).sum())
+    found = locality_loss(jnp.asarray(scores, jnp.float32), jnp.asarray(chosen), window)
+    np.testing.assert_allclose(found, 1 - np.mean(stays), rtol=1e-5)
+
+
+def test_locality_loss_is_least_where_tokens_stay():
+    one_hot = jnp.eye(4)[jnp.array([[1] * 2000, [0, 1, 2, 3] * 500])] + 1e-9
+    picks = one_hot.argmax(-1, keepdims=True)
+    np.testing.assert_allclose(locality_loss(one_hot[:1], picks[:1]), 0, atol=3e-3)
+    np.testing.assert_allclose(locality_loss(one_hot[1:], picks[1:]), 0.75, atol=3e-3)
 
 
 def test_z_loss_equals_the_formula():

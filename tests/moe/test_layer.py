@@ -122,7 +122,9 @@ def test_bitwise_the_same_from_run_to_run():
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("name", ["sequence_loss", "expert_loss", "device_loss", "z_loss"])
+@pytest.mark.parametrize(
+    "name", ["sequence_loss", "expert_loss", "device_loss", "locality_loss", "z_loss"]
+)
 def test_a_configured_loss_changes_the_router_gradient(name):
     inputs = make_inputs(BASE, dtype=np.float32)
 

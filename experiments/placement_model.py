@@ -25,30 +25,39 @@ from moe_jax.train.loop import train
 from moe_jax.train.trained import Trained, load_run
 
 DOMAINS = ("code", "prose", "tables")
+LOCALITY = 0.3
+"""Weight of the locality loss, unless another is given."""
 LIMIT = 2_000_000
 """Most bytes of a domain's training text; its held-out text has at most an eighth of that."""
 
 
-def model_config(out: Path, seed: int, quick: bool) -> TrainConfig:
-    """32 experts in each of 4 layers, 4 a token; a smaller model for --quick."""
+def model_config(out: Path, seed: int, quick: bool, locality: float) -> TrainConfig:
+    """32 experts in each of 4 layers, 4 a token, 1.6 MB each; a smaller model for --quick.
+
+    `locality`: weight of the locality loss, with half of it on the balance of the whole batch, so
+    that experts stay in use for a while and yet all of them are used. With 0 the balance is
+    DeepSeek-V3's.
+    """
+    balance = {"bias_rate": 0.003, "expert_loss": locality / 2, "sequence_loss": 0.0}
     model = ModelConfig(
-        width=64 if quick else 128,
+        width=64 if quick else 256,
         layers=3 if quick else 5,
         dense_layers=1,
-        dense_hidden=256,
-        attention=AttentionConfig(kind="gqa", heads=4, kv_heads=2, head_dim=32),
+        dense_hidden=256 if quick else 512,
+        attention=AttentionConfig(kind="gqa", heads=8, kv_heads=2, head_dim=32),
         moe=MoEConfig(
             experts=16 if quick else 32,
             experts_per_token=4,
-            expert_hidden=64 if quick else 256,
-            bias_rate=0.001,
+            expert_hidden=64 if quick else 512,
+            locality_loss=locality,
+            **(balance if locality else {}),
         ),
-        init_std=0.06,
+        init_std=0.04,
         unroll=4,
     )
     return TrainConfig(
         preset="placement",
-        out=str(out / f"model-{seed}{'-quick' * quick}"),
+        out=str(out / f"model-{seed}-{locality:g}{'-quick' * quick}"),
         seed=seed,
         steps=30 if quick else 400,
         batch=8,
@@ -63,16 +72,14 @@ def model_config(out: Path, seed: int, quick: bool) -> TrainConfig:
             validation_fraction=0.02,
             validation_tokens=20_000,
         ),
-        optim=OptimConfig(
-            optimizer="muon", learning_rate=1e-2, beta2=0.99, weight_decay=0.02, final=0.02
-        ),
+        optim=OptimConfig(learning_rate=2e-3, beta2=0.95, weight_decay=0.1, final=0.1),
         checkpoint=CheckpointConfig(every=100),
     )
 
 
-def trained_model(out: Path, seed: int, quick: bool) -> Trained:
+def trained_model(out: Path, seed: int, quick: bool, locality: float) -> Trained:
     """The model, trained now or before; a killed training goes on where it was."""
-    config = model_config(out, seed, quick)
+    config = model_config(out, seed, quick, locality)
     if not (Path(config.out) / "result.json").exists():  # written when a run is complete
         write_corpus(out)
         train(config)

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     ask_for_huge_pages()
 
 from matplotlib.figure import Figure
-from placement_model import DOMAINS, held_out_texts, trained_model
+from placement_model import DOMAINS, LOCALITY, held_out_texts, trained_model
 
 from moe_jax.cli import parse_settings, program
 from moe_jax.placement.place import Placement, Scope, belady, replay
@@ -50,6 +50,8 @@ class Settings:
     """Seed of the model and of the generated trace."""
     quick: bool = False
     """A smaller model, fewer steps and a shorter trace."""
+    locality: float = LOCALITY
+    """Weight of the model's locality loss; 0 trains it with DeepSeek-V3's balance alone."""
     trace: str = ""
     """A recorded trace to replay, ours or of a form in placement/public_traces.py; unset, one is
     recorded here."""
@@ -64,7 +66,7 @@ def recorded_trace(settings: Settings, out: Path) -> tuple[Trace, int]:
     """The trace, and the bytes of one of the model's experts."""
     if settings.trace:
         return open_trace(Path(settings.trace)), settings.expert_bytes or 1
-    run = trained_model(out, settings.seed, settings.quick)
+    run = trained_model(out, settings.seed, settings.quick, settings.locality)
     path = out / "routing.trace"
     path.unlink(missing_ok=True)
     total = 9_000 if settings.quick else 36_000

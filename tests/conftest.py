@@ -8,6 +8,9 @@ if "gpu" in sys.argv:  # pytest -m gpu
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if "MOE_JAX_TEST_GPU" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Nearly all of the tests' time is LLVM's, on programs that run for milliseconds. XLA's own
+    # passes, fusion among them, stay; `XLA_FLAGS= pytest` compiles as users do.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     # Triton decides at its import whether kernels are interpreted; tests that need the compiler
     # start a process of their own.
     os.environ.setdefault("TRITON_INTERPRET", "1")

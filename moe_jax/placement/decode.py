@@ -167,12 +167,13 @@ class TieredDecoder:
         if self.routing is not None:
             self.routing.append(chosen)
         experts = self.config.moe.experts
-        active, rows = np.unique(chosen[chosen < experts], return_counts=True)
+        rows = np.bincount(chosen.ravel(), minlength=experts)[:experts]
+        active = np.flatnonzero(rows)
         following = None
         if self.look_ahead and layer < len(self._blocks) - 1:
             following = _by_rank(ahead, experts)
         share = _shares(chosen, np.asarray(entered.weights), active) if self.shares else None
-        matrices = self.store.fetch(layer, active, following, rows=rows, share=share)
+        matrices = self.store.fetch(layer, active, following, rows=rows[active], share=share)
         width, elsewhere = min(chosen.size, experts), None
         here = [index for index, (gate_up, _) in enumerate(matrices) if self._is_here(gate_up)]
         if len(here) < len(active):
@@ -227,12 +228,10 @@ def _shares(
     return np.array([share[chosen == expert].max() for expert in active])
 
 
-def _by_rank(ahead: Int[np.ndarray, "B K"], experts: int) -> Int[np.ndarray, "m"]:
+def _by_rank(ahead: Int[np.ndarray, "B K"], experts: int) -> list[int]:
     """Distinct predicted experts, every token's first choice before the second ones."""
-    flat = ahead.T.ravel()
-    _, first = np.unique(flat, return_index=True)
-    ordered = flat[np.sort(first)]
-    return ordered[ordered < experts]
+    ordered = dict.fromkeys(ahead.T.ravel().tolist())
+    return [expert for expert in ordered if expert < experts]
 
 
 def _check(config: ModelConfig, store: ExpertStore) -> None:

@@ -5,6 +5,7 @@ hits; the others pass through a buffer beside the residents, and afterwards each
 """
 
 from collections.abc import Collection, Iterable
+from heapq import heapify, heappush, heapreplace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -82,19 +83,16 @@ class Placement:
         then comes nor goes."""
         scope, room = self.room(layer)
         residents = np.flatnonzero(self.resident[scope]) + scope.start
-        held = dict(zip(residents.tolist(), self.policy.worth(residents).tolist(), strict=True))
-        worth = self.policy.worth(np.array(newcomers)).tolist()
-        before = set(held)
-        for newcomer, own in zip(newcomers, worth, strict=True):
-            if len(held) >= room:
-                if room == 0:
-                    break
-                weakest = min(held, key=lambda e: (held[e], e))
-                if own <= (1 + self.policy.hysteresis) * held[weakest]:
-                    continue
-                del held[weakest]
-            held[newcomer] = own
-        evicted, admitted = sorted(before - held.keys()), sorted(held.keys() - before)
+        before = residents.tolist()
+        held = list(zip(self.policy.worth(residents).tolist(), before, strict=True))
+        heapify(held)  # the least worthy, and of equal ones the first, is held[0]
+        for entry in zip(self.policy.worth(np.array(newcomers)).tolist(), newcomers, strict=True):
+            if len(held) < room:
+                heappush(held, entry)
+            elif room and entry[0] > (1 + self.policy.hysteresis) * held[0][0]:
+                heapreplace(held, entry)
+        after = {e for _, e in held}
+        evicted, admitted = sorted({*before} - after), sorted(after - {*before})
         self.resident[evicted], self.resident[admitted] = False, True
         return admitted, evicted
 

@@ -144,13 +144,13 @@ class Successor(Policy):
         if not len(experts):
             return
         layer = int(experts[0]) // self.experts
-        own, before = experts - layer * self.experts, self.last[layer]
-        self.counts[layer][np.ix_(before, own)] += 1
+        start = layer * self.experts
+        own, before, counts = experts - start, self.last[layer], self.counts[layer]
+        counts[before[:, None], own] += 1
         self.sums[layer][before] += len(own)
         self.last[layer] = own
-        following = self.counts[layer][own] / self.sums[layer][own, None]
-        start = layer * self.experts
-        self.chance[start : start + self.experts] = len(own) * following.mean(axis=0)
+        # len(own), the number that comes next, times the mean over `own`.
+        self.chance[start : start + self.experts] = (1 / self.sums[layer][own]) @ counts[own]
 
     def worth(self, experts: np.ndarray) -> np.ndarray:
         return self.rate * self.recent.worth(experts) + self.chance[experts]

@@ -7,7 +7,7 @@ read and copy.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from threading import Lock
@@ -234,7 +234,7 @@ class ExpertStore:
         self,
         layer: int,
         experts: Int[np.ndarray, "n"],
-        following: Int[np.ndarray, "m"] | None = None,
+        following: Sequence[int] | None = None,
         *,
         rows: Int[np.ndarray, "n"] | None = None,
         share: Float[np.ndarray, "n"] | None = None,
@@ -242,8 +242,8 @@ class ExpertStore:
         """The matrices of these distinct experts of `layer`, in their order.
 
         `following`: experts that layer + 1 will probably need, most probable first; they are asked
-        for after this layer's, and come while it computes. `rows`: how many tokens each expert has
-        (1 without it), and `share` the largest share of a token's weight (1 without it).
+        for when this layer's are there, and come while it computes. `rows`: how many tokens each
+        expert has (1 without it), and `share` the largest share of a token's weight (1 without it).
         """
         entered = perf_counter()
         self.settle()
@@ -273,11 +273,11 @@ class ExpertStore:
                 missing.append(e)
         for e in missing[:-1]:
             found[e] = came[e] = self._ask(e, False)
-        if following is not None:
-            self._ask_ahead(layer + 1, following)
         for e in missing[-1:]:  # by this thread, which has nothing else to do
             found[e] = came[e] = self._ask(e, False, here=True)
         matrices = self._wait({e: found[e] for e in ids}, came | low)
+        if following is not None:  # not before: what is needed now would have to share the disk
+            self._ask_ahead(layer + 1, following)
         self.traffic.uses += len(ids)
         self.traffic.hits += sum(e in self._resident for e in ids)
         self.traffic.ahead += len(predicted)
@@ -355,8 +355,8 @@ class ExpertStore:
         for place in leaving:
             _give_back(*place)
 
-    def _ask_ahead(self, layer: int, experts: np.ndarray) -> None:
-        ids = [layer * self.files.experts + int(e) for e in experts]
+    def _ask_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        ids = [layer * self.files.experts + e for e in experts]
         self.ahead.predict(layer, ids)
         if self.ahead.active:
             there = self._resident.keys()

@@ -194,21 +194,21 @@ def test_predictions_that_come_true_are_counted_and_wrong_ones_switch_off(folder
         recall_floor=0.5,
     ) as store:
         for _ in range(5):
-            store.fetch(0, np.array([0]), np.array([2, 3]))
+            store.fetch(0, np.array([0]), [2, 3])
             store.fetch(1, np.array([2, 3]))
         assert store.traffic.ahead == 10
         assert store.traffic.wasted_bytes == 0
         assert store.ahead.recall == 1
         for _ in range(40):
-            store.fetch(0, np.array([0]), np.array([0, 1]))
+            store.fetch(0, np.array([0]), [0, 1])
             store.fetch(1, np.array([2, 3]))
         assert not store.ahead.active
         copies = len(store.traffic.copies)
-        store.fetch(0, np.array([0]), np.array([2, 3]))
+        store.fetch(0, np.array([0]), [2, 3])
         assert not store._arriving
         assert len(store.traffic.copies) == copies + 1
         for _ in range(60):
-            store.fetch(0, np.array([0]), np.array([2, 3]))
+            store.fetch(0, np.array([0]), [2, 3])
             store.fetch(1, np.array([2, 3]))
         assert store.ahead.active
 
@@ -303,7 +303,7 @@ def test_a_prediction_that_could_not_be_read_is_forgotten(folder, monkeypatch):
         store.settle()
         with monkeypatch.context() as broken_disk:
             broken_disk.setattr(expert_files.os, "preadv", broken)
-            store.fetch(0, np.array([0]), np.array([3]))
+            store.fetch(0, np.array([0]), [3])
             wait(store._arriving.values())
         for expert in (1, 3):  # the prediction was wrong, and then it is right
             (found,) = store.fetch(1, np.array([expert]))

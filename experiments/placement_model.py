@@ -38,7 +38,6 @@ def model_config(out: Path, seed: int, quick: bool, locality: float) -> TrainCon
     that experts stay in use for a while and yet all of them are used. With 0 the balance is
     DeepSeek-V3's.
     """
-    balance = {"bias_rate": 0.003, "expert_loss": locality / 2, "sequence_loss": 0.0}
     model = ModelConfig(
         width=64 if quick else 256,
         layers=3 if quick else 5,
@@ -50,7 +49,9 @@ def model_config(out: Path, seed: int, quick: bool, locality: float) -> TrainCon
             experts_per_token=4,
             expert_hidden=64 if quick else 512,
             locality_loss=locality,
-            **(balance if locality else {}),
+            expert_loss=locality / 2,
+            sequence_loss=0.0 if locality else 1e-4,
+            bias_rate=0.003 if locality else 0.001,
         ),
         init_std=0.04,
         unroll=4,

@@ -101,7 +101,7 @@ def all_variants(run: Trained, folder: Path, stack: ExitStack) -> Iterator[Varia
         )
         return Variant(name, decoder)
 
-    ahead, everything = per_token // 2, total * open_files(folder)[0].expert_bytes
+    ahead, everything = 1, total * open_files(folder)[0].expert_bytes
     yield make("all_resident", "static", total)
     yield make("naive", "lru", per_token, blocking=True)
     for policy in ONLINE:
@@ -197,8 +197,8 @@ def fused_seconds(run: Trained, windows: np.ndarray) -> float:
 def measure(
     everything: list[Variant], windows: np.ndarray, rounds: int, folder: Path
 ) -> tuple[list[Step], list[Bandwidth]]:
-    """Warm-up and rounds over equal shares of the windows. Returns the steps of the rounds, and
-    what the links gave in each."""
+    """Warm-up and rounds over equal shares of the windows, every other one in the opposite order of
+    variants. Returns the steps of the rounds, and what the links gave in each."""
     shares = np.array_split(windows, rounds + 1)
     for variant in everything:
         decode(variant, shares[0])
@@ -206,7 +206,7 @@ def measure(
     routing: list[np.ndarray] = []
     links: list[Bandwidth] = []
     for index, share in enumerate(shares[1:]):
-        for variant in everything:
+        for variant in everything[:: 1 if index % 2 else -1]:
             variant.decoder.routing = routing if variant.name == "all_resident" else None
             variant.seconds.append(decode(variant, share, keep=index == 0))
             print(f"round {index}  {variant.name:22} {1 / variant.seconds[-1]:8.1f} tokens/s")

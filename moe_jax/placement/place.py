@@ -78,6 +78,19 @@ class Placement:
         admitted, evicted = self._admit(layer, newcomers) if newcomers else ([], [])
         return Change(ids[inside], misses, admitted, evicted)
 
+    def make_room(self, layer: int, count: int, keep: Collection[int]) -> list[int]:
+        """Evicts `count` residents, the least worthy but for those to `keep`, before `layer` needs
+        their places: out of its own quota if that is enough."""
+        scope, _ = self.room(layer)
+        rivals = np.flatnonzero(self.resident[scope]) + scope.start
+        rivals = rivals[~np.isin(rivals, list(keep))]
+        if len(rivals) < count:
+            rivals = np.flatnonzero(self.resident)
+            rivals = rivals[~np.isin(rivals, list(keep))]
+        evicted = rivals[np.argsort(self.policy.worth(rivals), kind="stable")[:count]]
+        self.resident[evicted] = False
+        return evicted.tolist()
+
     def _admit(self, layer: int, newcomers: list[int]) -> tuple[list[int], list[int]]:
         """(who comes, who leaves). One newcomer may push out another of the same step: neither
         then comes nor goes."""

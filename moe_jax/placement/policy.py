@@ -23,6 +23,8 @@ class Policy(ABC):
     """
 
     name: str
+    fixed = False
+    """Whether its worths never change, so that no resident ever leaves."""
 
     def __init__(self, size: int, hysteresis: float = 0.0) -> None:
         require(size > 0, f"placement over {size} experts: there must be at least one")
@@ -160,6 +162,7 @@ class Static(Policy):
     """The placement never changes: worth = how often each expert was used in a calibration run."""
 
     name = "static"
+    fixed = True
 
     def __init__(self, frequency: Float[np.ndarray, "N"]) -> None:
         super().__init__(len(frequency), 0.0)

@@ -129,10 +129,12 @@ def _give_back(memory: Memory, future: "Future[Held]", after: Future) -> None:
 class ExpertStore:
     """Holds at most `device_bytes` of experts on the device, of which a step needs `working_set`.
 
-    The budget covers the residents, the working set of the layer at work, and `look_ahead` experts
-    fetched for the next layer (fewer where the budget is small). What leaves the device goes to
-    host memory while `host_bytes` allow it (the oldest there is dropped; the disk has all). A
-    budget for all experts holds them all, and needs neither buffer. `blocking` waits for every copy
+    The budget covers the residents, a place for an expert that is used and not kept, and
+    `look_ahead` experts fetched for the next layer (fewer where the budget is small). A layer that
+    misses more takes the places of the least worthy residents; under a policy whose residents are
+    fixed, those of a whole working set are kept free instead. What leaves the device goes to host
+    memory while `host_bytes` allow it (the oldest there is dropped; the disk has all). A budget for
+    all experts holds them all, and needs no place beside them. `blocking` waits for every copy
     before anything else happens: the control of the asynchronous one.
 
     `low_bit`: 8-bit copies of the same experts (write_experts), which then stand in, for once, for
@@ -176,7 +178,7 @@ class ExpertStore:
         require(on_miss in get_args(OnMiss), f"unknown on_miss '{on_miss}': use {get_args(OnMiss)}")
         everything = files.layers * files.experts
         look_ahead = min(look_ahead, slots - working_set, files.experts)
-        capacity = slots - working_set - look_ahead
+        capacity = slots - look_ahead - (working_set if policy.fixed else 1)
         if slots >= everything:
             look_ahead, capacity = 0, everything
         self.ahead = Ahead(look_ahead, recall_floor)
@@ -186,8 +188,8 @@ class ExpertStore:
         self.unified = self.device.platform == "cpu"
         """Whether the device computes with host memory, too."""
         self._room_below = min(host_bytes // size, everything)
-        places = capacity + (look_ahead + working_set if capacity < everything else 0)
-        self._above = device_memory(files, places, self.device)
+        self._places = min(slots, everything)
+        self._above = device_memory(files, self._places, self.device)
         # Copies down that are under way may find their places given to later ones.
         spare = max(READERS, 2 * (working_set + look_ahead))
         below = self._room_below + (spare if self._room_below else 0)
@@ -257,7 +259,7 @@ class ExpertStore:
         self.ahead.compare(layer, ids)
         predicted = self._drop_wrong(set(ids))
         found: dict[int, Future[Held]] = {}
-        came, low, missing = dict(predicted), {}, []
+        came, low, missing, light = dict(predicted), {}, [], []
         for index, e in enumerate(ids):
             if e in self._resident:
                 found[e] = self._resident[e]
@@ -268,9 +270,12 @@ class ExpertStore:
                 self._below.move_to_end(e)
                 self.traffic.computed += 1
             elif share is not None and self.low_bit and share[index] < self._low_bit_share:
-                found[e] = low[e] = self._submit(self._read, self._above, e, self.low_bit, False)
+                light.append(e)
             else:
                 missing.append(e)
+        self._make_room(layer, ids)
+        for e in light:
+            found[e] = low[e] = self._submit(self._read, self._above, e, self.low_bit, False)
         for e in missing[:-1]:
             found[e] = came[e] = self._ask(e, False)
         for e in missing[-1:]:  # by this thread, which has nothing else to do
@@ -286,6 +291,23 @@ class ExpertStore:
         self._unsettled = layer, np.asarray(experts), came, low
         self.traffic.fetches.append((entered - self._born, perf_counter() - self._born))
         return matrices
+
+    def _make_room(self, layer: int, needed: list[int]) -> None:
+        """Before a layer's experts come: places for all of them, and for those of the next layer
+        that will be asked for. (One that is computed in host memory may be raised in `settle`.)"""
+        short = len(self._resident.keys() | needed) - (self._places - self.ahead.experts)
+        if short <= 0:
+            return
+        wanted = self._below.keys() & needed
+        for e in wanted:  # nor do they leave host memory for those who come there now
+            self._below.move_to_end(e)
+        for count, e in enumerate(self.placement.make_room(layer, short, needed)):
+            future = self._resident.pop(e)
+            if count < self._room_below - len(wanted):
+                self._retire(e, future)
+            else:
+                self._leave(self._above, future)
+        self._release()
 
     def _wait(
         self, found: dict[int, Future[Held]], passing: dict[int, Future[Held]]

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import require
-from moe_jax.placement.store import Traffic
+from moe_jax.placement.traffic import Traffic
 from moe_jax.train.decoding import DecodePlacement, open_decoder
 from moe_jax.train.trained import decode_until_end
 

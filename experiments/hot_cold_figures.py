@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from moe_jax.placement.place import Step, belady
 from moe_jax.placement.policy import ONLINE
-from moe_jax.placement.store import READERS, Traffic
+from moe_jax.placement.store import READERS
+from moe_jax.placement.traffic import Traffic
 from moe_jax.result import Measurement
 
 
@@ -117,7 +118,7 @@ def describe(f: Figures, seed: int) -> list[Measurement]:
             (
                 f"{v.name}.waited",
                 traffic.waited / f.tokens * 1e3,
-                "ms a token, for other threads",
+                "ms a token, for reads and copies",
                 None,
             ),
             (f"{v.name}.peak_expert_bytes", traffic.peak_bytes, "bytes", None),

@@ -19,7 +19,8 @@ from moe_jax.placement.files import ExpertFiles
 from moe_jax.placement.memory import Held, device_memory, host_memory
 from moe_jax.placement.place import Step
 from moe_jax.placement.policy import ONLINE, make_policy
-from moe_jax.placement.store import READERS, ExpertStore, Traffic
+from moe_jax.placement.store import READERS, ExpertStore
+from moe_jax.placement.traffic import Traffic
 from moe_jax.train.step import graph_of
 from moe_jax.train.trained import Trained
 

@@ -9,10 +9,9 @@ read and copy.
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from threading import Lock
 from time import perf_counter
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,76 +25,10 @@ from moe_jax.placement.files import ExpertFiles
 from moe_jax.placement.memory import Expert, Held, Memory, device_memory, host_memory
 from moe_jax.placement.place import Placement, Scope
 from moe_jax.placement.policy import Policy
+from moe_jax.placement.traffic import Ahead, Copy, Traffic
 
 READERS = 4
 """Threads that read and copy: as many reads as keep a solid-state disk busy."""
-
-
-class Copy(NamedTuple):
-    """One expert brought to the device, in seconds since the store was made."""
-
-    expert: int
-    begin: float
-    end: float
-    ahead: bool
-    """Fetched on a prediction."""
-
-
-@dataclass
-class Traffic:
-    """What a store has done since it was made or `reset`."""
-
-    uses: int = 0
-    hits: int = 0
-    """Uses that found their expert resident."""
-    ahead: int = 0
-    """Uses that were no hits, but whose expert a prediction had asked for."""
-    computed: int = 0
-    """Uses that were no hits, but were computed in host memory without a copy."""
-    low_bit: int = 0
-    """Uses for which an 8-bit copy stood in."""
-    disk_bytes: int = 0
-    host_bytes: int = 0
-    """Bytes brought to the device from host memory."""
-    wasted_bytes: int = 0
-    """Of all these, those of predictions that did not come true."""
-    waited: float = 0.0
-    """Seconds that `fetch` waited for other threads."""
-    peak_bytes: int = 0
-    """Most bytes of experts on the device at once."""
-    copies: list[Copy] = field(default_factory=list)
-    fetches: list[tuple[float, float]] = field(default_factory=list)
-    """(begin, end) of every `fetch`; between two of them the caller computes."""
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / self.uses if self.uses else 1.0
-
-
-class Ahead:
-    """Look-ahead that watches itself: below a floor of recall it only watches.
-
-    recall: share of a layer's needed experts that were predicted, averaged over about 50 steps.
-    """
-
-    def __init__(self, experts: int, recall_floor: float) -> None:
-        self.experts, self.recall_floor, self.recall = experts, recall_floor, 1.0
-        self._predicted: tuple[int, set[int]] | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.experts > 0 and self.recall >= self.recall_floor
-
-    def predict(self, layer: int, experts: list[int]) -> None:
-        self._predicted = layer, set(experts)
-
-    def compare(self, layer: int, needed: list[int]) -> None:
-        """Learns what `layer` really needed, if its experts were predicted."""
-        predicted, self._predicted = self._predicted, None
-        if predicted is None or predicted[0] != layer or not needed:
-            return
-        found = len(predicted[1] & set(needed)) / len(needed)
-        self.recall += 0.02 * (found - self.recall)
 
 
 Arrived = dict[int, "Future[Held]"]
@@ -274,6 +207,7 @@ class ExpertStore:
             else:
                 missing.append(e)
         self._make_room(layer, ids)
+        begin = perf_counter()
         for e in light:
             found[e] = low[e] = self._submit(self._read, self._above, e, self.low_bit, False)
         for e in missing[:-1]:
@@ -281,6 +215,7 @@ class ExpertStore:
         for e in missing[-1:]:  # by this thread, which has nothing else to do
             found[e] = came[e] = self._ask(e, False, here=True)
         matrices = self._wait({e: found[e] for e in ids}, came | low)
+        self.traffic.waited += perf_counter() - begin
         if following is not None:  # not before: what is needed now would have to share the disk
             self._ask_ahead(layer + 1, following)
         self.traffic.uses += len(ids)
@@ -313,7 +248,6 @@ class ExpertStore:
         self, found: dict[int, Future[Held]], passing: dict[int, Future[Held]]
     ) -> list[Expert]:
         """What was asked for, when it is there; after an error, nothing that came is kept."""
-        begin = perf_counter()
         try:
             return [future.result().matrices for future in found.values()]
         except BaseException:
@@ -322,8 +256,6 @@ class ExpertStore:
             for e in [e for e in found if e in self._below and _failed(self._below[e])]:
                 del self._below[e]
             raise
-        finally:
-            self.traffic.waited += perf_counter() - begin
 
     def settle(self) -> None:
         """Decides who of the last fetch stays on the device, and where the others go. The next

@@ -1,9 +1,10 @@
 """Decoding with experts in tiers: attention and gate of a layer, fetch, experts, next layer.
 
 The routed experts' matrices are not part of the model here; an ExpertStore brings those that a
-token needs. Sums over experts are taken in ascending order of their numbers, one matrix product an
-expert, so the result is the same bit for bit whatever is resident. (Experts that an accelerator's
-host computes are summed apart: there the last bits may differ.)
+token needs. Each is computed as soon as it is there, so residents work while absent ones are read.
+One program computes any expert, and their outputs are summed in ascending order of their numbers,
+so the result is the same bit for bit whatever is resident and whoever came first. (What an
+accelerator's host computes is rounded as the CPU rounds.)
 """
 
 from collections.abc import Iterable
@@ -43,22 +44,32 @@ class Entered(NamedTuple):
     """This block's experts, and the next block's as its gate would choose them now."""
 
 
-def mix(
-    normed: Float[Array, "B D"],
-    experts: Int[Array, "B K"],
-    weights: Float[Array, "B K"],
-    ids: Int[Array | np.ndarray, "A"],
-    matrices: list[Expert],
-) -> Float[Array, "B D"]:
-    """sum over the A active experts, in the order of `ids`: weight · swiglu(x gate_up) down.
+class Leaving(NamedTuple):
+    """A block with its experts' outputs."""
 
-    An id that no token chose (padding) adds zero. Summed in float32.
-    """
+    entered: Entered
+    ids: Int[np.ndarray, "A"]
+    """The active experts: distinct, ascending, then -1, so that one program serves any number."""
+    outputs: list[Float[Array, "B D"]]
+    """Of each in float32, not weighted; anything finite where the id is -1."""
+
+
+@jax.jit
+def expert_output(
+    normed: Float[Array, "B D"], gate_up: Float[Array, "D twoF"], down: Float[Array, "F D"]
+) -> Float[Array, "B D"]:
+    """swiglu(x gate_up) down in float32."""
+    y = swiglu(normed @ gate_up.astype(normed.dtype)) @ down.astype(normed.dtype)
+    return y.astype(jnp.float32)
+
+
+def mix(leaving: Leaving) -> Float[Array, "B D"]:
+    """sum over the active experts, in the order of their ids: weight · output, in float32."""
+    _, normed, weights, chosen = leaving.entered
     out = jnp.zeros(normed.shape, jnp.float32)
-    for index, (gate_up, down) in enumerate(matrices):
-        weight = jnp.sum(jnp.where(experts == ids[index], weights, 0.0), axis=1)
-        y = swiglu(normed @ gate_up.astype(normed.dtype)) @ down.astype(normed.dtype)
-        out += weight[:, None] * y.astype(jnp.float32)
+    for index, y in enumerate(leaving.outputs):
+        weight = jnp.sum(jnp.where(chosen[0] == leaving.ids[index], weights, 0.0), axis=1)
+        out += weight[:, None] * y
     return out.astype(normed.dtype)
 
 
@@ -96,9 +107,6 @@ class TieredDecoder:
             _filled(self._programs.block, jax.tree.map(lambda a, i=layer: a[i], pure))
             for layer in range(config.moe_layers)
         ]
-        shapes = store.files.gate_up_shape, store.files.down_shape
-        zeros = tuple(jnp.zeros(shape, store.files.dtype) for shape in shapes)
-        self._nothing: Expert = jax.device_put(zeros, store.device)  # pyright: ignore
 
     def generate(
         self,
@@ -161,8 +169,8 @@ class TieredDecoder:
         self.store.settle()
         return logits, (dense, extended)
 
-    def _leaving(self, layer: int, entered: Entered) -> "Leaving":
-        """The experts that a block needs, from the store."""
+    def _leaving(self, layer: int, entered: Entered) -> Leaving:
+        """A block with the outputs of its experts, which the store brings."""
         chosen, ahead = np.asarray(entered.chosen)
         if self.routing is not None:
             self.routing.append(chosen)
@@ -173,51 +181,23 @@ class TieredDecoder:
         if self.look_ahead and layer < len(self._blocks) - 1:
             following = _by_rank(ahead, experts)
         share = _shares(chosen, np.asarray(entered.weights), active) if self.shares else None
-        matrices = self.store.fetch(layer, active, following, rows=rows[active], share=share)
-        width, elsewhere = min(chosen.size, experts), None
-        here = [index for index, (gate_up, _) in enumerate(matrices) if self._is_here(gate_up)]
-        if len(here) < len(active):
-            there = [index for index in range(len(active)) if index not in here]
-            elsewhere = self._computed_there(
-                entered, active[there], [matrices[index] for index in there], width
-            )
-        own = [matrices[index] for index in here]
-        return Leaving(entered, *_padded(active[here], own, width, self._nothing), elsewhere)
+        missing = min(chosen.size, experts) - len(active)
+        outputs: list[Any] = [entered.normed] * (len(active) + missing)
 
-    def _is_here(self, array: Array) -> bool:
-        return self.store.unified or array.device == self.store.device
+        def compute(index: int, matrices: Expert) -> None:
+            outputs[index] = self._output(entered.normed, matrices)
 
-    def _computed_there(
-        self, entered: Entered, ids: np.ndarray, matrices: list[Expert], width: int
-    ) -> Array:
-        """The share of experts that stay in host memory, computed by the CPU."""
-        cpu = matrices[0][0].sharding
-        inputs = jax.device_put((entered.normed, entered.weights, entered.chosen[0]), cpu)
-        nothing = jax.device_put(self._nothing, cpu)
-        normed, weights, chosen = inputs
-        out = _mix(normed, chosen, weights, *_padded(ids, matrices, width, nothing))
-        return jax.device_put(out, self.store.device)
+        self.store.fetch(layer, active, following, rows=rows[active], share=share, arrived=compute)
+        ids = np.concatenate([active, np.full(missing, -1)]).astype(np.int32)
+        return Leaving(entered, ids, outputs)
 
-
-class Leaving(NamedTuple):
-    """A block with its experts."""
-
-    entered: Entered
-    ids: Int[np.ndarray, "A"]
-    """Distinct, ascending, then -1."""
-    matrices: list[Expert]
-    elsewhere: Float[Array, "B D"] | None
-    """What experts that are not here add."""
-
-
-def _padded(
-    ids: np.ndarray, matrices: list[Expert], width: int, nothing: Expert
-) -> tuple[np.ndarray, list[Expert]]:
-    """Filled up with -1 to `width`, so that a few programs serve all numbers of experts."""
-    missing = width - len(ids)
-    filler = matrices[0] if matrices else nothing
-    padded = np.concatenate([ids, np.full(missing, -1)]).astype(np.int32)
-    return padded, [*matrices, *[filler] * missing]
+    def _output(self, normed: Array, matrices: Expert) -> Array:
+        """Of one expert, computed where its matrices are."""
+        where = matrices[0].sharding
+        if self.store.unified or where.device_set == {self.store.device}:
+            return expert_output(normed, *matrices)
+        there = expert_output(jax.device_put(normed, where), *matrices)
+        return jax.device_put(there, self.store.device)
 
 
 def _shares(
@@ -328,10 +308,8 @@ def _programs(config: ModelConfig) -> Programs:
         return Entered(x, normed, chosen.weights, both), cache
 
     def leave(leaves: Any, leaving: Leaving) -> Array:
-        own, (x, normed, weights, chosen) = block.merge(leaves), leaving.entered
-        x = x + mix(normed, chosen[0], weights, leaving.ids, leaving.matrices)
-        if leaving.elsewhere is not None:
-            x = x + leaving.elsewhere
+        own, (x, normed, *_) = block.merge(leaves), leaving.entered
+        x = x + mix(leaving)
         return x + own.feed_forward(normed) if own.dense else x
 
     def turn(
@@ -350,9 +328,6 @@ def _programs(config: ModelConfig) -> Programs:
         jax.jit(turn, donate_argnums=6),
         jax.jit(end),
     )
-
-
-_mix = jax.jit(mix)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))

@@ -173,8 +173,10 @@ class ExpertStore:
         *,
         rows: Int[np.ndarray, "n"] | None = None,
         share: Float[np.ndarray, "n"] | None = None,
+        arrived: Callable[[int, Expert], None] = lambda index, matrices: None,
     ) -> list[Expert]:
-        """The matrices of these distinct experts of `layer`, in their order.
+        """The matrices of these distinct experts of `layer`, in their order. `arrived` is called
+        with each one's position and matrices when it is there: before others are waited for.
 
         `following`: experts that layer + 1 will probably need, most probable first; they are asked
         for when this layer's are there, and come while it computes. `rows`: how many tokens each
@@ -212,9 +214,17 @@ class ExpertStore:
             found[e] = low[e] = self._submit(self._read, self._above, e, self.low_bit, False)
         for e in missing[:-1]:
             found[e] = came[e] = self._ask(e, False)
+        given: dict[int, Expert] = {}
+
+        def give(e: int, future: Future[Held]) -> None:
+            given[e] = future.result().matrices
+            arrived(ids.index(e), given[e])
+
+        there = [e for e in found if found[e].done()]
+        self._wait({e: found.pop(e) for e in there}, came | low, give)
         for e in missing[-1:]:  # by this thread, which has nothing else to do
             found[e] = came[e] = self._ask(e, False, here=True)
-        matrices = self._wait({e: found[e] for e in ids}, came | low)
+        self._wait(found, came | low, give)
         self.traffic.waited += perf_counter() - begin
         if following is not None:  # not before: what is needed now would have to share the disk
             self._ask_ahead(layer + 1, following)
@@ -225,7 +235,7 @@ class ExpertStore:
         self._measure(len(came) + len(low))
         self._unsettled = layer, np.asarray(experts), came, low
         self.traffic.fetches.append((entered - self._born, perf_counter() - self._born))
-        return matrices
+        return [given[e] for e in ids]
 
     def _make_room(self, layer: int, needed: list[int]) -> None:
         """Before a layer's experts come: places for all of them, and for those of the next layer
@@ -245,11 +255,15 @@ class ExpertStore:
         self._release()
 
     def _wait(
-        self, found: dict[int, Future[Held]], passing: dict[int, Future[Held]]
-    ) -> list[Expert]:
-        """What was asked for, when it is there; after an error, nothing that came is kept."""
+        self,
+        found: dict[int, Future[Held]],
+        passing: dict[int, Future[Held]],
+        give: Callable[[int, Future[Held]], None],
+    ) -> None:
+        """Gives what was found, each when it is there; after an error, keeps nothing that came."""
         try:
-            return [future.result().matrices for future in found.values()]
+            for e, future in found.items():
+                give(e, future)
         except BaseException:
             for future in passing.values():
                 self._leave(self._above, future)

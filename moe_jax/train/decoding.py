@@ -43,7 +43,7 @@ class DecodePlacement:
     policy: str = "successor"
     """Who stays: lru, lfu, decayed_lfu, lfru or successor."""
     look_ahead: int = -1
-    """Experts fetched on the next layer's own prediction; -1: half of those that a token uses."""
+    """Experts fetched on the next layer's own prediction; -1: one for each text."""
     on_miss: OnMiss = "copy"
     """An expert in host memory is copied to the device, or computed with where it is, or whichever
     is cheaper for its number of tokens."""
@@ -165,7 +165,7 @@ def open_decoder(
         name: parse_bytes(f"placement.{name}", getattr(placement, name) or otherwise)
         for name, otherwise in (("device_budget", str(everything)), ("host_budget", "0"))
     }
-    ahead = placement.look_ahead if placement.look_ahead >= 0 else batch * slots // 2
+    ahead = placement.look_ahead if placement.look_ahead >= 0 else batch
     store = ExpertStore(
         files,
         make_policy(placement.policy, layers * experts, layers),

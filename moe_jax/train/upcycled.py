@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig, TrainConfig, fields, require
 from moe_jax.distill.teacher import Teacher
@@ -70,11 +71,14 @@ def _option(name: str, value: Any) -> str:
 def upcycled_state(config: TrainConfig, teacher: Teacher, state: TrainState) -> TrainState:
     """The state before the first update, with the teacher's parameters; the optimizer is fresh."""
     how = upcycle_config(config, teacher.model)
-    _, parameters, router = upcycle(teacher.model, teacher.parameters, how)
+    # Beside the student, which may live on several devices; the teacher was loaded on one.
+    where = jax.tree.leaves(state.parameters)[0].sharding
+    _, parameters, router = upcycle(teacher.model, jax.device_put(teacher.parameters, where), how)
 
     def placed(new: Any, like: jax.Array) -> jax.Array:
         assert new.shape == like.shape, f"{new.shape} upcycled, {like.shape} in the student"
-        return jax.device_put(new.astype(like.dtype), like.sharding)
+        # A copy: an update overwrites the student's arrays, and the teacher is still read.
+        return jax.device_put(jnp.array(new, like.dtype, copy=True), like.sharding)
 
     return state._replace(
         parameters=jax.tree.map(placed, parameters, state.parameters),

@@ -187,7 +187,16 @@ def verdict(values: Mapping[str, float | int | None], reads: str) -> str:
         f"{values['decode_of_ceiling_at_25']:.0%} of the ceiling, and asynchronous copies make "
         f"{values['async_over_blocking_at_25']:.2f}x of blocking ones; results are "
         f"{'bit for bit the same' if values['exact'] else 'NOT the same'}; reads {reads}; batch 1, "
-        "one CPU, one model. Training with a quarter of the experts' state in memory: "
+        f"one CPU, one model ({values['model_bits_per_byte']:.3f} bits per byte)"
+        + _training(values)
+    )
+
+
+def _training(values: Mapping[str, float | int | None]) -> str:
+    if "train_capacity_gain_at_25" not in values:
+        return ""
+    return (
+        ". Training with a quarter of the experts' state in memory: "
         f"{values['train_capacity_gain_at_25']:.1f}x the model in the same measured memory, at "
         f"{values['train_speed_of_all_resident_at_25']:.0%} of the speed"
     )

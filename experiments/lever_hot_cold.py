@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import hot_cold_variants as variants
 import training_capacity
 from hot_cold_figures import Figures, describe, draw, verdict
-from placement_model import LOCALITY, trained_model
+from placement_model import LOCALITY, held_out_bits, trained_model
 
 from moe_jax.cli import parse_settings, program
 from moe_jax.placement.decode import save_experts
@@ -49,6 +49,8 @@ class Settings:
     """A smaller model, fewer tokens and rounds."""
     locality: float = LOCALITY
     """Weight of the model's locality loss; 0 trains it with DeepSeek-V3's balance alone."""
+    training: bool = True
+    """Measure training with tiers, too."""
     model: str = ""
     """Folder of an earlier run (of traces.py, say) whose trained model is used; unset, `out`."""
 
@@ -69,13 +71,17 @@ def main(argv: list[str]) -> None:
         figures = Figures(compared, *variants.measure(compared, windows, rounds, folder))
         found = describe(figures, settings.seed)
         fused = variants.fused_seconds(run, windows) / float(np.median(figures.full.seconds))
-        found.append(Measurement("all_resident_of_fused_loop", fused, "ratio", "model.generate"))
+        found += [
+            Measurement("all_resident_of_fused_loop", fused, "ratio", "model.generate"),
+            Measurement("model_bits_per_byte", held_out_bits(run), "bits/byte"),
+        ]
         plots = draw(figures)
     (out / "plots").mkdir(exist_ok=True)
     for name, figure in plots.items():
         figure.savefig(out / "plots" / f"{name}.png", dpi=120)
-    size = training_capacity.QUICK if settings.quick else training_capacity.FULL
-    found += training_capacity.measure(size, settings.seed, out)[0]
+    if settings.training:
+        size = training_capacity.QUICK if settings.quick else training_capacity.FULL
+        found += training_capacity.measure(size, settings.seed, out)[0]
     sentence = verdict({m.name: m.value for m in found}, variants.open_files(folder)[1])
     write_result(
         out,

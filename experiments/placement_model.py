@@ -6,6 +6,7 @@ comments, those docstrings, and the tables of character sets in `encodings`.
 
 import ast
 import hashlib
+import json
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from moe_jax.train.loop import train
 from moe_jax.train.trained import Trained, load_run
 
 DOMAINS = ("code", "prose", "tables")
-LOCALITY = 0.3
+LOCALITY = 0.6
 """Weight of the locality loss, unless another is given."""
 LIMIT = 2_000_000
 """Most bytes of a domain's training text; its held-out text has at most an eighth of that."""
@@ -85,6 +86,12 @@ def trained_model(out: Path, seed: int, quick: bool, locality: float) -> Trained
         write_corpus(out)
         train(config)
     return load_run(config.out)
+
+
+def held_out_bits(run: Trained) -> float:
+    """Bits per byte of the model on its validation text, as its training measured them."""
+    found = json.loads((Path(run.config.out) / "result.json").read_text())["measurements"]
+    return next(m["value"] for m in found if m["name"] == "validation_bits_per_byte")
 
 
 def write_corpus(out: Path) -> None:

@@ -171,6 +171,11 @@ def test_an_upcycled_student_begins_as_its_teacher(teacher_run, tmp_path):
     given = nnx.merge(split_model(teacher.model)[0], teacher.parameters, teacher.router)
     ones = jnp.ones_like(tokens)
     np.testing.assert_allclose(student(tokens, ones), given(tokens, ones), atol=1e-5)
+    own, its = (
+        {a.unsafe_buffer_pointer() for a in jax.tree.leaves(p)}
+        for p in (state.parameters, teacher.parameters)
+    )
+    assert not own & its, "an update would overwrite the teacher"
 
 
 @pytest.mark.slow

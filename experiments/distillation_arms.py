@@ -63,7 +63,7 @@ class Settings:
     """The first seed."""
     seeds: int = 5
     """Seeds, one after the other from `seed`."""
-    costly_seeds: int = 3
+    costly_seeds: int = 5
     """At most so many of them for the arms that write their own text."""
     steps: int = 300
     """Updates of a student."""

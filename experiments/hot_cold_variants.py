@@ -29,8 +29,8 @@ POLICY = "successor"
 BUDGETS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 STRETCH = 1000
 """Characters of one domain before the next."""
-WINDOW = 64
-"""Tokens decoded before the attention cache starts anew."""
+WINDOW = 128
+"""Tokens decoded before the attention cache starts anew: as many as the model was trained on."""
 
 
 @dataclass

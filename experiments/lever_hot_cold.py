@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     folder = out / "experts"
     save_experts(folder, run.state.parameters)
     save_experts(folder / "low-bit", run.state.parameters, low_bit=True)
-    rounds, count = (2, 6) if settings.quick else (7, 40)
+    rounds, count = (2, 3) if settings.quick else (7, 24)
     windows = variants.text_windows(run, source, count)
     with ExitStack() as stack:
         compared = list(variants.all_variants(run, folder, stack))

@@ -166,6 +166,17 @@ def test_static_never_moves_and_takes_the_most_frequent():
     assert quota.fill() == [0, 3, 4]
 
 
+def test_room_is_made_by_the_least_worthy_of_the_layers_own():
+    place = Placement(Static(np.arange(8.0)), layers=2, experts=4, capacity=6, scope="quota")
+    assert place.fill() == [1, 2, 3, 5, 6, 7]
+    assert place.make_room(1, 2, keep=[5]) == [6, 7]
+    assert place.make_room(0, 1, keep=[0, 2]) == [1]
+    assert place.make_room(1, 2, keep=[5, 3]) == [2], "nobody else may go"
+    pool = Placement(Static(np.arange(8.0)), layers=2, experts=4, capacity=6)
+    pool.fill()
+    assert pool.make_room(1, 2, keep=[4]) == [2, 3], "from any layer"
+
+
 def test_hysteresis_holds_back_a_newcomer():
     for hysteresis, kept in ((0.0, 1), (1.0, 0)):
         placement = Placement(LFU(2, hysteresis), 1, 2, 1)

@@ -278,6 +278,32 @@ def test_many_misses_with_a_full_host_tier_end_with_the_last_step(tmp_path):
             store.settle()
 
 
+def test_residents_are_handed_over_before_others_are_read(whole_files):
+    files = ExpertFiles(whole_files)
+    with ExpertStore(files, LRU(15), device_bytes=budget(6), working_set=3) as store:
+        store.fetch(0, np.array([1, 3]))
+        order = []
+
+        def arrived(index, matrices):
+            order.append((index, len(store.traffic.copies)))
+            np.testing.assert_array_equal(matrices[0], files.read(0, (1, 2, 3)[index])[0])
+
+        store.fetch(0, np.array([1, 2, 3]), arrived=arrived)
+        assert order == [(0, 2), (2, 2), (1, 3)]
+
+
+def test_a_layer_that_misses_takes_the_places_of_others(folder):
+    """Five places: one is for a passing expert, and yet all three misses come, and stay."""
+    with ExpertStore(
+        ExpertFiles(folder), LRU(15), device_bytes=budget(5), working_set=3
+    ) as store:  # fmt: skip
+        for layer, experts in ((0, [0, 1]), (1, [0, 1]), (2, [0, 1, 2]), (0, [0])):
+            store.fetch(layer, np.array(experts))
+        store.settle()
+        assert store.traffic.peak_bytes <= budget(5)
+        assert np.flatnonzero(store.placement.resident).tolist() == [0, 10, 11, 12]
+
+
 def test_more_experts_than_the_working_set_are_refused(folder):
     with (
         ExpertStore(ExpertFiles(folder), LRU(15), device_bytes=budget(4), working_set=2) as store,

@@ -133,6 +133,7 @@ class ExpertStore:
         self._leaving: list[tuple[Memory, Future[Held], Future]] = []
         self._unsettled: tuple[int, np.ndarray, Arrived, Arrived] | None = None
         self._worker = ThreadPoolExecutor(1 if blocking else READERS, "experts")
+        self._downward = ThreadPoolExecutor(1, "experts-down")
         self._counting = Lock()
         self.on_miss, self.low_bit, self._low_bit_share = on_miss, low_bit, low_bit_share
         self._compute_rows = {"copy": lambda: 0.0, "compute": lambda: np.inf}.get(
@@ -145,6 +146,7 @@ class ExpertStore:
     def __exit__(self, *_: object) -> None:
         self._release()  # a copy down may wait for one of these places
         self._worker.shutdown(cancel_futures=True)
+        self._downward.shutdown(cancel_futures=True)
 
     def fill(self) -> None:
         """Brings the experts that the policy thinks most of, and into host memory the next ones;
@@ -306,8 +308,22 @@ class ExpertStore:
         while len(self._below) >= self._room_below:
             oldest, place = self._below.popitem(last=False)
             self._leave(self._host, place, self._arriving.get(oldest))
-        self._below[expert] = below = self._worker.submit(lambda: self._host.copy(future.result()))
+        self._below[expert] = below = self._copy_down(future)
         self._leave(self._above, future, below)
+
+    def _copy_down(self, future: "Future[Held]") -> "Future[Held]":
+        """By a thread that does nothing else, and not before the expert has come: the places that
+        this frees are what those who bring experts may be waiting for."""
+        below: Future[Held] = Future()
+
+        def run() -> None:
+            try:
+                below.set_result(self._host.copy(future.result()))
+            except Exception as error:  # noqa: BLE001 (or whoever waits for it waits for ever)
+                below.set_exception(error)
+
+        future.add_done_callback(lambda _: self._downward.submit(run))
+        return below
 
     def _leave(self, memory: Memory, future: "Future[Held]", after: Future | None = None) -> None:
         """An expert's place is free once `after`, a copy of it to elsewhere, is done, and once

@@ -74,7 +74,7 @@ class Settings:
     smollm2_tokens: int = 98_304
     """Tokens that SmolLM2 reads, and that its students are trained on, each once."""
     quick: bool = False
-    """One seed, a few updates, and one arm of a kind."""
+    """One seed, a few updates, one arm of a kind, and not SmolLM2 (its own script has --quick)."""
 
     def __post_init__(self) -> None:
         require(

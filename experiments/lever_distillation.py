@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     """Trains what is not there, compares, writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
     if settings.quick:
-        settings = replace(settings, seeds=1, steps=10, teacher_steps=10)
+        settings = replace(settings, seeds=1, steps=10, teacher_steps=10, smollm2_seeds=0)
     out = output_folder(settings.out)
     for folder in ("arms", "plots"):
         (out / folder).mkdir(exist_ok=True)

@@ -27,9 +27,8 @@ def sequence_loss(scores: Float[Array, "B L E"], per_token: int) -> Float[Array,
     """
     _, length, experts = scores.shape
     _, chosen = lax.top_k(lax.stop_gradient(scores), per_token)
-    picked = jnp.any(chosen[..., None] == jnp.arange(experts), axis=-2)
-    frequency = picked.astype(jnp.float32).sum(axis=1) * experts / (per_token * length)
-    probability = (scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)).mean(axis=1)
+    frequency = _picked(chosen, experts).sum(axis=1) * experts / (per_token * length)
+    probability = _normalised(scores).mean(axis=1)
     return (frequency * probability).sum(axis=-1).mean()
 
 
@@ -43,7 +42,7 @@ def expert_loss(
     Under data parallelism both means are taken over all devices. The gradient flows through P.
     """
     experts = scores.shape[-1]
-    probability = (scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)).mean(axis=0)
+    probability = _normalised(scores).mean(axis=0)
     if data_parallel() > 1:
         load, probability = lax.psum(load, DATA), lax.pmean(probability, DATA)
     frequency = load * (experts / jnp.maximum(load.sum(), 1))
@@ -66,14 +65,13 @@ def locality_loss(
     hold.
     """
     *_, length, experts = scores.shape
-    picked = jnp.any(chosen[..., None] == jnp.arange(experts), axis=-2).astype(jnp.float32)
     # Before token t: all picks so far, less those that are older than the window.
-    sums = jnp.pad(jnp.cumsum(picked, axis=1), ((0, 0), (1, 0), (0, 0)))[:, :length]
+    sums = jnp.cumsum(_picked(chosen, experts), axis=1)
+    sums = jnp.pad(sums, ((0, 0), (1, 0), (0, 0)))[:, :length]
     older = jnp.pad(sums, ((0, 0), (window, 0), (0, 0)))[:, :length]
     seen = jnp.clip(jnp.arange(length), 1, window)[:, None]
     frequency = lax.stop_gradient((sums - older) / seen)
-    probability = scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
-    return 1 - (frequency * probability).sum(axis=-1).mean()
+    return 1 - (frequency * _normalised(scores)).sum(axis=-1).mean()
 
 
 def z_loss(logits: Float[Array, "*batch E"]) -> Float[Array, ""]:
@@ -83,5 +81,15 @@ def z_loss(logits: Float[Array, "*batch E"]) -> Float[Array, ""]:
 
 def router_entropy(scores: Float[Array, "*batch E"]) -> Float[Array, ""]:
     """Mean entropy, in nats, of the affinities normalised over experts: log E when indifferent."""
-    p = scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
+    p = _normalised(scores)
     return -jnp.mean(jnp.sum(p * jnp.log(p + 1e-20), axis=-1))
+
+
+def _picked(chosen: Int[Array, "*batch K"], experts: int) -> Float[Array, "*batch E"]:
+    """1 where an expert is among a token's chosen ones."""
+    return jnp.any(chosen[..., None] == jnp.arange(experts), axis=-2).astype(jnp.float32)
+
+
+def _normalised(scores: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
+    """s_e / sum s."""
+    return scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)

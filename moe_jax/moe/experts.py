@@ -14,6 +14,14 @@ def swiglu(gate_up: Float[Array, "*batch twoF"]) -> Float[Array, "*batch F"]:
     return jax.nn.silu(gate) * up
 
 
+def expert_output(
+    x: Float[Array, "T D"], gate_up: Float[Array, "D twoF"], down: Float[Array, "F D"]
+) -> Float[Array, "T D"]:
+    """swiglu(x gate_up) down of one expert, computed in x's dtype, in float32."""
+    y = swiglu(x @ gate_up.astype(x.dtype)) @ down.astype(x.dtype)
+    return y.astype(jnp.float32)
+
+
 def grouped_swiglu(
     rows: Float[Array, "R D"],
     gate_up: Float[Array, "E D twoF"],

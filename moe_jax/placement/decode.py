@@ -24,7 +24,7 @@ from moe_jax.model.attention import Cache, cached_sight, empty_cache
 from moe_jax.model.block import Block
 from moe_jax.model.generate import sample
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.experts import swiglu
+from moe_jax.moe.experts import expert_output
 from moe_jax.moe.layer import project
 from moe_jax.moe.route import route
 from moe_jax.moe.rules import Context
@@ -52,15 +52,6 @@ class Leaving(NamedTuple):
     """The active experts: distinct, ascending, then -1, so that one program serves any number."""
     outputs: list[Float[Array, "B D"]]
     """Of each in float32, not weighted; anything finite where the id is -1."""
-
-
-@jax.jit
-def expert_output(
-    normed: Float[Array, "B D"], gate_up: Float[Array, "D twoF"], down: Float[Array, "F D"]
-) -> Float[Array, "B D"]:
-    """swiglu(x gate_up) down in float32."""
-    y = swiglu(normed @ gate_up.astype(normed.dtype)) @ down.astype(normed.dtype)
-    return y.astype(jnp.float32)
 
 
 def mix(leaving: Leaving) -> Float[Array, "B D"]:
@@ -181,22 +172,24 @@ class TieredDecoder:
         if self.look_ahead and layer < len(self._blocks) - 1:
             following = _by_rank(ahead, experts)
         share = _shares(chosen, np.asarray(entered.weights), active) if self.shares else None
-        missing = min(chosen.size, experts) - len(active)
-        outputs: list[Any] = [entered.normed] * (len(active) + missing)
+        outputs: dict[int, Array] = {}
 
         def compute(index: int, matrices: Expert) -> None:
             outputs[index] = self._output(entered.normed, matrices)
 
         self.store.fetch(layer, active, following, rows=rows[active], share=share, arrived=compute)
-        ids = np.concatenate([active, np.full(missing, -1)]).astype(np.int32)
-        return Leaving(entered, ids, outputs)
+        padding = min(chosen.size, experts) - len(active)
+        filler = outputs[0] if outputs else entered.normed.astype(jnp.float32)
+        ids = np.concatenate([active, np.full(padding, -1)]).astype(np.int32)
+        made = [outputs[index] for index in range(len(active))]
+        return Leaving(entered, ids, made + [filler] * padding)
 
     def _output(self, normed: Array, matrices: Expert) -> Array:
         """Of one expert, computed where its matrices are."""
         where = matrices[0].sharding
         if self.store.unified or where.device_set == {self.store.device}:
-            return expert_output(normed, *matrices)
-        there = expert_output(jax.device_put(normed, where), *matrices)
+            return _expert_output(normed, *matrices)
+        there = _expert_output(jax.device_put(normed, where), *matrices)
         return jax.device_put(there, self.store.device)
 
 
@@ -328,6 +321,9 @@ def _programs(config: ModelConfig) -> Programs:
         jax.jit(turn, donate_argnums=6),
         jax.jit(end),
     )
+
+
+_expert_output = jax.jit(expert_output)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))

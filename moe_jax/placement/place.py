@@ -81,12 +81,12 @@ class Placement:
     def make_room(self, layer: int, count: int, keep: Collection[int]) -> list[int]:
         """Evicts `count` residents, the least worthy but for those to `keep`, before `layer` needs
         their places: out of its own quota if that is enough."""
+        free = self.resident.copy()
+        free[list(keep)] = False
         scope, _ = self.room(layer)
-        rivals = np.flatnonzero(self.resident[scope]) + scope.start
-        rivals = rivals[~np.isin(rivals, list(keep))]
-        if len(rivals) < count:
-            rivals = np.flatnonzero(self.resident)
-            rivals = rivals[~np.isin(rivals, list(keep))]
+        if free[scope].sum() < count:
+            scope = slice(0, self.policy.size)
+        rivals = np.flatnonzero(free[scope]) + scope.start
         evicted = rivals[np.argsort(self.policy.worth(rivals), kind="stable")[:count]]
         self.resident[evicted] = False
         return evicted.tolist()

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.config import require
 from moe_jax.errors import UserError
-from moe_jax.moe.experts import swiglu
+from moe_jax.moe.experts import expert_output
 from moe_jax.placement.files import ExpertFiles
 from moe_jax.placement.memory import Expert, Held, Memory, device_memory, host_memory
 from moe_jax.placement.place import Placement, Scope
@@ -72,8 +72,8 @@ class ExpertStore:
 
     `low_bit`: 8-bit copies of the same experts (write_experts), which then stand in, for once, for
     absent experts whose share of every token's weight is below `low_bit_share`. This changes
-    results. Nothing else does, but that on an accelerator what is computed in host memory is summed
-    apart, and rounded as the CPU rounds. `device`: the first one, unless another is given.
+    results. Nothing else does, but that what is computed in host memory beside an accelerator is
+    rounded as the CPU rounds. `device`: the first one, unless another is given.
 
     Use it as a context, from one thread. What `fetch` returned is overwritten after the next
     `fetch`: by then, nothing may be computing with it.
@@ -417,7 +417,7 @@ class ExpertStore:
         below = self._host.read(0, 0, self.files)
         above = self._above.copy(below)
         seconds = []
-        compute = jax.jit(lambda x, gate_up, down: swiglu(x @ gate_up) @ down)
+        compute = jax.jit(expert_output)
         x = jax.device_put(jnp.ones((1, self.files.gate_up_shape[0]), self.files.dtype),
                            below.matrices[0].sharding)  # fmt: skip
         for call in (lambda: compute(x, *below.matrices), lambda: self._above.copy(below).matrices):

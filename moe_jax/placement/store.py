@@ -195,21 +195,8 @@ class ExpertStore:
         )
         self.ahead.compare(layer, ids)
         predicted = self._drop_wrong(set(ids))
-        found: dict[int, Future[Held]] = {}
-        came, low, missing, light = dict(predicted), {}, [], []
-        for index, e in enumerate(ids):
-            if e in self._resident:
-                found[e] = self._resident[e]
-            elif e in predicted:
-                found[e] = predicted[e]
-            elif e in self._below and (1 if rows is None else rows[index]) <= self._compute_rows:
-                found[e] = self._below[e]
-                self._below.move_to_end(e)
-                self.traffic.computed += 1
-            elif share is not None and self.low_bit and share[index] < self._low_bit_share:
-                light.append(e)
-            else:
-                missing.append(e)
+        found, missing, light = self._look_up(ids, predicted, rows, share)
+        came, low = dict(predicted), {}
         self._make_room(layer, ids)
         begin = perf_counter()
         for e in light:
@@ -238,6 +225,27 @@ class ExpertStore:
         self._unsettled = layer, np.asarray(experts), came, low
         self.traffic.fetches.append((entered - self._born, perf_counter() - self._born))
         return [given[e] for e in ids]
+
+    def _look_up(
+        self, ids: list[int], predicted: Arrived, rows: np.ndarray | None, share: np.ndarray | None
+    ) -> tuple[Arrived, list[int], list[int]]:
+        """(where experts are or will be; who must be brought; whose 8-bit copy stands in)"""
+        found: Arrived = {}
+        missing, light = [], []
+        for index, e in enumerate(ids):
+            if e in self._resident:
+                found[e] = self._resident[e]
+            elif e in predicted:
+                found[e] = predicted[e]
+            elif e in self._below and (1 if rows is None else rows[index]) <= self._compute_rows:
+                found[e] = self._below[e]
+                self._below.move_to_end(e)
+                self.traffic.computed += 1
+            elif share is not None and self.low_bit and share[index] < self._low_bit_share:
+                light.append(e)
+            else:
+                missing.append(e)
+        return found, missing, light
 
     def _make_room(self, layer: int, needed: list[int]) -> None:
         """Before a layer's experts come: places for all of them, and for those of the next layer

@@ -29,6 +29,7 @@ class Figures:
         self.by_name = {v.name: v for v in everything}
         self.steps, self.links = steps, links
         self.full, self.naive = self.by_name["all_resident"], self.by_name["naive"]
+        self.float32 = self.by_name["all_resident_float32"]
         self.tokens = len(steps) // self.full.decoder.config.moe_layers
         self.expert_bytes = self.full.decoder.store.files.expert_bytes
 
@@ -63,20 +64,19 @@ class Figures:
         return max(found, key=lambda v: ratio(v, self.full))
 
     def exact(self) -> bool:
-        """Whether all logits are the same bits, but for those of low-bit copies, and of experts
-        that another processor than the device computes."""
-        stores = ((v, v.decoder.store) for v in self.by_name.values())
+        """Whether all logits are the same bits, but for those of low-bit copies, of experts in
+        float32, and of experts that another processor than the device computes."""
+        stores = ((v, v.decoder.store) for v in self.by_name.values() if v is not self.float32)
         same = [v for v, s in stores if s.low_bit is None and (s.unified or s.on_miss == "copy")]
         expected = np.stack(self.full.logits)
         return all(np.array_equal(np.stack(v.logits), expected) for v in same)
 
-    def low_bit_nats(self) -> float:
-        """Mean KL from the exact next-token distribution to the one with low-bit copies."""
-        exact, other = (
-            np.stack(v.logits)[:, 0].astype(np.float64)
-            for v in (self.full, self.by_name["low_bit_at_25"])
+    def nats(self, one: Variant, other: Variant) -> float:
+        """Mean KL divergence of the next-token distributions, from `one` to `other`."""
+        exact, other_logits = (np.stack(v.logits)[:, 0].astype(np.float64) for v in (one, other))
+        log_p, log_q = (
+            x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (exact, other_logits)
         )
-        log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (exact, other))
         return float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)))
 
 
@@ -100,7 +100,10 @@ def describe(f: Figures, seed: int) -> list[Measurement]:
         ("exact", int(f.exact()), "1: all logits bit for bit equal", base),
         ("async_over_blocking_at_25",
          ratio(f.by_name[f"{POLICY}_at_25"], f.by_name["blocking_at_25"]), "ratio", "blocking"),
-        ("low_bit_kl", f.low_bit_nats(), "nats/token", "exact"),
+        ("float32_of_all_resident", ratio(f.float32, full), "ratio of speeds", base),
+        ("decode_of_float32_all_resident_at_25", ratio(at_25, f.float32), "ratio", "float32"),
+        ("rounding_kl", f.nats(f.float32, full), "nats/token", "experts in float32"),
+        ("low_bit_kl", f.nats(full, f.by_name["low_bit_at_25"]), "nats/token", "exact"),
         ("read_bandwidth", disk, f"bytes/s, {READERS} threads, checked", None),
         ("host_bandwidth", host, "bytes/s, host memory to device", None),
         ("expert_bytes", f.expert_bytes, "bytes", None),
@@ -187,8 +190,8 @@ def verdict(values: Mapping[str, float | int | None], reads: str) -> str:
         f"{values['decode_of_ceiling_at_25']:.0%} of the ceiling, and asynchronous copies make "
         f"{values['async_over_blocking_at_25']:.2f}x of blocking ones; results are "
         f"{'bit for bit the same' if values['exact'] else 'NOT the same'}; reads {reads}; batch 1, "
-        f"one CPU, one model ({values['model_bits_per_byte']:.3f} bits per byte)"
-        + _training(values)
+        f"one CPU, one model ({values['model_bits_per_byte']:.3f} bits per byte, experts of "
+        f"{values['expert_bytes']} bytes)" + _training(values)
     )
 
 

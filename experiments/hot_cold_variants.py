@@ -75,14 +75,17 @@ def open_files(folder: Path) -> tuple[ExpertFiles, str]:
 
 
 def all_variants(run: Trained, folder: Path, stack: ExitStack) -> Iterator[Variant]:
-    """all_resident; every policy at 25%; the best one (POLICY) at every budget; the controls at
-    25% and 50%: no look-ahead, naive, blocking copies; and the other choices on a miss. Every layer
-    has its quota of residents: in a common pool layers that take turns push each other out."""
+    """all_resident, and the same in float32; every policy at 25%; the best one (POLICY) at every
+    budget; the controls at 25% and 50%: no look-ahead, naive, blocking copies; and the other
+    choices on a miss. Every layer has its quota of residents: in a common pool layers that take
+    turns push each other out."""
     model = run.config.resolved_model()
     per_token, layers = model.moe.experts_per_token, model.moe_layers
     total = layers * model.moe.experts
 
-    def make(name: str, policy: str, slots: int, ahead: int = 0, **choices: Any) -> Variant:
+    def make(
+        name: str, policy: str, slots: int, ahead: int = 0, folder: Path = folder, **choices: Any
+    ) -> Variant:
         files, _ = open_files(folder)
         frequency = np.ones(total) if policy == "static" else None
         store = ExpertStore(
@@ -104,6 +107,7 @@ def all_variants(run: Trained, folder: Path, stack: ExitStack) -> Iterator[Varia
 
     ahead, everything = 1, total * open_files(folder)[0].expert_bytes
     yield make("all_resident", "static", total)
+    yield make("all_resident_float32", "static", total, folder=folder / "float32")
     yield make("naive", "lru", per_token, blocking=True)
     for policy in ONLINE:
         yield make(f"{policy}_at_25", policy, total // 4, ahead)

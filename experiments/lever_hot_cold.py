@@ -10,13 +10,16 @@ same text, one after the other; ratios are medians over rounds of speeds in the 
 naive baseline loads each expert when it is needed, one after the other, and keeps none. The ceiling
 is max(compute, bytes · (1 - h) / bandwidth) a token: compute is the all-resident time, h the hit
 rate, bandwidth that of the same copies, as many at once, with nothing else running, in the same
-round. All variants but low_bit_… give the same bits. Training with tiers is measured by
-training_capacity.py, which this runs at the end.
+round. All variants but low_bit_… give the same bits. The experts are rounded to bfloat16, in which
+models are published, those of all_resident too; all_resident_float32 and the divergence from it
+show what that costs. Training with tiers is measured by training_capacity.py, which this runs at
+the end.
 """
 
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -49,6 +52,8 @@ class Settings:
     """A smaller model, fewer tokens and rounds."""
     locality: float = LOCALITY
     """Weight of the model's locality loss; 0 trains it with DeepSeek-V3's balance alone."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the experts, on disk and in memory; everything is computed in float32."""
     training: bool = True
     """Measure training with tiers, too."""
     model: str = ""
@@ -61,9 +66,10 @@ def main(argv: list[str]) -> None:
     out = output_folder(settings.out)
     source = Path(settings.model) if settings.model else out
     run = trained_model(source, settings.seed, settings.quick, settings.locality)
-    folder = out / "experts"
-    save_experts(folder, run.state.parameters)
-    save_experts(folder / "low-bit", run.state.parameters, low_bit=True)
+    folder, parameters = out / "experts", run.state.parameters
+    save_experts(folder, parameters, dtype=settings.dtype)
+    save_experts(folder / "low-bit", parameters, low_bit=True)
+    save_experts(folder / "float32", parameters, dtype="float32")
     rounds, count = (2, 3) if settings.quick else (7, 24)
     windows = variants.text_windows(run, source, count)
     with ExitStack() as stack:

@@ -26,7 +26,7 @@ from moe_jax.train.loop import train
 from moe_jax.train.trained import Trained, load_run
 
 DOMAINS = ("code", "prose", "tables")
-LOCALITY = 0.6
+LOCALITY = 0.3
 """Weight of the locality loss, unless another is given."""
 LIMIT = 2_000_000
 """Most bytes of a domain's training text; its held-out text has at most an eighth of that."""

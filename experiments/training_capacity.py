@@ -2,15 +2,16 @@
 
     python experiments/training_capacity.py [--out DIR] [--quick] [--seed N]
 
-Trains one model twice, each time in a process of its own so that its peak is its own: all resident
-(train.step.make_step), and with a device budget of a quarter of the experts' state, parameters and
-AdamW moments, the working set included; the others are on disk, read and written around the page
-cache (O_DIRECT). Both recompute activations (model.remat=full), and in both malloc gives freed
-arrays back at once (mallopt by environment). Memory is the largest resident size of the process
-(VmHWM) less what it held before the state was made. Capacity is bytes of expert state trained per
-byte of that memory, and the gain is the ratio of the two capacities. Speeds are medians over
-updates, their ratio the median over rounds in which both are run, one after the other. Tokens are
-random, so nearly every expert is used in every update: the most traffic that there can be.
+Trains one model thrice, each time in a process of its own so that its peak is its own: all resident
+(train.step.make_step); with a device budget of a quarter of the experts' state, parameters and
+AdamW moments, the working set included, the others on disk, read and written around the page cache
+(O_DIRECT); and the same with every read and write waited for before anything else happens, the
+control of the asynchronous ones. All recompute activations (model.remat=full), and in all malloc
+gives freed arrays back at once (mallopt by environment). Memory is the largest resident size of the
+process (VmHWM) less what it held before the state was made. Capacity is bytes of expert state
+trained per byte of that memory, and the gain is the ratio of the two capacities. Speeds are medians
+over updates, their ratio the median over rounds in which all are run, one after the other. Tokens
+are random, so nearly every expert is used in every update: the most traffic that there can be.
 """
 
 import json
@@ -20,12 +21,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from rich.progress import track
 
 from moe_jax.cli import parse_settings, program
@@ -132,25 +135,29 @@ def make_batch(config: TrainConfig, index: int) -> dict[str, jax.Array]:
     return {"tokens": tokens, "segments": jnp.ones_like(tokens)}
 
 
-def prepared(config: TrainConfig) -> tuple[Any, Callable[..., Any], Callable[[], dict[str, Any]]]:
-    """(first state, update function, what the last update moved)"""
+def prepared(
+    config: TrainConfig, blocking: bool
+) -> tuple[Any, Callable[..., Any], Callable[[], dict[str, Any]]]:
+    """(first state, update function, what the last update moved, and when)"""
     if not config.placement.tiered:
         step = jax.jit(make_step(config), donate_argnums=0)
         return jax.jit(init_state, static_argnums=0)(config), step, dict
     check_tiers(config)
     experts = open_experts(config, Path(config.out), None, 0)
+    experts.threads.blocking = blocking
     tiered = TieredStep(config, experts)
     state = jax.jit(init_trunk, static_argnums=0)(config)
-    return state, tiered, lambda: next(iter(tiered.lines.values()))
+    return state, tiered, lambda: {**next(iter(tiered.lines.values())), "spans": experts.spans}
 
 
 def worker(spec: dict[str, Any]) -> dict[str, Any]:
     """One run: its memory, seconds an update, losses, and the last update's traffic."""
     size = Size(**spec["size"])
-    config = config_of(size, spec["seed"], Path(spec["folder"]), spec["tiers"], spec["direct"])
+    tiers, blocking = spec["kind"] != "resident", spec["kind"] == "blocking"
+    config = config_of(size, spec["seed"], Path(spec["folder"]), tiers, spec["direct"])
     jax.block_until_ready(jax.jit(jnp.matmul)(jnp.ones((512, 512)), jnp.ones((512, 512))))
     before = memory("VmRSS")
-    state, step, moved = prepared(config)
+    state, step, moved = prepared(config, blocking)
     losses, seconds = [], []
     for index in range(2 + size.updates):
         batch, begin = make_batch(config, index), time.perf_counter()
@@ -192,14 +199,38 @@ def run_worker(spec: dict[str, Any], cache: Path) -> dict[str, Any]:
 def measure(size: Size, seed: int, out: Path) -> tuple[list[Measurement], str]:
     """Everything: measurements and the verdict. For other experiments as well."""
     spec = {"size": asdict(size), "seed": seed, "folder": str(out), "direct": direct_works(out)}
-    kinds = {"resident": {**spec, "tiers": False}, "tiers": {**spec, "tiers": True}}
+    kinds = {kind: {**spec, "kind": kind} for kind in ("resident", "tiers", "blocking")}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
     for own in kinds.values():  # compiles, so that no compiler is in the measured memory
         run_worker({**own, "size": {**own["size"], "updates": 1}}, out / "compiled")
     for _ in track(range(size.rounds), "rounds", disable=not sys.stdout.isatty()):
         for name, own in kinds.items():
             found[name].append(run_worker(own, out / "compiled"))
+    (out / "plots").mkdir(exist_ok=True)
+    draw(found).savefig(out / "plots" / "training_timeline.png", dpi=120)
     return summarise(size, config_of(size, seed, out, True, spec["direct"]), spec["direct"], found)
+
+
+def draw(found: dict[str, list[dict[str, Any]]]) -> Figure:
+    """The last update: reads, writes, and computation: the update's own between its waits, and
+    that of what is about to be written."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, name in zip(panels, ("tiers", "blocking"), strict=True):
+        spans = found[name][-1]["traffic"]["spans"]
+        first = min(begin for _, begin, _ in spans)
+        at = {
+            what: [(begin - first, end - begin) for w, begin, end in spans if w == what]
+            for what in ("read", "write", "compute", "wait")
+        }
+        waits = sorted(at.pop("wait"))
+        at["compute"] += [(b + n, c - b - n) for (b, n), (c, _) in pairwise(waits)]
+        for row, (what, color) in enumerate(zip(at, ("red", "orange", "green"), strict=True)):
+            axes.broken_barh(at[what], (row, 0.8), color=f"tab:{color}", lw=0)
+        axes.set_yticks([0.4, 1.4, 2.4], [*at])
+        axes.set_title({"tiers": "asynchronous"}.get(name, name), fontsize=9)
+    panels[-1].set_xlabel("seconds")
+    return figure
 
 
 def direct_works(folder: Path) -> bool:
@@ -228,15 +259,23 @@ def summarise(
     state, tokens = expert_bytes(config), size.batch * config.data.length
     peak = {name: median(name, lambda run: run["peak"] - run["before"]) for name in found}
     rate = {name: median(name, lambda run: tokens / np.median(run["seconds"])) for name in found}
-    pairs = zip(found["tiers"], found["resident"], strict=True)
-    speed = float(np.median([np.median(r["seconds"]) / np.median(t["seconds"]) for t, r in pairs]))
+
+    def over(one: str, other: str) -> float:
+        """Speed of one over the other's, the median over rounds."""
+        pairs = zip(found[one], found[other], strict=True)
+        ratios = [np.median(o["seconds"]) / np.median(own["seconds"]) for own, o in pairs]
+        return float(np.median(ratios))
+
+    speed, overlap = over("tiers", "resident"), over("tiers", "blocking")
     gain = peak["resident"] / peak["tiers"]
-    apart = np.max(np.abs(np.subtract(found["tiers"][0]["losses"], found["resident"][0]["losses"])))
+    losses = [found[name][0]["losses"] for name in found]
+    apart = np.max(np.ptp(losses, axis=0))
     last = found["tiers"][-1]["traffic"]
     seeds = [config.seed]
     rows = [
         Measurement("train_capacity_gain_at_25", gain, "x", "all resident", gain, seeds=seeds),
         Measurement("train_speed_of_all_resident_at_25", speed, "x", "all resident", speed),
+        Measurement("train_async_over_blocking_at_25", overlap, "x", "blocking", overlap),
         Measurement("expert_state_bytes", state, "bytes"),
         Measurement("device_budget_bytes", config.placement.device_bytes, "bytes"),
         Measurement("largest_difference_of_losses", float(apart), "nats/token"),
@@ -257,7 +296,8 @@ def summarise(
         f"With a device budget of a quarter of the experts' state ({state / 1e6:,.0f} MB) training "
         f"takes {peak['tiers'] / 1e6:,.0f} MB where all resident takes "
         f"{peak['resident'] / 1e6:,.0f} MB: a model {gain:.1f} times as large in the same memory, "
-        f"at {speed:.2f} of the speed ({below}, every expert used in every update)"
+        f"at {speed:.2f} of the speed ({below}, every expert used in every update), which is "
+        f"{overlap:.2f} times that with every copy waited for"
     )
     return rows, verdict
 

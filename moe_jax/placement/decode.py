@@ -331,13 +331,21 @@ def _sample(key: Array, logits: Array, vocabulary: int, temperature: float, top_
     return sample(key, logits[:, :vocabulary], temperature, top_k)
 
 
-def save_experts(folder: Path, parameters: nnx.State, *, low_bit: bool = False) -> int:
-    """Writes the routed experts of a model's sparse blocks for ExpertFiles, a file a layer."""
+def save_experts(
+    folder: Path, parameters: nnx.State, *, dtype: Any = None, low_bit: bool = False
+) -> int:
+    """Writes the routed experts of a model's sparse blocks for ExpertFiles, a file a layer.
+
+    `dtype`: what they are rounded to, on disk and wherever they are held; unset, not at all.
+    """
     moe: Any = parameters["sparse"]["blocks"]["moe"]  # pyright: ignore[reportIndexIssue]
     gate_up, down = moe["gate_up"][...], moe["down"][...]
 
     def layers() -> Iterable[tuple[np.ndarray, np.ndarray]]:
         for layer in range(len(gate_up)):
-            yield np.asarray(gate_up[layer]), np.asarray(down[layer])
+            yield (
+                np.asarray(gate_up[layer]).astype(dtype or gate_up.dtype),
+                np.asarray(down[layer]).astype(dtype or down.dtype),
+            )
 
     return write_experts(folder, layers(), low_bit=low_bit)

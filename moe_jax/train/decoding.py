@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +47,9 @@ class DecodePlacement:
     on_miss: OnMiss = "copy"
     """An expert in host memory is copied to the device, or computed with where it is, or whichever
     is cheaper for its number of tokens."""
+    dtype: Literal["", "bfloat16", "float16", "float32"] = ""
+    """What the routed experts are rounded to, on disk and in memory: bfloat16 takes half of
+    float32's bytes. THIS CHANGES RESULTS, the same way under every budget; unset: not rounded."""
     low_bit_share: float = 0.0
     """An absent expert below this share of every token's weight is read as its 8-bit copy. THIS
     CHANGES RESULTS; 0: never."""
@@ -61,14 +64,15 @@ class DecodePlacement:
         )
 
 
-def prepare_decoding(run: str | Path, *, low_bit: bool = False) -> Path:
-    """RUN/decode for the run's newest checkpoint, written unless it is there.
+def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False) -> Path:
+    """RUN/decode for the run's newest checkpoint, written unless it is there; the experts rounded
+    to `dtype`, if given.
 
     An ordinary run is loaded as a whole for this, once; one that was trained with tiers too.
     UserError: no checkpoint, a dense model, or a disk that fails.
     """
-    folder, step = Path(run) / "decode", newest_step(run)
-    if _step_in(folder) != step:
+    folder, wanted = Path(run) / "decode", (newest_step(run), dtype)
+    if _prepared(folder) != wanted:
         for about in (folder / MODEL, folder / LOW_BIT / MODEL):
             about.unlink(missing_ok=True)
         trained = load_run(run)
@@ -76,27 +80,31 @@ def prepare_decoding(run: str | Path, *, low_bit: bool = False) -> Path:
             trained.config.model.moe_layers > 0,
             f"{run} is a dense model (dense_layers equals layers): it has no experts to place",
         )
-        save_experts(folder, trained.state.parameters)
+        save_experts(folder, trained.state.parameters, dtype=dtype or None)
         with disk_errors(folder):
             write_atomically(folder / TRUNK, save(_flat(trained.state)))
             facts = {
-                "step": step,
+                "step": wanted[0],
+                "dtype": dtype,
                 "loaded": trained.step,  # an older one, if the newest was damaged
                 "config": asdict(trained.config),
                 "tokenizer": trained.tokenizer.to_json(),
             }
             write_atomically(folder / MODEL, json.dumps(facts))
-    if low_bit and _step_in(folder / LOW_BIT) != step:
+    if low_bit and _prepared(folder / LOW_BIT) != wanted:
         files = ExpertFiles(folder)
         write_experts(folder / LOW_BIT, _read_all(files), low_bit=True)
         files.close()
-        write_atomically(folder / LOW_BIT / MODEL, json.dumps({"step": step}))
+        about = {"step": wanted[0], "dtype": dtype}
+        write_atomically(folder / LOW_BIT / MODEL, json.dumps(about))
     return folder
 
 
-def _step_in(folder: Path) -> int | None:
+def _prepared(folder: Path) -> tuple[int, str] | None:
+    """(step, dtype of the experts) that the folder was written for."""
     try:
-        return json.loads((folder / MODEL).read_text())["step"]
+        about = json.loads((folder / MODEL).read_text())
+        return about["step"], about["dtype"]
     except (OSError, ValueError, KeyError):
         return None
 
@@ -157,7 +165,7 @@ def open_decoder(
     """A decoder of `batch` rows with the run's experts placed as asked for. Use its store as a
     context. UserError: a budget below one layer's working set, and as prepare_decoding."""
     low_bit = placement.low_bit_share > 0
-    folder = prepare_decoding(run, low_bit=low_bit)
+    folder = prepare_decoding(run, dtype=placement.dtype, low_bit=low_bit)
     made, files = load_decodable(folder), ExpertFiles(folder)
     layers, experts, slots = made.model.moe_layers, files.experts, made.model.moe.slots
     everything = layers * experts * files.expert_bytes

@@ -8,10 +8,9 @@ in a slab, [E, …] arrays at their natural indices; the slab of the next layer 
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from moe_jax.placement.policy import make_policy
 from moe_jax.placement.shelf import Shelf, as_parts
 from moe_jax.train.tier_chunks import Residents, Sizes, Slab, padded, programs_of
 from moe_jax.train.tier_parts import Due, Matrices, init_experts, row_shapes
+from moe_jax.train.tier_threads import Span, Threads
 
 DECIDE_EVERY = 50
 """Updates between two decisions on who is resident."""
@@ -38,8 +38,6 @@ class Uses:
 
     uses: int = 0
     hits: int = 0
-    waited: float = 0.0
-    """Seconds that the update waited for experts, or for room to write gradients."""
     start: dict[str, int] = field(default_factory=dict)
 
 
@@ -76,8 +74,9 @@ class TieredExperts:
         self._writes: list[list[Future[None]]] = [[] for _ in range(layers)]
         self._outstanding: deque[Future[None]] = deque()
         self._gradients: deque[Future[None]] = deque()
-        self._reader, self._mover, self._writer = (ThreadPoolExecutor(1) for _ in range(3))
-        self._used = Uses()
+        self.threads, self._used = Threads(), Uses()
+        self.spans: list[Span] = []
+        """What was done when, up to the last `traffic`."""
 
     # What lives where, from the start on.
 
@@ -137,15 +136,15 @@ class TieredExperts:
         """Starts to bring `active` of `layer` (unset: those of its last update) to a slab, unless
         there is no such layer."""
         if 0 <= layer < self.sizes.layers:
-            self._start(layer, self.last[layer] if active is None else active)
+            with self.threads.noted("wait"):  # unless they are blocking, for nothing
+                self._start(layer, self.last[layer] if active is None else active)
 
     def need(self, layer: int, active: Int[np.ndarray, "n"]) -> Matrices:
         """The slab of `layer` with at least `active`, once it is there."""
-        begin = perf_counter()
-        slab = self._start(layer, active)
-        assert slab.job is not None
-        slab.job.result()
-        self._used.waited += perf_counter() - begin
+        with self.threads.noted("wait"):
+            slab = self._start(layer, active)
+            assert slab.job is not None
+            slab.job.result()
         return slab.matrices
 
     def put_gradient(self, layer: int, active: Int[np.ndarray, "n"], gradients: Matrices) -> None:
@@ -163,11 +162,10 @@ class TieredExperts:
                 at = slice(run[0], run[-1] + 1)
                 self.shelf.write("gradients", layer, run, [view[at] for view in views])
 
-        self._gradients.append(self._submit_write(layer, write))
-        begin = perf_counter()
-        while len(self._gradients) > 1:
-            self._gradients.popleft().result()
-        self._used.waited += perf_counter() - begin
+        with self.threads.noted("wait"):  # for room
+            self._gradients.append(self._submit_write(layer, write, gradients))
+            while len(self._gradients) > 1:
+                self._gradients.popleft().result()
 
     def end_update(self, active: list[np.ndarray], finite: bool, norm: float) -> None:
         """The update that made the last gradients is over: they count, clipped by `norm`, unless
@@ -199,7 +197,7 @@ class TieredExperts:
                     before.result()
                 self._fill(slab, layer, missing)
 
-            slab.job = self._mover.submit(job)
+            slab.job = self.threads.submit("bring", job)
         return slab
 
     def _slab(self, layer: int) -> Slab:
@@ -221,7 +219,7 @@ class TieredExperts:
         self._slabs.append(slab)
         return slab
 
-    # In the mover's thread.
+    # In the thread that brings.
 
     def _fill(self, slab: Slab, layer: int, ids: np.ndarray) -> None:
         held = self._residents[layer]
@@ -265,10 +263,11 @@ class TieredExperts:
         def read(rows: np.ndarray, late: bool) -> list[list[np.ndarray]]:
             return [self._read_from(self.shelf, kind, layer, rows) for kind in kinds[late]]
 
-        reading = [self._reader.submit(read, *chunk) for chunk in chunks[:1]]
+        reading = [self.threads.submit("read", read, *chunk) for chunk in chunks[:1]]
         for index, (rows, late) in enumerate(chunks):
             found = reading.pop().result()
-            reading += [self._reader.submit(read, *c) for c in chunks[index + 1 : index + 2]]
+            following = chunks[index + 1 : index + 2]
+            reading += [self.threads.submit("read", read, *chunk) for chunk in following]
             if late:
                 yield rows, self._advance_rows(layer, rows, *found)
             else:
@@ -327,12 +326,14 @@ class TieredExperts:
                 [part[: len(rows)] for part in as_parts([*map(np.asarray, arrays)])],
             )
 
-        self._outstanding.append(self._submit_write(layer, write))
+        self._outstanding.append(self._submit_write(layer, write, arrays))
         while len(self._outstanding) > 4:
             self._outstanding.popleft().result()
 
-    def _submit_write(self, layer: int, write: Callable[[], None]) -> "Future[None]":
-        future = self._writer.submit(write)
+    def _submit_write(
+        self, layer: int, write: Callable[[], None], arrays: Matrices
+    ) -> "Future[None]":
+        future = self.threads.submit("write", write, computed=arrays)
         self._writes[layer].append(future)
         return future
 
@@ -383,7 +384,7 @@ class TieredExperts:
         saved = Shelf(folder, self.sizes.layers, self.sizes.experts, kinds)
         try:
             for layer in range(self.sizes.layers):
-                self._mover.submit(self._save_layer, saved, layer).result()
+                self.threads.submit("bring", self._save_layer, saved, layer).result()
             saved.finish()
         finally:
             saved.close()
@@ -405,19 +406,19 @@ class TieredExperts:
     def traffic(self) -> dict[str, Any]:
         """What was moved since the last call, and what the experts take on the device at most."""
         now, used = vars(self.shelf.moved).copy(), self._used
-        self._used = Uses(start=now)
+        self._used, self.spans = Uses(start=now), self.threads.take_spans()
+        waited = sum(span.end - span.begin for span in self.spans if span.what == "wait")
         moved = {f"{kind}_bytes": now[kind] - used.start.get(kind, 0) for kind in now}
         return {
             **moved,
             "expert_hit_rate": float(used.hits / used.uses) if used.uses else 1.0,
-            "expert_wait_seconds": used.waited,
+            "expert_wait_seconds": waited,
             "device_expert_bytes": self.sizes.device,
         }
 
     def close(self) -> None:
         """Ends the threads and removes the shelf: checkpoints hold what is worth keeping."""
-        for pool in (self._mover, self._reader, self._writer):
-            pool.shutdown(cancel_futures=True)
+        self.threads.close()
         self.shelf.close()
         self.shelf.remove()
 

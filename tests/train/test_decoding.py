@@ -63,6 +63,17 @@ def test_what_is_prepared_is_not_prepared_again_and_needs_no_run(run, monkeypatc
         prepare_decoding(run)
 
 
+def test_rounded_experts_take_half_the_bytes_and_every_budget_gives_the_same_text(run):
+    exact, rounded = DecodePlacement(), DecodePlacement(dtype="bfloat16")
+    size = written(run, exact)[2].files.expert_bytes
+    tokens, _, store = written(run, rounded)
+    assert 2 * store.files.expert_bytes == size
+    found, _, small = written(run, replace(rounded, device_budget=str(2 * size)))
+    np.testing.assert_array_equal(found, tokens)
+    assert small.traffic.hits < small.traffic.uses
+    assert written(run, exact)[2].files.expert_bytes == size  # prepared anew
+
+
 def test_eight_bit_copies_stand_in_if_asked_for(run):
     tokens, _, _ = written(run, DecodePlacement())
     size = ExpertFiles(prepare_decoding(run)).expert_bytes

@@ -33,7 +33,8 @@ def test_quick_runs_give_the_agreed_figures(tmp_path):
     assert found["all_resident.hit_rate"] == 1
     assert 0 < found["hits_of_belady_best_online"] <= 1
     assert found["train_capacity_gain_at_25"] > 0
-    assert found["largest_difference_of_losses"] == 0
+    # Programs of a layer and of the whole model may round apart: here, without optimisation.
+    assert found["largest_difference_of_losses"] < 1e-5
     assert found["rounding_kl"] > 0
     plots = {"speed.png", "timeline.png", "training_timeline.png"}
     assert {p.name for p in (out / "plots").iterdir()} == plots

@@ -39,8 +39,9 @@ class Threads:
         """Has the thread of `task` make the call, once the arrays `computed` are there."""
 
         def run() -> Any:
-            with self.noted("compute"):
-                jax.block_until_ready(computed)
+            if computed:
+                with self.noted("compute"):
+                    jax.block_until_ready(computed)
             with self.noted(task):
                 return call(*arguments)
 

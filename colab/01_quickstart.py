@@ -27,9 +27,9 @@ from pathlib import Path
 
 from IPython.display import Image, display
 
-from moe_jax.presets import PRESETS
-from moe_jax.train.loop import train
-from moe_jax.train.trained import load_run
+from moe_jax.config.presets import PRESETS
+from moe_jax.runs.run import run_training
+from moe_jax.runs.load import load_run
 
 # %% [markdown]
 # Every setting is a field of a frozen dataclass. `STEPS=…` in the environment shortens the run.
@@ -44,7 +44,7 @@ config.model
 # Train. Run the cell again after an interruption and it continues where it was.
 
 # %%
-out = Path(train(config))
+out = Path(run_training(config))
 
 # %% [markdown]
 # How well it predicts text it has never seen, beside what compressors make of the same text.

@@ -25,9 +25,9 @@ from adversarial_lab import (
     windows_of,
 )
 
-from moe_jax.result import Measurement
-from moe_jax.train.adversarial import State, guess_objective, smoothed_objective, states
-from moe_jax.train.distillation import DistillConfig, online_objective
+from moe_jax.base.result import Measurement
+from moe_jax.objectives.adversarial import State, guess_objective, smoothed_objective, states
+from moe_jax.objectives.distillation import DistillConfig, online_objective
 from moe_jax.train.step import TrainState
 
 TUNING_SEED = 100

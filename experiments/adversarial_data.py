@@ -42,10 +42,10 @@ from moe_jax.adversarial.reweight import (
     group_excess,
     item_weights,
 )
+from moe_jax.base.result import Measurement
 from moe_jax.distill.teacher import split_model
-from moe_jax.result import Measurement
-from moe_jax.train.adversarial import WEIGHT, sequence_nats, states, weighted_objective
-from moe_jax.train.distillation import DistillConfig, online_objective
+from moe_jax.objectives.adversarial import WEIGHT, sequence_nats, states, weighted_objective
+from moe_jax.objectives.distillation import DistillConfig, online_objective
 
 SOURCES = ("code", "prose", "tables", "shuffled", "repetitive")
 CLEAN = 0.6

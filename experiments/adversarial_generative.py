@@ -32,12 +32,12 @@ from adversarial_lab import (
 from flax import nnx
 
 from moe_jax.adversarial.generative import distinct, group_advantage, make_discriminator
+from moe_jax.base.result import Measurement
 from moe_jax.config import ModelConfig
 from moe_jax.distill.teacher import split_model
-from moe_jax.model.attention import document_sight
+from moe_jax.model.attention import document_context
 from moe_jax.model.generate import generate
-from moe_jax.result import Measurement
-from moe_jax.train.adversarial import (
+from moe_jax.objectives.adversarial import (
     ADVANTAGE,
     DiscriminatorState,
     GenerativeConfig,
@@ -46,7 +46,7 @@ from moe_jax.train.adversarial import (
     policy_objective,
     states,
 )
-from moe_jax.train.distillation import OWN, DistillConfig, online_objective, own_batch
+from moe_jax.objectives.distillation import OWN, DistillConfig, online_objective, own_batch
 from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.step import TrainState
 
@@ -245,8 +245,8 @@ def _written_bits(
     def build() -> Any:
         def nats(state: State, tokens: Any, temperature: Any) -> Any:
             built = nnx.merge(graph, *state)
-            sight = document_sight(model, jnp.ones_like(tokens[:, :-1]))
-            hidden, _, _ = built.hidden(tokens[:, :-1], sight)
+            attention = document_context(model, jnp.ones_like(tokens[:, :-1]))
+            hidden, _, _ = built.hidden(tokens[:, :-1], attention)
             logits = built.logits(hidden)[..., :BYTES] / temperature
             log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
             picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]

@@ -22,6 +22,8 @@ from flax import nnx
 from placement_model import DOMAINS, LIMIT, write_corpus
 from scipy import stats
 
+from moe_jax.base.files import write_atomically
+from moe_jax.base.result import Measurement
 from moe_jax.config import (
     AttentionConfig,
     DataConfig,
@@ -31,11 +33,9 @@ from moe_jax.config import (
     TrainConfig,
 )
 from moe_jax.distill.teacher import split_model
-from moe_jax.files import write_atomically
 from moe_jax.model.count import train_flops_per_token
-from moe_jax.result import Measurement
-from moe_jax.train.adversarial import State, sequence_nats, states
-from moe_jax.train.objective import Batch, losses
+from moe_jax.objectives.adversarial import State, sequence_nats, states
+from moe_jax.objectives.next_token import Batch, losses
 from moe_jax.train.step import Objective, TrainState, init_state, make_step
 
 LENGTH, WINDOWS, BATCH = 64, 8, 16

@@ -21,8 +21,8 @@ from adversarial_lab import (
     windows_of,
 )
 
-from moe_jax.result import Measurement
-from moe_jax.train.adversarial import PerturbConfig, perturbed_objective, states
+from moe_jax.base.result import Measurement
+from moe_jax.objectives.adversarial import PerturbConfig, perturbed_objective, states
 
 SIZES = {"": 0.1, "_small": 0.02}
 """Norm of a shift over the norm of the embeddings; the first is the pilots'."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
@@ -20,8 +20,8 @@ if __name__ == "__main__":
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import require
 from moe_jax.placement.traffic import Traffic
-from moe_jax.train.decoding import DecodePlacement, open_decoder
-from moe_jax.train.trained import decode_until_end
+from moe_jax.runs.decode import DecodePlacement, open_decoder
+from moe_jax.runs.load import decode_until_end
 
 
 @dataclass(frozen=True)

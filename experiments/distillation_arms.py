@@ -13,6 +13,7 @@ import distillation_traits as traits
 import jax
 import numpy as np
 
+from moe_jax.base.files import write_atomically
 from moe_jax.config import (
     AttentionConfig,
     DataConfig,
@@ -27,9 +28,8 @@ from moe_jax.data.tokens import TokenData
 from moe_jax.distill.cache import CacheConfig
 from moe_jax.distill.teacher import Teacher
 from moe_jax.distill.upcycle import UpcycleConfig, sparse_config, upcycle
-from moe_jax.files import write_atomically
 from moe_jax.model.count import train_flops_per_token
-from moe_jax.train.distillation import (
+from moe_jax.objectives.distillation import (
     DistillConfig,
     cached_objective,
     is_on_policy,

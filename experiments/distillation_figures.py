@@ -18,7 +18,7 @@ from distillation_arms import (
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
-from moe_jax.result import Measurement
+from moe_jax.base.result import Measurement
 
 TAUGHT = tuple(name for name, arm in ARMS.items() if arm.alpha > 0)
 PLAIN = tuple(name for name, arm in ARMS.items() if arm.alpha == 0 and name != "teacher")

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
@@ -31,6 +31,9 @@ from distillation_arms import Curve, Curves, Settings
 from distillation_figures import final, first_below, over_seeds, paired, report, say
 from matplotlib.figure import Figure
 
+from moe_jax.base.errors import UserError
+from moe_jax.base.files import write_atomically
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import (
     AttentionConfig,
@@ -45,12 +48,9 @@ from moe_jax.data.tokens import TokenData, prepare
 from moe_jax.distill.cache import CacheConfig, TeacherCache, build_cache, make_outputs
 from moe_jax.distill.teacher import Teacher
 from moe_jax.distill.upcycle import UpcycleConfig, sparse_config
-from moe_jax.errors import UserError
-from moe_jax.files import write_atomically
 from moe_jax.interop.gguf import SMOLLM2, find
 from moe_jax.model.count import count_parameters, train_flops_per_token
-from moe_jax.result import Measurement, output_folder, write_result
-from moe_jax.train.distillation import DistillConfig, cached_objective, online_objective
+from moe_jax.objectives.distillation import DistillConfig, cached_objective, online_objective
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.step import init_state, make_step, state_bytes
 

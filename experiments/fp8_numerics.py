@@ -15,18 +15,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
 
 from scipy.stats import t as student
 
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import override, parse_settings, program
 from moe_jax.config import TrainConfig, require
-from moe_jax.presets import TINY
-from moe_jax.result import Measurement, output_folder, write_result
-from moe_jax.train.loop import train
+from moe_jax.config.presets import TINY
+from moe_jax.runs.run import run_training
 
 QUESTION = "What do FP8 products in the experts cost in loss?"
 BASELINE = "float32"
@@ -75,7 +75,7 @@ def bits_per_byte(config: TrainConfig) -> float:
     """Held-out loss of a run, trained if it is not there."""
     path = Path(config.out) / "result.json"
     if not path.exists() or json.loads(path.read_text())["config"]["steps"] != config.steps:
-        train(config)
+        run_training(config)
     found = json.loads(path.read_text())["measurements"]
     return next(m["value"] for m in found if m["name"] == "validation_bits_per_byte")
 

@@ -7,11 +7,11 @@ import numpy as np
 from hot_cold_variants import BUDGETS, POLICY, Bandwidth, Variant
 from matplotlib.figure import Figure
 
+from moe_jax.base.result import Measurement
 from moe_jax.placement.place import Step, belady
 from moe_jax.placement.policy import ONLINE
 from moe_jax.placement.store import READERS
 from moe_jax.placement.traffic import Traffic
-from moe_jax.result import Measurement
 
 
 def ratio(one: Variant, other: Variant) -> float:

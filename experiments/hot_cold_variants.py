@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from placement_model import held_out_texts
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 from moe_jax.model.generate import generate
 from moe_jax.placement.decode import TieredDecoder
 from moe_jax.placement.files import ExpertFiles
@@ -21,8 +21,8 @@ from moe_jax.placement.place import Step
 from moe_jax.placement.policy import ONLINE, make_policy
 from moe_jax.placement.store import READERS, ExpertStore
 from moe_jax.placement.traffic import Traffic
+from moe_jax.runs.load import Trained
 from moe_jax.train.step import graph_of
-from moe_jax.train.trained import Trained
 
 POLICY = "successor"
 """The one with most hits on the recorded trace (traces.py)."""

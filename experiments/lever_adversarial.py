@@ -11,7 +11,7 @@ A finished run (an arm with a seed) is a file in DIR/runs and is never repeated.
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
@@ -24,8 +24,8 @@ import numpy as np
 from adversarial_lab import FULL, QUICK, Lab, Runs
 from matplotlib.figure import Figure
 
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
-from moe_jax.result import Measurement, output_folder, write_result
 
 QUESTION = "Does adversarial learning improve on distillation, on data selection, on the teacher?"
 PARTS = {

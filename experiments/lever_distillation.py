@@ -15,7 +15,7 @@ are read, not repeated.
 from dataclasses import replace
 from pathlib import Path
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
@@ -24,9 +24,9 @@ import distillation_figures as figures
 import distillation_smollm2 as smollm2
 from distillation_arms import Curves, Runner, Settings, arms_of, seeds_of, teacher_config
 
+from moe_jax.base.result import output_folder, write_result
 from moe_jax.cli import parse_settings, program
 from moe_jax.data.tokens import prepare
-from moe_jax.result import output_folder, write_result
 
 QUESTION = "What does a teacher save a mixture-of-experts student, its own cost counted?"
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
@@ -33,9 +33,9 @@ import training_capacity
 from hot_cold_figures import Figures, describe, draw, verdict
 from placement_model import LOCALITY, held_out_bits, trained_model
 
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
 from moe_jax.placement.decode import save_experts
-from moe_jax.result import Measurement, output_folder, write_result
 
 QUESTION = "How fast does a model decode with only a part of its experts in memory?"
 

@@ -21,11 +21,11 @@ from kernel_model import A100, H100, Device
 from kernel_prediction import DTYPE, Backward, Shape, Step, arrays, backward, predict, routing
 from matplotlib.figure import Figure
 from moe_cases import Table
-from moe_kernels.launch import capability, triton_route
+from moe_kernels.launch import capability, triton_support
 from moe_kernels.timing import paired, ratio
 
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
-from moe_jax.result import Measurement, output_folder, write_result
 
 QUESTION = "What does each kernel idea buy, and is it the article's 2-5x, or 4-10x with PTX?"
 
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
     """Climbs, prints, draws, writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
     out = output_folder(settings.out)
-    measured = triton_route().name == "gpu"
+    measured = triton_support().name == "gpu"
     device = DEVICES[settings.device]
     label = f"PREDICTED for {device.name}, no GPU was there"
     if measured:

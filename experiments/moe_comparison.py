@@ -25,11 +25,11 @@ from moe_cases import (
 )
 from moe_peers import VARIANTS, fastest_peer, ragged_calls, transformers_calls
 
+from moe_jax.base.result import Measurement
 from moe_jax.moe import xla
 from moe_jax.moe.experts import swiglu
 from moe_jax.moe.plan import Plan, make_plan
 from moe_jax.moe.route import route
-from moe_jax.result import Measurement
 
 PEERS = tuple(f"transformers {variant}" for variant in VARIANTS)
 ROWS = ("xla", "reference", "ragged_dot", *PEERS, "xla skewed", "xla bfloat16")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
@@ -44,8 +44,8 @@ from moe_scaling import (
     scaling_curve,
 )
 
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
-from moe_jax.result import Measurement, output_folder, write_result
 
 QUESTION = (
     "How close is the mixture-of-experts layer to the machine's GEMM, and to other libraries?"

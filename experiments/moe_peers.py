@@ -9,8 +9,8 @@ from jax import Array, lax
 from jaxtyping import Float
 from moe_cases import Call, Inputs, Shape, Times, forward_and_train, jax_call, moe_config
 
+from moe_jax.base.machine import environment
 from moe_jax.config import MoEConfig
-from moe_jax.machine import environment
 from moe_jax.moe.experts import swiglu
 from moe_jax.moe.route import route
 

@@ -22,7 +22,7 @@ from moe_cases import (
 )
 from moe_peers import fastest_peer, transformers_calls
 
-from moe_jax.result import Measurement
+from moe_jax.base.result import Measurement
 
 MODELS = {
     "DeepSeek-V3": (7168, 2048, 256, 8),

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
+from moe_jax.config.presets import PRESETS, PUBLISHED, Published
 from moe_jax.model.count import Counts, count_parameters
-from moe_jax.presets import PRESETS, PUBLISHED, Published
-from moe_jax.result import Measurement, output_folder, write_result
 
 QUESTION = "Do the presets have the parameters that their authors publish?"
 UNEXPLAINED = "UNEXPLAINED"

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_jax.base.files import write_atomically
 from moe_jax.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -21,9 +22,8 @@ from moe_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from moe_jax.files import write_atomically
-from moe_jax.train.loop import train
-from moe_jax.train.trained import Trained, load_run
+from moe_jax.runs.load import Trained, load_run
+from moe_jax.runs.run import run_training
 
 DOMAINS = ("code", "prose", "tables")
 LOCALITY = 0.3
@@ -84,7 +84,7 @@ def trained_model(out: Path, seed: int, quick: bool, locality: float) -> Trained
     config = model_config(out, seed, quick, locality)
     if not (Path(config.out) / "result.json").exists():  # written when a run is complete
         write_corpus(out)
-        train(config)
+        run_training(config)
     return load_run(config.out)
 
 

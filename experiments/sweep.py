@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_jax import cli
+from moe_jax.base.errors import UserError
+from moe_jax.base.files import write_atomically
 from moe_jax.config import TrainConfig, require
-from moe_jax.errors import UserError
-from moe_jax.files import write_atomically
-from moe_jax.presets import PRESETS
+from moe_jax.config.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -427,7 +427,7 @@ def plot(study: Any, sweep: Sweep) -> None:
 
 
 def result(study: Any, sweep: Sweep) -> dict[str, Any]:
-    """The sweep's result.json, in the form of moe_jax.result.
+    """The sweep's result.json, in the form of moe_jax.base.result.
 
     The environment is the best trial's: the sweep itself measures nothing, and never starts JAX,
     which would take a GPU's memory away from the trials.

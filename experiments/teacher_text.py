@@ -12,7 +12,7 @@ the same whether or not it was interrupted.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
@@ -21,16 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.base.console import say
+from moe_jax.base.files import disk_errors, write_atomically
+from moe_jax.base.result import output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import DataConfig, require
 from moe_jax.data.tokens import TokenArray, prepare
 from moe_jax.distill.teacher import Teacher, split_model
-from moe_jax.files import disk_errors, write_atomically
 from moe_jax.model.generate import generate
-from moe_jax.result import output_folder
-from moe_jax.train.progress import say
-from moe_jax.train.teaching import find_teacher
-from moe_jax.train.trained import decode_until_end
+from moe_jax.runs.load import decode_until_end
+from moe_jax.runs.teacher import find_teacher
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
@@ -24,14 +24,14 @@ if __name__ == "__main__":
 from matplotlib.figure import Figure
 from placement_model import DOMAINS, LOCALITY, held_out_texts, trained_model
 
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
 from moe_jax.placement.place import Placement, Scope, belady, replay
 from moe_jax.placement.policy import ONLINE, make_policy
 from moe_jax.placement.public_traces import open_trace
 from moe_jax.placement.synthetic import fit, generate_trace
 from moe_jax.placement.trace import Trace, read_trace
-from moe_jax.result import Measurement, output_folder, write_result
-from moe_jax.train.record import record_routing
+from moe_jax.runs.inspect import record_routing
 
 QUESTION = "How well does each placement policy guess which experts are needed next?"
 BUDGETS = (0.05, 0.1, 0.25, 0.5, 0.75)

@@ -12,15 +12,16 @@ import hashlib
 import sys
 from dataclasses import replace
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
 
 from moe_jax.cli import command_line, parse, program
 from moe_jax.config import TrainConfig
-from moe_jax.presets import PRESETS
-from moe_jax.train.loop import DivergedError, train
+from moe_jax.config.presets import PRESETS
+from moe_jax.runs.run import run_training
+from moe_jax.train.loop import DivergedError
 
 QUICK = ("--steps", "40", "--evaluate-every", "40", "--checkpoint.every", "20")
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     if not config.out:
         config = replace(config, out=default_out(config))
     try:
-        train(config)
+        run_training(config)
     except DivergedError as stop:
         print(f"error: {stop}", file=sys.stderr)
         sys.exit(1)

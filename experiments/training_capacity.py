@@ -31,6 +31,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import track
 
+from moe_jax.base.errors import UserError
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import (
     AttentionConfig,
@@ -41,12 +43,11 @@ from moe_jax.config import (
     PlacementConfig,
     TrainConfig,
 )
-from moe_jax.errors import UserError
-from moe_jax.result import Measurement, output_folder, write_result
+from moe_jax.train.engines.tiered.engine import check_tiers, open_experts
+from moe_jax.train.engines.tiered.rows import row_shapes
+from moe_jax.train.engines.tiered.step import TieredStep
+from moe_jax.train.engines.tiered.trunk import init_trunk
 from moe_jax.train.step import init_state, make_step
-from moe_jax.train.tier_parts import init_trunk, row_shapes
-from moe_jax.train.tier_step import TieredStep
-from moe_jax.train.tiered import check_tiers, open_experts
 
 QUESTION = "How many times larger a model trains in the same memory with experts in tiers?"
 SHARE = 0.25

@@ -5,7 +5,7 @@
 Times the whole step, and each of its parts alone (gradient of the part at the step's own shapes),
 beside the time that a plain GEMM of the same machine would take for the part's useful FLOPs. Then
 it starts `train.py` from a warm token cache to time the way to the first update, and, paired with
-it, once without huge pages (moe_jax/startup.py) and once with the reference dispatch.
+it, once without huge pages (moe_jax/base/startup.py) and once with the reference dispatch.
 """
 
 import os
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_jax.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
@@ -30,16 +30,16 @@ from flax import nnx
 from matplotlib.figure import Figure
 from rich.progress import track
 
+from moe_jax.base.machine import gemm_rate
+from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, preset, program
 from moe_jax.config import ModelConfig, TrainConfig
-from moe_jax.machine import gemm_rate
-from moe_jax.model.attention import document_sight
+from moe_jax.config.presets import PRESETS
+from moe_jax.model.attention import document_context
 from moe_jax.model.count import train_flops_per_token
 from moe_jax.model.transformer import Transformer
-from moe_jax.presets import PRESETS
-from moe_jax.result import Measurement, output_folder, write_result
+from moe_jax.objectives.next_token import token_nats
 from moe_jax.train.metrics import read_lines
-from moe_jax.train.objective import token_nats
 from moe_jax.train.step import init_state, make_step
 
 QUESTION = "How fast is the training step, and where does the time go?"
@@ -105,13 +105,13 @@ def part_seconds(config: TrainConfig, rate: float, repeats: int) -> list[Part]:
     model = Transformer(model_config, rngs=nnx.Rngs(config.seed))
     batch, length = make_batch(config), config.data.length
     tokens, segments = batch["tokens"][:, :length], batch["segments"][:, :length]
-    sight = document_sight(model_config, segments)
+    attention = document_context(model_config, segments)
     x = model.embed(tokens)
     graph, stacked = nnx.split(model.sparse.blocks)
     block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], stacked))
     layers, sparse = model_config.layers, model_config.moe_layers
     sides = {
-        "attention": (block.attention, lambda part, x: part(x, sight)[0], layers),
+        "attention": (block.attention, lambda part, x: part(x, attention)[0], layers),
         "routed experts": (block.moe, lambda part, x: part(x)[0], sparse),
         "shared expert": (block.feed_forward, lambda part, x: part(x), sparse),
         "norms": (block.attention_norm, lambda part, x: part(x), 2 * layers),

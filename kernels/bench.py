@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 from moe_kernels.experts import grouped, mixture
 from moe_kernels.experts.shapes import OPERATIONS, Tiles, tiles, using
-from moe_kernels.launch import Tuning, triton_route
+from moe_kernels.launch import Tuning, triton_support
 from moe_kernels.timing import device_report, paired, ratio
 
 from moe_jax.moe import xla
@@ -331,7 +331,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--decode", action="store_true", help="few tokens instead of many")
     parser.add_argument("--tune", action="store_true", help="tiles instead of peers")
     options = parser.parse_args(argv)
-    route = triton_route()
+    route = triton_support()
     if route.name != "gpu":
         print(f"kernels/bench.py needs an NVIDIA GPU: {route.reason}", file=sys.stderr)
         return 2

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import TrainConfig, fields
-from moe_jax.errors import UserError
 
 Settings = TypeVar("Settings")
 

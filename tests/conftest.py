@@ -85,8 +85,8 @@ def small_run(tmp_path: Path, small_model: ModelConfig) -> TrainConfig:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """make_run with one sample, trained to its end once for all tests, which only read it."""
-    from moe_jax.train.loop import train
+    from moe_jax.runs.run import run_training
 
     config = make_run(tmp_path_factory.mktemp("finished"), SMALL_MODEL, samples=1)
-    train(config)
+    run_training(config)
     return config

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import cli
+from moe_jax.base.errors import UserError
 from moe_jax.config import ModelConfig, MoEConfig, OptimConfig, TrainConfig
-from moe_jax.errors import UserError
 
 PRESETS = {
     "tiny": TrainConfig(preset="tiny"),

@@ -29,7 +29,7 @@ from jax import ShapeDtypeStruct
 
 from moe_kernels.experts.shapes import BLOCK_ROWS, OPERATIONS, Tiles, tiles, using
 from moe_kernels.gate import Choice, gate
-from moe_kernels.launch import Launch, fp8_route, lowering_for, recording
+from moe_kernels.launch import Launch, fp8_support, lowering_for, recording
 from moe_kernels.schedule import schedule
 
 ARCHITECTURES = (80, 90, 100)
@@ -114,7 +114,7 @@ def launches(case: Case) -> list[Launch]:
     jax.clear_caches()  # a function that was traced for another architecture is not traced again
     with recording(case.arch) as found, using(entries(case)):
         inputs = arguments(SIZES["T"])
-        fp8 = jnp.dtype(case.dtype).itemsize == 2 and fp8_route().name != "none"
+        fp8 = jnp.dtype(case.dtype).itemsize == 2 and fp8_support().name != "none"
         for mixture in (experts.mixture, experts_fp8.mixture)[: 1 + fp8]:
             jax.eval_shape(mixture, *inputs)
             jax.eval_shape(partial(train, mixture), *inputs)
@@ -291,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
     print("  ".join(key.ljust(width) for key, width in widths.items()))
     for arch in options.arch:
         with lowering_for(arch):
-            if (route := fp8_route()).name == "none":
+            if (route := fp8_support()).name == "none":
                 print(f"no FP8 rows for {arch}: {route.reason}")
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

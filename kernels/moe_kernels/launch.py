@@ -31,7 +31,7 @@ devices call from threads of their own."""
 Grid = tuple[int] | tuple[int, int]
 
 
-class Route(NamedTuple):
+class Support(NamedTuple):
     """A way to run kernels, and why it is this one."""
 
     name: Literal["gpu", "lower", "interpreter", "none"]
@@ -67,7 +67,7 @@ def recording(capability: int) -> Iterator["list[Launch]"]:
         _record.reset(token)
 
 
-def triton_route() -> Route:
+def triton_support() -> Support:
     """Finds the way without importing Triton (it exists for Linux only, and its import is slow).
 
     `gpu` needs an NVIDIA device of compute capability 8.0 or more; `lower` is inside lowering_for;
@@ -75,18 +75,20 @@ def triton_route() -> Route:
     imported.
     """
     if importlib.util.find_spec("triton") is None:
-        return Route("none", "the package triton is not installed (it has wheels for Linux only)")
+        return Support("none", "the package triton is not installed (it has wheels for Linux only)")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return Route("interpreter", "TRITON_INTERPRET=1")
+        return Support("interpreter", "TRITON_INTERPRET=1")
     if target := _target.get():
-        return Route("lower", f"lowering for compute capability {target / 10}")
+        return Support("lower", f"lowering for compute capability {target / 10}")
     if jax.default_backend() != "gpu":
-        return Route("none", f"the devices are {jax.default_backend()}, not NVIDIA GPUs")
+        return Support("none", f"the devices are {jax.default_backend()}, not NVIDIA GPUs")
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if capability is None or float(capability) * 10 < MINIMUM_CAPABILITY:
-        return Route("none", f"{device.device_kind} has compute capability {capability}, below 8.0")
-    return Route("gpu", f"{device.device_kind}, compute capability {capability}")
+        return Support(
+            "none", f"{device.device_kind} has compute capability {capability}, below 8.0"
+        )
+    return Support("gpu", f"{device.device_kind}, compute capability {capability}")
 
 
 def power_of_two(number: int) -> int:
@@ -110,34 +112,34 @@ def multiprocessors() -> int:
 
 def interpreting() -> bool:
     """Whether kernels are run by NumPy."""
-    return triton_route().name == "interpreter"
+    return triton_support().name == "interpreter"
 
 
 def require() -> None:
     """Raises UnavailableError, with the reason and the ways out, where kernels cannot run."""
-    _raise_if_none(triton_route(), "Triton kernels")
+    _raise_if_none(triton_support(), "Triton kernels")
 
 
-def fp8_route() -> Route:
-    """triton_route for FP8: compiling it needs a compute capability of 8.9 or more."""
-    route = triton_route()
-    if route.name in ("gpu", "lower") and capability() < FP8_CAPABILITY:
+def fp8_support() -> Support:
+    """triton_support for FP8: compiling it needs a compute capability of 8.9 or more."""
+    support = triton_support()
+    if support.name in ("gpu", "lower") and capability() < FP8_CAPABILITY:
         reason = (
             f"compute capability {capability() / 10} has no FP8 matrix units (8.9 and above do)"
         )
-        return Route("none", reason)
-    return route
+        return Support("none", reason)
+    return support
 
 
 def require_fp8() -> None:
     """Raises UnavailableError, as require does, where FP8 kernels cannot run."""
-    _raise_if_none(fp8_route(), "FP8 kernels")
+    _raise_if_none(fp8_support(), "FP8 kernels")
 
 
-def _raise_if_none(route: Route, what: str) -> None:
-    if route.name == "none":
+def _raise_if_none(support: Support, what: str) -> None:
+    if support.name == "none":
         raise UnavailableError(
-            f"{what} cannot run: {route.reason}; use implementation 'auto' or 'xla', "
+            f"{what} cannot run: {support.reason}; use implementation 'auto' or 'xla', "
             "or TRITON_INTERPRET=1 to run them in NumPy (slow, for tests)"
         )
 

@@ -14,8 +14,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.config import ModelConfig
-from moe_jax.linear import Linear
-from moe_jax.model.attention import document_sight
+from moe_jax.model.attention import document_context
+from moe_jax.model.linear import Linear
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterBias
 
@@ -30,8 +30,8 @@ class Discriminator(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B"]:
         """Scores of whole sequences, prompt and continuation."""
-        sight = document_sight(self.trunk.config, jnp.ones_like(tokens))
-        hidden, _, _ = self.trunk.hidden(tokens, sight)
+        attention = document_context(self.trunk.config, jnp.ones_like(tokens))
+        hidden, _, _ = self.trunk.hidden(tokens, attention)
         return self.head(self.trunk.norm(hidden).mean(axis=1))[:, 0].astype(jnp.float32)
 
 

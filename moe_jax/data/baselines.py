@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 
 TRAINING_BYTES = 32_000_000
 """The n-gram model counts at most so many bytes of training text, the first ones."""

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.tokens import TokenArray
-from moe_jax.errors import UserError
 
 # Reading a window is a copy from mapped memory: one thread stays ahead of any training step.
 READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.documents import digest
-from moe_jax.errors import UserError
 
 META = "meta.json"
 TEMPORARY = "tmp-"

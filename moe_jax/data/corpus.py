@@ -1,9 +1,9 @@
 """Where text comes from: `stdlib`, `files:GLOB` or `hf:NAME`."""
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.documents import Corpus, Document, sample, split
 from moe_jax.data.files import glob_corpus, stdlib_corpus
 from moe_jax.data.hub import HubCorpus
-from moe_jax.errors import UserError
 
 __all__ = ["Corpus", "Document", "open_corpus", "sample", "split"]
 

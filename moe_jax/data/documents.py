@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 
 SAMPLE_BYTES = 8 << 20
 """Most text that a tokenizer is trained on."""

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_jax.base.console import progress
+from moe_jax.base.errors import UserError
 from moe_jax.data.cache import HashIndex
 from moe_jax.data.documents import Corpus, Document, digest
-from moe_jax.data.progress import progress
-from moe_jax.errors import UserError
 
 PIECE_BYTES = 1 << 20
 """Size of the pieces in which a file is read: several fill one batch of the tokenizer."""

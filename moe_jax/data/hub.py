@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.cache import HashIndex
 from moe_jax.data.documents import Corpus, Document, digest_all
-from moe_jax.errors import UserError
 
 
 class HubCorpus(Corpus):

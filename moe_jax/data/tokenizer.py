@@ -8,8 +8,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.documents import digest
-from moe_jax.errors import UserError
 
 SPECIALS = 2
 """The last two ids of a tokenizer of ours are bos and eos. No text is ever encoded as one."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.base.console import progress
 from moe_jax.config import DataConfig
 from moe_jax.data.cache import cache_folder, entry, usable
 from moe_jax.data.corpus import Corpus, open_corpus, sample, split
 from moe_jax.data.documents import digest
-from moe_jax.data.progress import progress
 from moe_jax.data.tokenizer import Tokenizer, make_tokenizer
 from moe_jax.data.writer import open_split, write_split
 

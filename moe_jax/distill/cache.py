@@ -20,13 +20,13 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from moe_jax.base.errors import UserError
+from moe_jax.base.files import write_atomically
 from moe_jax.config import require
 from moe_jax.data.batches import Windows
 from moe_jax.data.documents import digest
 from moe_jax.data.tokens import TokenArray
 from moe_jax.distill.teacher import Teacher, read, require_same_tokens, split_model
-from moe_jax.errors import UserError
-from moe_jax.files import write_atomically
 
 POSITIONS_AT_ONCE = 64
 """Rows of logits in memory while a window is read out."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from moe_jax.distill_config import Kind, check_divergence
+from moe_jax.config.distill import Kind, check_divergence
 
 Entries = Float[Array, "*batch V"]
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig, require
 from moe_jax.distill.teacher import split_model
-from moe_jax.model.attention import document_sight
+from moe_jax.model.attention import document_context
 from moe_jax.moe.experts import swiglu
 
 PROBES = 256
@@ -139,7 +139,7 @@ def _routed(
     parameters: Any, router: Any, tokens: Int[Array, "N L"], *, graph: nnx.GraphDef
 ) -> Int[Array, "layers N L K"]:
     built = nnx.merge(graph, parameters, router)
-    sight = document_sight(built.config, jnp.ones_like(tokens))
-    stats = built.hidden(tokens, sight)[2]
+    attention = document_context(built.config, jnp.ones_like(tokens))
+    stats = built.hidden(tokens, attention)[2]
     assert stats is not None
     return stats.experts

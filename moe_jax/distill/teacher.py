@@ -10,12 +10,12 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.distill.chunked import Readout
-from moe_jax.errors import UserError
 from moe_jax.interop import gguf, huggingface
-from moe_jax.model.attention import document_sight
+from moe_jax.model.attention import document_context
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterBias
 
@@ -69,7 +69,7 @@ def readout(model: Transformer, hidden: Float[Array, "B L D"]) -> Readout:
 
 def read(model: Transformer, tokens: Int[Array, "B L"], segments: Int[Array, "B L"]) -> Readout:
     """The model's readout of packed documents."""
-    hidden, _, _ = model.hidden(tokens, document_sight(model.config, segments))
+    hidden, _, _ = model.hidden(tokens, document_context(model.config, segments))
     return readout(model, hidden)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.errors import UserError
 from moe_jax.interop.gguf_header import Header, MalformedError, TensorInfo, read_header
 from moe_jax.interop.gguf_tokenizer import read_tokenizer
 from moe_jax.interop.parameters import Tensors, as_parameters, number, read_arrays, whole

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"} | {
     7: "?", 10: "<u8", 11: "<i8", 12: "<f8"

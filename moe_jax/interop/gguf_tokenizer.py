@@ -7,8 +7,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.errors import UserError
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5
 """tokenizer.ggml.token_type."""

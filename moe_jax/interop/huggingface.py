@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.errors import UserError
 from moe_jax.interop.huggingface_tokenizer import read_tokenizer
 from moe_jax.interop.parameters import Tensors, as_parameters, number, read_arrays, whole
 

@@ -6,8 +6,8 @@ from typing import Any
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.errors import UserError
 
 CUTTERS = ("Sequence", "Split", "Digits", "ByteLevel")
 """Kinds of pre-tokenizer that leave every byte in its place."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import ModelConfig
-from moe_jax.errors import UserError
 from moe_jax.model.transformer import Transformer
 
 ATTENTION = {

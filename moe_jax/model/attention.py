@@ -10,12 +10,12 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.config import AttentionConfig, ModelConfig
-from moe_jax.linear import Linear
+from moe_jax.model.linear import Linear
 from moe_jax.model.norm import RMSNorm
 from moe_jax.model.rope import Rotation, rotate, rotation
 
 
-class Sight(NamedTuple):
+class AttentionContext(NamedTuple):
     """What attention needs to know about the tokens; the same for every block."""
 
     start: Int[Array, ""]
@@ -31,7 +31,7 @@ def rotary_width(c: AttentionConfig) -> int:
     return c.head_dim if c.kind == "gqa" else c.rope_dim
 
 
-def document_sight(model: ModelConfig, segments: Int[Array, "B L"]) -> Sight:
+def document_context(model: ModelConfig, segments: Int[Array, "B L"]) -> AttentionContext:
     """Each token sees itself and the earlier tokens of its own document (segment number).
 
     Positions count through the whole window: rotary attention depends on distances only.
@@ -41,14 +41,16 @@ def document_sight(model: ModelConfig, segments: Int[Array, "B L"]) -> Sight:
     causal = jnp.tril(jnp.ones((length, length), bool))
     positions = jnp.arange(length)[None]
     turn = rotation(positions, rotary_width(model.attention), model.rope_base)
-    return Sight(jnp.zeros((), jnp.int32), turn, same & causal)
+    return AttentionContext(jnp.zeros((), jnp.int32), turn, same & causal)
 
 
-def cached_sight(model: ModelConfig, start: Int[Array, ""], length: int, slots: int) -> Sight:
+def cached_context(
+    model: ModelConfig, start: Int[Array, ""], length: int, slots: int
+) -> AttentionContext:
     """`length` new tokens from position `start` on see every earlier slot of a cache."""
     positions = start + jnp.arange(length)
     turn = rotation(positions[None], rotary_width(model.attention), model.rope_base)
-    return Sight(start, turn, (jnp.arange(slots) <= positions[:, None])[None])
+    return AttentionContext(start, turn, (jnp.arange(slots) <= positions[:, None])[None])
 
 
 def attend(
@@ -107,15 +109,15 @@ class GroupedQueryAttention(nnx.Module):
             self.key_norm = RMSNorm(keys if full else c.head_dim, epsilon, dtype)
 
     def __call__(
-        self, x: Float[Array, "B L D"], sight: Sight, cache: Cache | None = None
+        self, x: Float[Array, "B L D"], attention: AttentionContext, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Cache]:
         c = self.config
         query, key = self._heads(x, self.query, "query"), self._heads(x, self.key, "key")
         value = self.value(x).reshape(*x.shape[:2], c.kv_heads, c.head_dim)
-        query, key = rotate(query, sight.rotation), rotate(key, sight.rotation)
-        cache = _extend(cache, (key, value), sight.start)
+        query, key = rotate(query, attention.rotation), rotate(key, attention.rotation)
+        cache = _extend(cache, (key, value), attention.start)
         key, value = (part.astype(x.dtype) for part in cache)
-        out = attend(query, key, value, sight.mask)
+        out = attend(query, key, value, attention.mask)
         return self.out(out.reshape(*x.shape[:2], -1)), cache
 
     def _heads(self, x: Array, projection: Linear, name: str) -> Array:
@@ -149,15 +151,15 @@ class LatentAttention(nnx.Module):
         self.out = Linear(c.heads * c.v_dim, width, std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B L D"], sight: Sight, cache: Cache | None = None
+        self, x: Float[Array, "B L D"], attention: AttentionContext, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Cache]:
         c = self.config
-        query = self._query(x, sight.rotation)
+        query = self._query(x, attention.rotation)
         latent, rope_key = jnp.split(self.kv_down(x), [c.kv_rank], axis=-1)
-        rope_key = rotate(rope_key[:, :, None, :], sight.rotation)[:, :, 0, :]
-        cache = _extend(cache, (self.kv_norm(latent), rope_key), sight.start)
+        rope_key = rotate(rope_key[:, :, None, :], attention.rotation)[:, :, 0, :]
+        cache = _extend(cache, (self.kv_norm(latent), rope_key), attention.start)
         key, value = self._key_value(*(part.astype(x.dtype) for part in cache))
-        out = attend(query, key, value, sight.mask)
+        out = attend(query, key, value, attention.mask)
         return self.out(out.reshape(*x.shape[:2], -1)), cache
 
     def _query(self, x: Array, turn: Rotation) -> Array:

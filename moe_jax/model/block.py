@@ -10,12 +10,12 @@ from jax import Array
 from jaxtyping import Float
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import Cache, Sight, make_attention
+from moe_jax.model.attention import AttentionContext, Cache, make_attention
 from moe_jax.model.dropout import dropout
 from moe_jax.model.feed_forward import FeedForward
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import MoE, RouterStats
-from moe_jax.moe.rules import NO_CONTEXT, Context
+from moe_jax.moe.rules import NO_CONTEXT, RoutingContext
 
 
 class Block(nnx.Module):
@@ -47,21 +47,25 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        sight: Sight,
+        attention: AttentionContext,
         cache: Cache | None = None,
-        context: Context = NO_CONTEXT,
+        context: RoutingContext = NO_CONTEXT,
     ) -> tuple[Float[Array, "B L D"], tuple[Cache, RouterStats | None]]:
-        x, normed, cache = self.enter(x, sight, cache, context)
+        x, normed, cache = self.enter(x, attention, cache, context)
         routed = stats = None
         if self.sparse:
             routed, stats = self.moe(normed, context)
         return self.leave(x, normed, routed, context), (cache, stats)
 
     def enter(
-        self, x: Float[Array, "B L D"], sight: Sight, cache: Cache | None, context: Context
+        self,
+        x: Float[Array, "B L D"],
+        attention: AttentionContext,
+        cache: Cache | None,
+        context: RoutingContext,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"], Cache]:
         """The first half: (x + attention(norm(x)), the norm of that, the extended cache)."""
-        attended, cache = self.attention(self.attention_norm(x), sight, cache)
+        attended, cache = self.attention(self.attention_norm(x), attention, cache)
         x = x + self._dropped(attended, context, 0)
         return x, self.feed_forward_norm(x), cache
 
@@ -70,7 +74,7 @@ class Block(nnx.Module):
         x: Float[Array, "B L D"],
         normed: Float[Array, "B L D"],
         routed: Float[Array, "B L D"] | None,
-        context: Context,
+        context: RoutingContext,
     ) -> Float[Array, "B L D"]:
         """The second half: adds what the routed experts made of `normed`, and the dense part."""
         if routed is not None:
@@ -79,7 +83,7 @@ class Block(nnx.Module):
             x = x + self._dropped(self.feed_forward(normed), context, 2)
         return x
 
-    def _dropped(self, added: Array, context: Context, place: int) -> Array:
+    def _dropped(self, added: Array, context: RoutingContext, place: int) -> Array:
         # Both stacks start from the same key: their places differ, so that their masks do.
         place += 3 * self.sparse
         key = None if context.key is None else jax.random.fold_in(context.key, place)
@@ -114,9 +118,9 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        sight: Sight,
+        attention: AttentionContext,
         caches: Cache | None = None,
-        context: Context = NO_CONTEXT,
+        context: RoutingContext = NO_CONTEXT,
     ) -> tuple[Float[Array, "B L D"], tuple[Cache | None, RouterStats | None]]:
         """Runs the blocks in order. Caches and statistics carry a leading layer axis; without
         caches given, none are returned."""
@@ -126,7 +130,7 @@ class Stack(nnx.Module):
         def step(x: Array, layer: tuple[Any, Cache | None, Array | None]) -> tuple[Array, Any]:
             parameters, cache, key = layer
             block = nnx.merge(graph, parameters)
-            x, (extended, stats) = block(x, sight, cache, Context(context.tokens, key))
+            x, (extended, stats) = block(x, attention, cache, RoutingContext(context.tokens, key))
             return x, (None if cache is None else extended, stats)
 
         if self.remat != "none":

@@ -5,7 +5,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from moe_jax.linear import Linear
+from moe_jax.model.linear import Linear
 from moe_jax.moe.experts import swiglu
 
 

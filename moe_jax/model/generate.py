@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from moe_jax.model.attention import cached_sight
+from moe_jax.model.attention import cached_context
 from moe_jax.model.transformer import Transformer
 
 
@@ -50,8 +50,8 @@ def generate(
     slots = length + count
 
     def advance(tokens: Array, start: Any, caches: Any) -> tuple[Array, Any]:
-        sight = cached_sight(model.config, jnp.asarray(start), tokens.shape[1], slots)
-        hidden, caches, _ = model.hidden(tokens, sight, caches)
+        attention = cached_context(model.config, jnp.asarray(start), tokens.shape[1], slots)
+        hidden, caches, _ = model.hidden(tokens, attention, caches)
         return model.logits(hidden[:, -1:])[:, 0, :vocabulary], caches
 
     logits, caches = advance(prompt, 0, model.empty_caches(batch, slots))

@@ -10,12 +10,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig
-from moe_jax.linear import Linear
-from moe_jax.model.attention import document_sight
+from moe_jax.model.attention import document_context
 from moe_jax.model.block import Block
+from moe_jax.model.linear import Linear
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import RouterStats
-from moe_jax.moe.rules import Context
+from moe_jax.moe.rules import RoutingContext
 
 if TYPE_CHECKING:
     from moe_jax.model.transformer import Transformer
@@ -39,11 +39,11 @@ class MTPModule(nnx.Module):
         hidden: Float[Array, "B L D"],
         embedded: Float[Array, "B L D"],
         segments: Int[Array, "B L"],
-        context: Context,
+        context: RoutingContext,
     ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
         joined = [self.hidden_norm(hidden), self.embedding_norm(embedded)]
         x = self.projection(jnp.concatenate(joined, axis=-1))
-        x, (_, stats) = self.block(x, document_sight(self.config, segments), context=context)
+        x, (_, stats) = self.block(x, document_context(self.config, segments), context=context)
         return x, stats
 
 
@@ -77,5 +77,7 @@ class MultiTokenPrediction(nnx.Module):
             module = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], parameters))
             ahead = tokens[:, index + 1 : index + 1 + length]
             own_key = None if key is None else jax.random.fold_in(key, index)
-            hidden, stats = module(hidden, model.embed(ahead), segments, Context(ahead, own_key))
+            hidden, stats = module(
+                hidden, model.embed(ahead), segments, RoutingContext(ahead, own_key)
+            )
             yield index + 1, model.logits(hidden, module.norm), stats

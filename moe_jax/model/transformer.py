@@ -8,14 +8,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig
-from moe_jax.linear import normal_param
-from moe_jax.model.attention import Cache, Sight, document_sight, empty_cache
+from moe_jax.model.attention import AttentionContext, Cache, document_context, empty_cache
 from moe_jax.model.block import Stack
 from moe_jax.model.dropout import dropout
+from moe_jax.model.linear import normal_param
 from moe_jax.model.mtp import MultiTokenPrediction
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import RouterStats
-from moe_jax.moe.rules import Context
+from moe_jax.moe.rules import RoutingContext
 
 
 class Caches(NamedTuple):
@@ -55,29 +55,29 @@ class Transformer(nnx.Module):
     def hidden(
         self,
         tokens: Int[Array, "B L"],
-        sight: Sight,
+        attention: AttentionContext,
         caches: Caches | None = None,
         key: Array | None = None,
         shift: Float[Array, "B L D"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Caches, RouterStats | None]:
         """The residual stream before the final norm, the caches extended by these tokens, and the
         statistics of the mixture-of-experts blocks (None in a dense model). A `key` marks a
-        training step (moe.rules.Context, dropout). `shift` is added to the embeddings
+        training step (moe.rules.RoutingContext, dropout). `shift` is added to the embeddings
         (adversarial.perturb)."""
-        context = Context(tokens, key)
+        context = RoutingContext(tokens, key)
         dense, sparse = caches or Caches(None, None)
-        x, dense = self.begin(tokens, sight, dense, context, shift)
+        x, dense = self.begin(tokens, attention, dense, context, shift)
         stats = None
         if self.config.moe_layers:
-            x, (sparse, stats) = self.sparse(x, sight, sparse, context)
+            x, (sparse, stats) = self.sparse(x, attention, sparse, context)
         return x, Caches(dense, sparse), stats
 
     def begin(
         self,
         tokens: Int[Array, "B L"],
-        sight: Sight,
+        attention: AttentionContext,
         cache: Cache | None,
-        context: Context,
+        context: RoutingContext,
         shift: Float[Array, "B L D"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """The residual stream before the first mixture-of-experts block, and the dense blocks'
@@ -87,7 +87,7 @@ class Transformer(nnx.Module):
             x = x + shift.astype(x.dtype)
         x = dropout(x, self.config.dropout, context.key)
         if self.config.dense_layers:
-            x, (cache, _) = self.dense(x, sight, cache, context)
+            x, (cache, _) = self.dense(x, attention, cache, context)
         return x, cache
 
     def logits(
@@ -104,7 +104,7 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B L"], segments: Int[Array, "B L"]
     ) -> Float[Array, "B L V"]:
         """Logits of the next token at every position."""
-        hidden, _, _ = self.hidden(tokens, document_sight(self.config, segments))
+        hidden, _, _ = self.hidden(tokens, document_context(self.config, segments))
         return self.logits(hidden)
 
     def empty_caches(self, batch: int, slots: int) -> Caches:

@@ -9,23 +9,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
-from moe_kernels import experts as triton
-from moe_kernels import experts_fp8 as triton_fp8
-from moe_kernels.launch import fp8_route, triton_route
+from moe_kernels import experts as triton_experts
+from moe_kernels import experts_fp8 as triton_experts_fp8
+from moe_kernels.launch import fp8_support, triton_support
 
 from moe_jax.config import MoEConfig
-from moe_jax.linear import normal_param
+from moe_jax.model.linear import normal_param
 from moe_jax.moe import balance, reference, xla
 from moe_jax.moe.plan import Plan, make_plan
 from moe_jax.moe.precision import FP8
-from moe_jax.moe.route import Route, route
-from moe_jax.moe.rules import NO_CONTEXT, Context, expert_capacity
+from moe_jax.moe.route import Routing, route
+from moe_jax.moe.rules import NO_CONTEXT, RoutingContext, expert_capacity
 from moe_jax.parallel.mesh import DATA, data_parallel, map_over_data
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": reference.mixture,
     "xla": xla.mixture,
-    "triton": triton.mixture,
+    "triton": triton_experts.mixture,
 }
 """(x, weights, gate_up, down, plan) -> outputs, by `model.moe.implementation`."""
 
@@ -35,8 +35,8 @@ def implementation(name: str, precision: str = "compute") -> str:
     xla anywhere else."""
     if name != "auto":
         return name
-    route = fp8_route() if precision == "fp8" else triton_route()
-    return "triton" if route.name in ("gpu", "lower") else "xla"
+    support = fp8_support() if precision == "fp8" else triton_support()
+    return "triton" if support.name in ("gpu", "lower") else "xla"
 
 
 def mixture_of(config: MoEConfig) -> Callable[..., Array]:
@@ -45,7 +45,7 @@ def mixture_of(config: MoEConfig) -> Callable[..., Array]:
     if config.precision == "compute":
         return IMPLEMENTATIONS[name]
     if name == "triton":
-        return partial(triton_fp8.mixture, power_of_two=config.fp8_scales == "power_of_two")
+        return partial(triton_experts_fp8.mixture, power_of_two=config.fp8_scales == "power_of_two")
     return partial(xla.mixture, rounding=FP8[config.fp8_scales])
 
 
@@ -96,7 +96,7 @@ class MoE(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        context: Context = NO_CONTEXT,
+        context: RoutingContext = NO_CONTEXT,
     ) -> tuple[Float[Array, "B L D"], RouterStats]:
         noisy = self.config.rule == "noisy_top_k"
         parameters = Parameters(
@@ -111,7 +111,7 @@ class MoE(nnx.Module):
             parameters, key = shared
             if key is not None and data_parallel() > 1:
                 key = jax.random.fold_in(key, lax.axis_index(DATA))
-            return moe_layer(batch[0], parameters, self.config, Context(batch[1], key))
+            return moe_layer(batch[0], parameters, self.config, RoutingContext(batch[1], key))
 
         (out, experts), stats = map_over_data(run)((x, context.tokens), (parameters, context.key))
         return out, stats._replace(experts=experts)
@@ -131,7 +131,7 @@ def moe_layer(
     x: Float[Array, "B L D"],
     parameters: Parameters,
     config: MoEConfig,
-    context: Context = NO_CONTEXT,
+    context: RoutingContext = NO_CONTEXT,
 ) -> tuple[tuple[Float[Array, "B L D"], Int[Array, "B L K"]], RouterStats]:
     """route -> plan -> (dispatch -> experts -> combine), on this device's share of the batch.
 
@@ -152,8 +152,8 @@ def choose(
     bias: Float[Array, "E"],
     noise: Float[Array, "D E"] | None,
     config: MoEConfig,
-    context: Context = NO_CONTEXT,
-) -> tuple[Route, Plan]:
+    context: RoutingContext = NO_CONTEXT,
+) -> tuple[Routing, Plan]:
     """Everything of the layer that needs no expert: who computes what, and with what weight."""
     logits = project(tokens, router)
     spread = None if noise is None else project(tokens, noise)
@@ -173,7 +173,7 @@ def project(tokens: Array, matrix: Array) -> Array:
 
 
 def router_stats(
-    chosen: Route, plan: Plan, shape: tuple[int, ...], config: MoEConfig
+    chosen: Routing, plan: Plan, shape: tuple[int, ...], config: MoEConfig
 ) -> RouterStats:
     """Statistics over the whole batch, also when each device holds a part of it."""
     loss = jnp.zeros((), jnp.float32)

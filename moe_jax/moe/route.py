@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from moe_kernels.gate import Choice, gate
 
 from moe_jax.config import MoEConfig
-from moe_jax.moe.rules import NO_CONTEXT, RULES, Context, representatives
+from moe_jax.moe.rules import NO_CONTEXT, RULES, RoutingContext, representatives
 
 KERNEL_RULES = ("top_k", "noisy_top_k")
 """Rules that the gate kernel computes; the others look at more than one token, or at none."""
 
 
-class Route(NamedTuple):
+class Routing(NamedTuple):
     """A routing decision, with what the balance losses need."""
 
     experts: Int[Array, "T K"]
@@ -32,10 +32,10 @@ def route(
     logits: Float[Array, "T E"],
     bias: Float[Array, "E"],
     config: MoEConfig,
-    context: Context = NO_CONTEXT,
+    context: RoutingContext = NO_CONTEXT,
     spread: Float[Array, "T E"] | None = None,
     kernels: bool = False,
-) -> Route:
+) -> Routing:
     """Applies the configured gate and rule. NaN logits give NaN weights.
 
     softmax: s = softmax(logits) chooses and weighs; sigmoid: s + bias chooses, s weighs
@@ -47,7 +47,7 @@ def route(
         logits = add_noise(logits, spread, context.key)
     if kernels and config.rule in KERNEL_RULES:
         found = gate(logits, bias if config.gate == "sigmoid" else None, kernel_choice(config))
-        return Route(*found, logits)
+        return Routing(*found, logits)
     if config.gate == "softmax":
         scores = selection = jax.nn.softmax(logits, axis=-1)
     else:
@@ -60,7 +60,7 @@ def route(
         weights = jnp.full_like(scores, config.scale / experts.shape[1], shape=experts.shape)
     else:
         weights = gate_weights(scores, experts, config.normalise, config.scale)
-    return Route(experts, weights, scores, logits)
+    return Routing(experts, weights, scores, logits)
 
 
 def kernel_choice(config: MoEConfig) -> Choice:

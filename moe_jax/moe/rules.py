@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.config import MoEConfig
 
 
-class Context(NamedTuple):
+class RoutingContext(NamedTuple):
     """What some rules need besides the scores."""
 
     tokens: Int[Array, "..."] | None = None
@@ -23,19 +23,21 @@ class Context(NamedTuple):
     """The random key of a training step; None outside training: no noise and no rounding."""
 
 
-NO_CONTEXT = Context()
+NO_CONTEXT = RoutingContext()
 
-Rule = Callable[[Float[Array, "T E"], MoEConfig, Context], Int[Array, "T slots"]]
+Rule = Callable[[Float[Array, "T E"], MoEConfig, RoutingContext], Int[Array, "T slots"]]
 
 
-def top_k(selection: Float[Array, "T E"], config: MoEConfig, context: Context) -> Int[Array, "T K"]:
+def top_k(
+    selection: Float[Array, "T E"], config: MoEConfig, context: RoutingContext
+) -> Int[Array, "T K"]:
     """The K best experts of the allowed groups. Ties go to the lower index."""
     allowed = limit_groups(selection, config)
     return lax.top_k(allowed, config.experts_per_token)[1]
 
 
 def expert_choice(
-    selection: Float[Array, "T E"], config: MoEConfig, context: Context
+    selection: Float[Array, "T E"], config: MoEConfig, context: RoutingContext
 ) -> Int[Array, "T slots"]:
     """Every expert takes its c = ceil(factor · T K / E) best tokens (arXiv:2202.09368, §3.2).
 
@@ -47,7 +49,7 @@ def expert_choice(
 
 
 def token_rounding(
-    selection: Float[Array, "T E"], config: MoEConfig, context: Context
+    selection: Float[Array, "T E"], config: MoEConfig, context: RoutingContext
 ) -> Int[Array, "T slots"]:
     """top_k, and then each expert's load n is rounded to a multiple of the tile: it loses its
     lowest tokens, or gains the best of those that had not chosen it (arXiv:2512.14080, §5).
@@ -69,13 +71,13 @@ def token_rounding(
 
 
 def hash_tokens(
-    selection: Float[Array, "T E"], config: MoEConfig, context: Context
+    selection: Float[Array, "T E"], config: MoEConfig, context: RoutingContext
 ) -> Int[Array, "T K"]:
     """K experts by a fixed hash of the token's id: a baseline without learning (arXiv:2106.04426).
 
     Every (id, expert) pair is hashed and the K largest win, so they are distinct.
     """
-    assert context.tokens is not None, "hash routing needs token ids: pass Context(tokens)"
+    assert context.tokens is not None, "hash routing needs token ids: pass RoutingContext(tokens)"
     experts = jnp.arange(selection.shape[1], dtype=jnp.uint32)
     word = context.tokens.reshape(-1, 1).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
     word = word ^ ((experts + 1) * jnp.uint32(0x85EBCA77))

@@ -20,14 +20,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig, require
-from moe_jax.model.attention import Cache, cached_sight, empty_cache
+from moe_jax.model.attention import Cache, cached_context, empty_cache
 from moe_jax.model.block import Block
 from moe_jax.model.generate import sample
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.experts import expert_output
 from moe_jax.moe.layer import project
 from moe_jax.moe.route import route
-from moe_jax.moe.rules import Context
+from moe_jax.moe.rules import RoutingContext
 from moe_jax.placement.files import write_experts
 from moe_jax.placement.store import Expert, ExpertStore
 
@@ -278,17 +278,17 @@ def _programs(config: ModelConfig) -> Programs:
         model = trunk.merge(leaves)
         x = model.embed(tokens[:, None])
         if config.dense_layers:
-            sight = cached_sight(config, at, 1, dense[0].shape[2])
-            x, (dense, _) = model.dense(x, sight, dense, Context(tokens[:, None]))
+            attention = cached_context(config, at, 1, dense[0].shape[2])
+            x, (dense, _) = model.dense(x, attention, dense, RoutingContext(tokens[:, None]))
         entered, cache = enter(own, following, x[:, 0], tokens, at, cache)
         return entered, dense, cache
 
     def enter(
         leaves: Any, following: Any, x: Array, tokens: Array, at: Array, cache: Cache
     ) -> tuple[Entered, Cache]:
-        own, after, context = block.merge(leaves), block.merge(following), Context(tokens)
-        sight = cached_sight(config, at, 1, cache[0].shape[1])
-        attended, cache = own.attention(own.attention_norm(x[:, None]), sight, cache)
+        own, after, context = block.merge(leaves), block.merge(following), RoutingContext(tokens)
+        attention = cached_context(config, at, 1, cache[0].shape[1])
+        attended, cache = own.attention(own.attention_norm(x[:, None]), attention, cache)
         x = x + attended[:, 0]
         normed = own.feed_forward_norm(x)
 

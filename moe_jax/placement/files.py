@@ -18,9 +18,9 @@ import numpy as np
 from isal.isal_zlib import crc32
 from jaxtyping import Float, Int8
 
+from moe_jax.base.errors import UserError
+from moe_jax.base.files import disk_errors, write_atomically
 from moe_jax.config import require
-from moe_jax.errors import UserError
-from moe_jax.files import disk_errors, write_atomically
 
 Matrices = tuple[Float[np.ndarray, "D twoF"], Float[np.ndarray, "F D"]]
 """One expert: (gate and up, down)."""

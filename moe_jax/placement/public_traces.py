@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import require
-from moe_jax.errors import UserError
 from moe_jax.placement.trace import Trace, read_trace
 
 LIMIT = 1_000_000

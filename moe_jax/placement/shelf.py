@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from moe_jax.base.errors import UserError
+from moe_jax.base.files import write_atomically
 from moe_jax.config import require
-from moe_jax.errors import UserError
-from moe_jax.files import write_atomically
 from moe_jax.placement.files import PAGE
 
 Parts = list[UInt8[np.ndarray, "n bytes"]]

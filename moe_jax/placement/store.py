@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import require
-from moe_jax.errors import UserError
 from moe_jax.moe.experts import expert_output
 from moe_jax.placement.files import ExpertFiles
 from moe_jax.placement.memory import Expert, Held, Memory, device_memory, host_memory

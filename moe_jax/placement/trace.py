@@ -16,9 +16,9 @@ from types import TracebackType
 import numpy as np
 from jaxtyping import Int
 
+from moe_jax.base.errors import UserError
+from moe_jax.base.files import disk_errors
 from moe_jax.config import require
-from moe_jax.errors import UserError
-from moe_jax.files import disk_errors
 from moe_jax.placement.place import Step
 
 VERSION = 1

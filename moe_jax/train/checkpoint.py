@@ -19,8 +19,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from moe_jax.base.files import disk_errors, write_atomically
 from moe_jax.config import CheckpointConfig
-from moe_jax.files import disk_errors, write_atomically
 from moe_jax.train.step import TrainState
 
 # Orbax warns at every save without a metric; most saves have none.

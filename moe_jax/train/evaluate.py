@@ -11,8 +11,8 @@ from jax import Array
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import shifted_targets, validation_batches
 from moe_jax.data.tokens import TokenArray
-from moe_jax.model.attention import document_sight
-from moe_jax.train.objective import Batch, token_nats
+from moe_jax.model.attention import document_context
+from moe_jax.objectives.next_token import Batch, token_nats
 from moe_jax.train.step import TrainState, graph_of
 
 
@@ -32,7 +32,7 @@ def make_evaluator(
         model = nnx.merge(graph, parameters, router)
         tokens, segments = batch["tokens"], batch["segments"]
         hidden, _, _ = model.hidden(
-            tokens[:, :length], document_sight(model.config, segments[:, :length])
+            tokens[:, :length], document_context(model.config, segments[:, :length])
         )
         targets, mask = shifted_targets(tokens, segments, length, 1)
         return token_nats(model.logits(hidden), targets, mask)

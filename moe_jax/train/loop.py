@@ -1,4 +1,4 @@
-"""A training run from its config to its report, continuing what is there."""
+"""A training run from its config to its last step, continuing what is there."""
 
 import dataclasses
 import time
@@ -11,45 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from moe_kernels.launch import fp8_route, triton_route
+from moe_kernels.launch import fp8_support, triton_support
 
-from moe_jax.config import TrainConfig, fields
+from moe_jax.base.console import say
+from moe_jax.base.errors import UserError
+from moe_jax.base.files import disk_errors
+from moe_jax.base.machine import gemm_rate, require_memory, require_space
+from moe_jax.base.result import output_folder
+from moe_jax.config import TrainConfig, fields, from_dict
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData, prepare
 from moe_jax.distill.teacher import Teacher
-from moe_jax.errors import UserError
-from moe_jax.files import disk_errors, only_process
-from moe_jax.machine import gemm_rate, require_memory, require_space
 from moe_jax.model.count import train_flops_per_token
 from moe_jax.moe.layer import implementation
+from moe_jax.objectives.next_token import Batch, losses
 from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from moe_jax.result import output_folder
-from moe_jax.train import teaching
+from moe_jax.train import teacher as teaching
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints
-from moe_jax.train.evaluate import make_evaluator
-from moe_jax.train.metrics import MetricsFile, describe
-from moe_jax.train.objective import Batch, losses
-from moe_jax.train.progress import Display, Speedometer, say
-from moe_jax.train.report import Facts, write_report
-from moe_jax.train.step import (
-    Metrics,
-    TrainState,
-    init_state,
-    make_step,
-    state_bytes,
-)
-from moe_jax.train.teaching import (
-    Lesson,
-    identity,
-    require_same_teacher,
-    teacher_bytes,
-    with_teacher,
-)
-from moe_jax.train.tier_parts import init_trunk
-from moe_jax.train.tier_step import TieredStep
-from moe_jax.train.tier_store import TieredExperts
-from moe_jax.train.tiered import (
+from moe_jax.train.engines.tiered.engine import (
     check_tiers,
     device_bytes,
     open_experts,
@@ -57,7 +37,25 @@ from moe_jax.train.tiered import (
     save_experts,
     shelf_bytes,
 )
-from moe_jax.train.trained import config_from
+from moe_jax.train.engines.tiered.step import TieredStep
+from moe_jax.train.engines.tiered.store import TieredExperts
+from moe_jax.train.engines.tiered.trunk import init_trunk
+from moe_jax.train.evaluate import make_evaluator
+from moe_jax.train.metrics import MetricsFile, describe
+from moe_jax.train.progress import Display, Speedometer
+from moe_jax.train.step import (
+    Metrics,
+    TrainState,
+    init_state,
+    make_step,
+    state_bytes,
+)
+from moe_jax.train.teacher import (
+    Lesson,
+    identity,
+    require_same_teacher,
+    teacher_bytes,
+)
 
 MAY_DIFFER = (
     *("out", "samples", "evaluate_every", "data.cache", "checkpoint."),
@@ -71,12 +69,23 @@ class DivergedError(Exception):
     """Too many non-finite updates in a row; the last good checkpoint is kept."""
 
 
-def train(config: TrainConfig) -> Path:
-    """Runs `config` to its last step and writes the report; returns the run's folder.
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run ends with, beside its files."""
 
-    Raises UserError for anything the person at the keyboard can mend, before compiling.
-    """
-    config, teacher = with_teacher(config)
+    config: TrainConfig
+    out: Path
+    data: TokenData
+    state: TrainState
+    compile_seconds: float
+    gemm_rate: float
+    """FLOP/s of a plain GEMM on all devices, measured when the run started."""
+    flops_per_token: float
+
+
+def check(config: TrainConfig, teacher: Teacher | None) -> Path:
+    """The run's folder, made if need be. UserError for anything that the person at the keyboard
+    can mend, before compiling."""
     tiered, size = config.placement.tiered, state_bytes(config)
     if tiered:
         check_tiers(config)
@@ -92,11 +101,12 @@ def train(config: TrainConfig) -> Path:
     require_space(out, copies * size + (shelf if elsewhere == out else 0))
     if elsewhere != out:
         require_space(output_folder(str(elsewhere)), shelf)
-    with only_process(out):
-        return _train(config, out, teacher)
+    return out
 
 
-def _train(config: TrainConfig, out: Path, teacher: Teacher | None) -> Path:
+def train(config: TrainConfig, out: Path, teacher: Teacher | None) -> RunSummary:
+    """Runs `config`, which `check` has passed, to its last step. The caller holds the folder
+    (only_process)."""
     checkpoints = Checkpoints(out, config.checkpoint)
     try:
         saved = checkpoints.peek(say)
@@ -114,25 +124,22 @@ def _train(config: TrainConfig, out: Path, teacher: Teacher | None) -> Path:
                 with disk_errors(out):
                     run_steps(run)
                     checkpoints.wait()
-                facts = run.facts()
-        with disk_errors(out):
-            write_report(facts)
+                return run.summary()
     finally:
         checkpoints.close()
-    return out
 
 
 def check_kernels(config: TrainConfig) -> None:
     """An implementation asked for by name must be able to run, and FP8 is not emulated unasked
     where there is a GPU."""
-    moe, route = config.model.moe, triton_route()
-    if moe.implementation == "triton" and route.name == "none":
+    moe, support = config.model.moe, triton_support()
+    if moe.implementation == "triton" and support.name == "none":
         raise UserError(
-            f"model.moe.implementation triton cannot run: {route.reason}; use auto or xla"
+            f"model.moe.implementation triton cannot run: {support.reason}; use auto or xla"
         )
     if moe.precision != "fp8":
         return
-    fp8, asked = fp8_route(), moe.implementation
+    fp8, asked = fp8_support(), moe.implementation
     on_gpu = asked == "auto" and jax.default_backend() == "gpu"
     if fp8.name == "none" and (asked == "triton" or on_gpu):
         raise UserError(
@@ -155,7 +162,7 @@ def check_devices(config: TrainConfig) -> None:
 
 def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
     """Raises UserError if a setting that matters differs from the run in `out`."""
-    old = config_from(saved)
+    old = from_dict(saved)
     if old.placement.tiered != config.placement.tiered:
         raise UserError(
             f"{out} holds a run {'with' if old.placement.tiered else 'without'} "
@@ -201,7 +208,7 @@ def describe_data(data: TokenData) -> str:
 
 @dataclass
 class Run:
-    """A run under way: what run_steps needs and write_report tells of."""
+    """A run under way: what run_steps needs."""
 
     config: TrainConfig
     out: Path
@@ -219,7 +226,7 @@ class Run:
     """Those that live in tiers; `state` is then without them."""
     lesson: Lesson | None = None
 
-    def facts(self) -> Facts:
+    def summary(self) -> RunSummary:
         """What the report needs."""
         config, state = self.config, self.state
         if self.experts is not None and config.samples:
@@ -231,7 +238,7 @@ class Run:
                 )
                 config = dataclasses.replace(config, samples=0)
             state = whole or state
-        return Facts(
+        return RunSummary(
             config,
             self.out,
             self.data,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.files import write_atomically
+from moe_jax.base.files import write_atomically
 from moe_jax.moe.layer import RouterStats
 from moe_jax.train.step import Metrics
 

@@ -5,17 +5,9 @@ from collections import deque
 from datetime import timedelta
 from typing import Any
 
-import jax
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-console = Console(highlight=False, soft_wrap=True)
-
-
-def say(line: str) -> None:
-    """One line on the terminal, from the first process only."""
-    if jax.process_index() == 0:
-        console.print(line, markup=False)
+from moe_jax.base.console import console
 
 
 class Speedometer:

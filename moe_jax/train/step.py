@@ -14,7 +14,7 @@ from moe_jax.config import ModelConfig, TrainConfig
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.balance import update_bias
 from moe_jax.moe.layer import RouterBias, RouterStats
-from moe_jax.train.objective import Batch, Losses, losses, valid_targets
+from moe_jax.objectives.next_token import Batch, Losses, losses, valid_targets
 from moe_jax.train.optimizer import learning_rate, make_optimizer
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from moe_jax.adversarial import filter as adversary
 from moe_jax.adversarial.filter import FilterConfig, iterated_filter, one_shot_filter
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 
 WORDS = [b"alpha ", b"beta ", b"gamma ", b"delta ", b"return ", b"while ", b"(x) ", b"\n    "]
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moe_jax.adversarial import reweight
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 
 
 def test_excess_is_clipped_a_document_and_averaged_a_source():

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.base.errors import UserError
 from moe_jax.data import baselines
 from moe_jax.data.baselines import (
     gzip_bits_per_byte,
@@ -14,7 +15,6 @@ from moe_jax.data.baselines import (
     ngram_probabilities,
     xz_bits_per_byte,
 )
-from moe_jax.errors import UserError
 
 FEW_BYTES = st.lists(st.sampled_from([0, 97, 98, 255]), min_size=1, max_size=40).map(bytes)
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.batches import shifted_targets, train_batches, validation_batches
 from moe_jax.data.tokenizer import make_tokenizer
 from moe_jax.data.tokens import TokenArray
-from moe_jax.errors import UserError
 from tests.data.small_corpus import Prepare
 
 BYTES = make_tokenizer("bytes", ())

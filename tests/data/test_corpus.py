@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.base.errors import UserError
 from moe_jax.data import files
 from moe_jax.data.cache import HashIndex
 from moe_jax.data.corpus import Corpus, open_corpus, sample, split
 from moe_jax.data.files import FileCorpus, pieces
-from moe_jax.errors import UserError
 from tests.data.small_corpus import TEXTS
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.tokenizer import Tokenizer, make_tokenizer
-from moe_jax.errors import UserError
 from tests.data.small_corpus import TEXTS, quiet
 
 KINDS = {

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_jax.base.errors import UserError
 from moe_jax.data import cache, files, writer
 from moe_jax.data.tokenizer import Tokenizer, make_tokenizer
 from moe_jax.data.tokens import TokenArray, prepare
-from moe_jax.errors import UserError
 from tests.data.small_corpus import TEXTS, Prepare, quiet
 
 

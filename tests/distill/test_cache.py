@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.batches import Windows, train_batches
 from moe_jax.data.tokenizer import make_tokenizer
 from moe_jax.data.tokens import TokenArray
@@ -15,7 +16,6 @@ from moe_jax.distill import losses
 from moe_jax.distill.cache import CacheConfig, build_cache
 from moe_jax.distill.chunked import Readout, make_columns
 from moe_jax.distill.teacher import Teacher, split_model
-from moe_jax.errors import UserError
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterBias
 from tests.conftest import SMALL_MODEL

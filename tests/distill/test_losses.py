@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.base.errors import UserError
 from moe_jax.distill import losses
 from moe_jax.distill.chunked import Readout, divergence, make_columns
 from moe_jax.distill.divergences import Divergence
-from moe_jax.errors import UserError
 from tests.distill import formulas
 
 N, D, V = 7, 9, 53  # no power of two, and the last chunk of 16 is cut

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.base.errors import UserError
 from moe_jax.distill import specialise
 from moe_jax.distill.teacher import split_model
 from moe_jax.distill.upcycle import UpcycleConfig, upcycle
-from moe_jax.errors import UserError
 from moe_jax.model.transformer import Transformer
 from tests.conftest import SMALL_MODEL
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.base.errors import UserError
 from moe_jax.distill.teacher import split_model
 from moe_jax.distill.upcycle import UpcycleConfig, sparse_config, upcycle
-from moe_jax.errors import UserError
-from moe_jax.model.attention import document_sight
+from moe_jax.model.attention import document_context
 from moe_jax.model.transformer import Transformer
 from tests.conftest import SMALL_MODEL
 
@@ -24,7 +24,7 @@ def dense_parameters(model=DENSE):
 
 def run(model, parameters, router):
     built = nnx.merge(split_model(model)[0], parameters, router)
-    hidden, _, stats = built.hidden(TOKENS, document_sight(model, SEGMENTS))
+    hidden, _, stats = built.hidden(TOKENS, document_context(model, SEGMENTS))
     return built.logits(hidden), stats
 
 

@@ -15,12 +15,12 @@ import pytest
 from distillation_arms import ARMS, Arm, Curve, Settings
 from flax import nnx
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import make_tokenizer
 from moe_jax.data.tokens import TokenArray
 from moe_jax.distill.cache import CacheConfig
 from moe_jax.distill.teacher import Teacher, split_model
-from moe_jax.errors import UserError
 
 
 def test_first_below_interpolates():

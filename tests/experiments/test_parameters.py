@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moe_jax.presets import PRESETS
+from moe_jax.config.presets import PRESETS
 
 SCRIPT = Path(__file__).parent.parent.parent / "experiments" / "parameters.py"
 

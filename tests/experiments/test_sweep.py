@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import TrainConfig
-from moe_jax.errors import UserError
 
 pytest.importorskip("optuna")
 

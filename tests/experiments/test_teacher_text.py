@@ -1,7 +1,7 @@
 import pytest
 import teacher_text
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 from tests.interop import folder as safetensors
 
 

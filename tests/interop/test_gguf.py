@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.errors import UserError
 from moe_jax.interop.gguf import load, read
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterBias

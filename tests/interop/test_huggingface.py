@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from moe_jax.base.errors import UserError
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.errors import UserError
 from moe_jax.interop import gguf, huggingface
 from moe_jax.interop.huggingface import load, read
 from moe_jax.model.transformer import Transformer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from moe_kernels.experts import reference as exact
 from moe_kernels.experts_fp8 import api, mixture, reference
-from moe_kernels.launch import UnavailableError, fp8_route, lowering_for
+from moe_kernels.launch import UnavailableError, fp8_support, lowering_for
 from moe_kernels.quantise import quantise_matrices, quantise_rows
 from moe_kernels.quantise.reference import calc_diff
 
@@ -205,7 +205,7 @@ def test_ampere_is_refused_with_the_reason(monkeypatch):
         mixture(*inputs, None)
     for capability in (89, 90, 100):
         with lowering_for(capability):
-            assert fp8_route().name == "lower"
+            assert fp8_support().name == "lower"
 
 
 PROGRAM = """

@@ -18,7 +18,7 @@ from moe_kernels.gate import Choice, gate, reference
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe.route import KERNEL_RULES, route
-from moe_jax.moe.rules import Context
+from moe_jax.moe.rules import RoutingContext
 from moe_jax.parallel.mesh import make_mesh
 
 pytest.importorskip("triton")
@@ -219,7 +219,7 @@ def test_equals_moe_jax_s_route(name):
 def test_noise_is_added_before_and_learned_from():
     config = replace(BASE, gate="softmax", bias_rate=0, rule="noisy_top_k")
     logits, bias = draw(9, 12)
-    spread, context = jnp.full((9, 12), 0.5), Context(key=jax.random.key(1))
+    spread, context = jnp.full((9, 12), 0.5), RoutingContext(key=jax.random.key(1))
 
     def of_weights(spread, kernels):
         found = route(logits, bias, config, context, spread, kernels)

@@ -15,7 +15,7 @@ import soak
 from moe_kernels import experts_fp8
 from moe_kernels.audit import VARIANTS
 from moe_kernels.experts.shapes import tiles, using
-from moe_kernels.launch import fp8_route, triton_route
+from moe_kernels.launch import fp8_support, triton_support
 
 from moe_jax.moe.layer import implementation
 from moe_jax.moe.plan import block_rows, make_plan
@@ -35,7 +35,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def on_a_gpu():
-    route = triton_route()
+    route = triton_support()
     assert route.name == "gpu", route.reason
 
 
@@ -65,8 +65,8 @@ def test_variants_of_the_table(name):
 
 
 def test_fp8_is_close_to_float32():
-    if fp8_route().name != "gpu":
-        pytest.skip(fp8_route().reason)
+    if fp8_support().name != "gpu":
+        pytest.skip(fp8_support().reason)
     inputs = soak.make_inputs(make_case("whole blocks"))
     plan = make_plan(jnp.asarray(inputs.experts), len(inputs.down), kernels=True)
     found = np.asarray(experts_fp8.mixture(*inputs[:4], plan), np.float64)
@@ -85,10 +85,10 @@ def test_a_minute_of_random_cases():
 
 
 def test_the_default_model_trains_with_the_kernels(small_run):
-    from moe_jax.train.loop import train
+    from moe_jax.runs.run import run_training
 
     moe = replace(small_run.model.moe, implementation="triton")
-    train(replace(small_run, model=replace(small_run.model, moe=moe)))
+    run_training(replace(small_run, model=replace(small_run.model, moe=moe)))
 
 
 def test_a_row_of_the_benchmark():

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_kernels.launch import triton_route
+from moe_kernels.launch import triton_support
 from moe_kernels.quantise import quantise_rows
 
 
@@ -22,25 +22,25 @@ def on_gpu(monkeypatch, capability):
 
 
 def test_a_cpu_has_no_route_and_says_why():
-    assert triton_route() == ("none", "the devices are cpu, not NVIDIA GPUs")
+    assert triton_support() == ("none", "the devices are cpu, not NVIDIA GPUs")
 
 
 def test_interpreter_when_asked_for(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_route().name == "interpreter"
+    assert triton_support().name == "interpreter"
 
 
 @pytest.mark.parametrize(("capability", "name"), [("7.5", "none"), ("8.0", "gpu"), ("9.0", "gpu")])
 def test_gpus_by_compute_capability(monkeypatch, capability, name):
     on_gpu(monkeypatch, capability)
-    route = triton_route()
+    route = triton_support()
     assert route.name == name
     assert capability in route.reason
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in triton_route().reason
+    assert "not installed" in triton_support().reason
 
 
 def test_kernels_that_do_not_wait_for_each_other_are_interpreted_one_at_a_time(monkeypatch):

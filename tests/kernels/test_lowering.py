@@ -14,7 +14,7 @@ from moe_kernels.launch import lowering_for
 from moe_jax.cli import parse
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokens import prepare
-from moe_jax.presets import PRESETS
+from moe_jax.config.presets import PRESETS
 from moe_jax.train.step import init_state, make_step
 
 config = parse(sys.argv[1:], PRESETS)

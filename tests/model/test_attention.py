@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import AttentionConfig, ModelConfig
-from moe_jax.model.attention import attend, document_sight, make_attention, rotary_width
+from moe_jax.model.attention import attend, document_context, make_attention, rotary_width
 from moe_jax.model.rope import rotation
 from tests import oracle
 from tests.conftest import GQA, MLA
@@ -70,7 +70,9 @@ def mla_formula(module, x: np.ndarray, c: AttentionConfig, model: ModelConfig) -
 def test_equals_the_direct_formula(config):
     module, model = build(config)
     x = np.random.default_rng(0).normal(size=(9, WIDTH))
-    out, _ = module(jnp.asarray(x[None], jnp.float32), document_sight(model, jnp.asarray(SEGMENTS)))
+    out, _ = module(
+        jnp.asarray(x[None], jnp.float32), document_context(model, jnp.asarray(SEGMENTS))
+    )
     formula = gqa_formula if config.kind == "gqa" else mla_formula
     # float32 against float64
     np.testing.assert_allclose(out[0], formula(module, x, config, model), rtol=1e-4, atol=1e-4)
@@ -79,9 +81,9 @@ def test_equals_the_direct_formula(config):
 @pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa", "mla"])
 def test_gradients_reach_earlier_tokens_of_the_document_only(config):
     module, model = build(config)
-    sight = document_sight(model, jnp.asarray(SEGMENTS))
+    attention = document_context(model, jnp.asarray(SEGMENTS))
     x = jax.random.normal(jax.random.key(0), (1, 9, WIDTH))
-    jacobian = jax.jacobian(lambda x: module(x, sight)[0].sum(axis=-1)[0])(x)
+    jacobian = jax.jacobian(lambda x: module(x, attention)[0].sum(axis=-1)[0])(x)
     reaches = np.abs(np.asarray(jacobian)[:, 0]).sum(axis=-1) > 0
     same = SEGMENTS[0][:, None] == SEGMENTS[0][None, :]
     np.testing.assert_array_equal(reaches, same & np.tril(np.ones((9, 9), bool)))
@@ -90,12 +92,12 @@ def test_gradients_reach_earlier_tokens_of_the_document_only(config):
 def test_a_shift_of_all_positions_changes_nothing():
     module, model = build(MLA)
     x = jax.random.normal(jax.random.key(0), (1, 9, WIDTH))
-    sight = document_sight(model, jnp.ones((1, 9), jnp.int32))
+    attention = document_context(model, jnp.ones((1, 9), jnp.int32))
     width = rotary_width(MLA)
     turned = rotation(jnp.arange(5, 14)[None], width, model.rope_base)
-    shifted = sight._replace(rotation=turned)
+    shifted = attention._replace(rotation=turned)
     # cos and sin of larger angles round differently
-    np.testing.assert_allclose(module(x, shifted)[0], module(x, sight)[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(module(x, shifted)[0], module(x, attention)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_softmax_is_taken_in_float32():

@@ -4,9 +4,9 @@ import jax
 import pytest
 from flax import nnx
 
+from moe_jax.config.presets import PRESETS, PUBLISHED
 from moe_jax.model.count import count_parameters, train_flops_per_token
 from moe_jax.model.transformer import Transformer
-from moe_jax.presets import PRESETS, PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

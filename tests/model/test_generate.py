@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.model.attention import cached_sight, document_sight
+from moe_jax.model.attention import cached_context, document_context
 from moe_jax.model.generate import generate, generate_uncached, sample
 from moe_jax.model.transformer import Transformer
 
@@ -33,11 +33,11 @@ def test_with_cache_equals_without(either_attention, temperature):
 def test_cached_logits_equal_a_full_pass(either_attention):
     model = Transformer(either_attention, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
-    full, _, _ = model.hidden(tokens, document_sight(model.config, jnp.ones_like(tokens)))
+    full, _, _ = model.hidden(tokens, document_context(model.config, jnp.ones_like(tokens)))
     caches, pieces = model.empty_caches(2, 9), []
     for start, stop in ((0, 4), (4, 5), (5, 9)):
-        sight = cached_sight(model.config, jnp.asarray(start), stop - start, 9)
-        hidden, caches, _ = model.hidden(tokens[:, start:stop], sight, caches)
+        attention = cached_context(model.config, jnp.asarray(start), stop - start, 9)
+        hidden, caches, _ = model.hidden(tokens[:, start:stop], attention, caches)
         pieces.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, rtol=1e-4, atol=1e-5)
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.model.attention import document_sight
+from moe_jax.model.attention import document_context
 from moe_jax.model.transformer import Transformer
-from moe_jax.train.objective import losses, token_nats, valid_targets
+from moe_jax.objectives.next_token import losses, token_nats, valid_targets
 
 LENGTH = 5
 TOKENS = jnp.array([[10, 11, 12, 13, 14, 15, 16, 17]])
@@ -18,7 +18,7 @@ SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]])
 @partial(nnx.jit, static_argnums=2)
 def predictions(model, tokens, depth):
     hidden, _, _ = model.hidden(
-        tokens[:, :LENGTH], document_sight(model.config, SEGMENTS[:, :LENGTH])
+        tokens[:, :LENGTH], document_context(model.config, SEGMENTS[:, :LENGTH])
     )
     found = model.mtp.predictions(model, hidden, tokens, SEGMENTS[:, :LENGTH])
     return [logits for _, logits, _ in found][depth - 1]

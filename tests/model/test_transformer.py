@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import document_sight
+from moe_jax.model.attention import document_context
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterBias
 
@@ -50,11 +50,11 @@ def test_scanned_blocks_equal_the_blocks_one_by_one(small_model):
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 61)
     segments = jnp.ones_like(tokens)
     graph, parameters = nnx.split(model.sparse.blocks)
-    sight = document_sight(small_model, segments)
-    x, _ = model.dense(model.embed(tokens), sight)
+    attention = document_context(small_model, segments)
+    x, _ = model.dense(model.embed(tokens), attention)
     for layer in range(small_model.moe_layers):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], parameters))
-        x, _ = block(x, sight)
+        x, _ = block(x, attention)
     np.testing.assert_allclose(model.logits(x), model(tokens, segments), rtol=1e-4, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from moe_jax.config import MoEConfig
 from moe_jax.moe.balance import update_bias
 from moe_jax.moe.layer import MoE, Parameters, moe_layer
-from moe_jax.moe.rules import Context
+from moe_jax.moe.rules import RoutingContext
 from tests import oracle
 
 BASE = MoEConfig(experts=6, experts_per_token=2, expert_hidden=7, scale=1.5)
@@ -163,7 +163,7 @@ def test_every_rule_runs_and_trains(rule):
     layer = MoE(5, c, std=1.0, out_std=1.0, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
     x = jax.random.normal(jax.random.key(1), (2, 9, 5))
-    context = Context(jnp.arange(18).reshape(2, 9), jax.random.key(2))
+    context = RoutingContext(jnp.arange(18).reshape(2, 9), jax.random.key(2))
 
     def objective(parameters):
         out, stats = nnx.merge(graph, parameters, rest)(x, context)

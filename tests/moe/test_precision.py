@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moe_kernels.experts_fp8.reference import mixture as reference
-from moe_kernels.launch import Route
+from moe_kernels.launch import Support
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import MoEConfig
-from moe_jax.errors import UserError
 from moe_jax.moe import layer, xla
 from moe_jax.moe.layer import Parameters, implementation, moe_layer
 from moe_jax.moe.plan import make_plan
 from moe_jax.moe.precision import FP8
+from moe_jax.runs.run import run_training
 from moe_jax.train import loop
 from tests.conftest import make_run
 from tests.moe.test_xla import NAMES, ROUTES, D, E, F, K, draw
@@ -84,18 +85,18 @@ def test_the_layer_by_kernels_and_by_emulation():
 @pytest.mark.slow
 def test_a_run_trains_and_evaluates_with_it(tmp_path, small_model):
     config = make_run(tmp_path, replace(small_model, moe=FP8_CONFIG), steps=4, evaluate_every=4)
-    loop.train(config)
+    run_training(config)
     assert (tmp_path / "run" / "result.json").exists()
 
 
 def on_a_gpu(monkeypatch, capability):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    route = Route("gpu", f"card, compute capability {capability}")
+    route = Support("gpu", f"card, compute capability {capability}")
     reason = f"compute capability {capability} has no FP8 matrix units"
     for module in (loop, layer):
-        monkeypatch.setattr(module, "triton_route", lambda: route)
-        fp8 = route if capability >= 8.9 else Route("none", reason)
-        monkeypatch.setattr(module, "fp8_route", lambda fp8=fp8: fp8)
+        monkeypatch.setattr(module, "triton_support", lambda: route)
+        fp8 = route if capability >= 8.9 else Support("none", reason)
+        monkeypatch.setattr(module, "fp8_support", lambda fp8=fp8: fp8)
 
 
 @pytest.mark.parametrize("name", ["auto", "triton"])

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import MoEConfig
-from moe_jax.errors import UserError
 from moe_jax.moe.route import route
-from moe_jax.moe.rules import Context, expert_capacity, limit_groups
+from moe_jax.moe.rules import RoutingContext, expert_capacity, limit_groups
 from tests import oracle
 
 T, E, K = 37, 8, 2
@@ -22,7 +22,7 @@ def draw_logits(seed=0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(T, E)).astype(np.float32)
 
 
-def routed(config, logits, context=Context(), **extra):  # noqa: B008
+def routed(config, logits, context=RoutingContext(), **extra):  # noqa: B008
     return route(jnp.asarray(logits), jnp.zeros(E), config, context, **extra)
 
 
@@ -58,7 +58,7 @@ def test_expert_choice_loads_are_equal():
 def test_token_rounding_equals_the_formula(tile):
     logits = draw_logits(1)
     config = replace(ROUNDING, rounding_tile=tile)
-    found = routed(config, logits, Context(key=KEY))
+    found = routed(config, logits, RoutingContext(key=KEY))
     scores = oracle.softmax(logits.astype(np.float64))
     before = [set(np.argsort(-row)[:K]) for row in scores]
     expected = [set() for _ in range(T)]
@@ -79,14 +79,14 @@ def test_token_rounding_is_top_k_outside_training():
 
 def test_token_rounding_keeps_to_the_groups():
     config = replace(ROUNDING, groups=4, groups_per_token=1, rounding_tile=16)
-    found = routed(config, draw_logits(2), Context(key=KEY))
+    found = routed(config, draw_logits(2), RoutingContext(key=KEY))
     assert all(len({e // 2 for e in row}) <= 1 for row in chosen_sets(found.experts))
 
 
 def test_hash_routing_depends_on_the_token_alone():
     config = replace(SOFTMAX, rule="hash", scale=3.0)
     tokens = jnp.asarray([7, 7, 9, 12345, 7])
-    found = routed(config, draw_logits()[:5], Context(tokens))
+    found = routed(config, draw_logits()[:5], RoutingContext(tokens))
     rows = found.experts.tolist()
     assert rows[0] == rows[1] == rows[4]
     assert all(len(set(row)) == K for row in rows)
@@ -95,7 +95,7 @@ def test_hash_routing_depends_on_the_token_alone():
 
 def test_hash_routing_spreads_tokens():
     config = replace(SOFTMAX, rule="hash")
-    found = routed(config, np.zeros((4096, E), np.float32), Context(jnp.arange(4096)))
+    found = routed(config, np.zeros((4096, E), np.float32), RoutingContext(jnp.arange(4096)))
     load = np.bincount(np.asarray(found.experts).ravel(), minlength=E)
     # 1024 expected, standard deviation 28: five of them
     assert np.abs(load - 1024).max() < 140
@@ -109,7 +109,7 @@ def test_hash_routing_equals_the_formula():
         return word ^ (word >> 16)
 
     config = replace(SOFTMAX, rule="hash")
-    found = routed(config, draw_logits(), Context(jnp.arange(T)))
+    found = routed(config, draw_logits(), RoutingContext(jnp.arange(T)))
     for token, row in enumerate(found.experts.tolist()):
         assert row == sorted(range(E), key=lambda e, t=token: -mixed(t, e))[:K]
 
@@ -117,7 +117,7 @@ def test_hash_routing_equals_the_formula():
 def test_noisy_top_k_equals_the_formula():
     config = replace(SOFTMAX, rule="noisy_top_k")
     logits, spread = draw_logits(), draw_logits(1)
-    found = routed(config, logits, Context(key=KEY), spread=jnp.asarray(spread))
+    found = routed(config, logits, RoutingContext(key=KEY), spread=jnp.asarray(spread))
     noise = np.asarray(jax.random.normal(KEY, (T, E)), np.float64)
     noisy = logits + noise * np.log1p(np.exp(spread.astype(np.float64)))
     for t in range(T):
@@ -136,7 +136,7 @@ def test_noise_is_learned():
     config = replace(SOFTMAX, rule="noisy_top_k")
 
     def objective(spread):
-        found = routed(config, draw_logits(), Context(key=KEY), spread=spread)
+        found = routed(config, draw_logits(), RoutingContext(key=KEY), spread=spread)
         return (found.weights * jnp.arange(K)).sum()
 
     assert np.abs(jax.grad(objective)(jnp.zeros((T, E)))).max() > 1e-3
@@ -160,7 +160,7 @@ def test_only_kept_groups_stay_selectable():
 @pytest.mark.parametrize("config", [CHOICE, ROUNDING], ids=lambda c: c.rule)
 def test_nan_logits_show_in_the_weights(config):
     logits = np.full((T, E), np.nan, np.float32)
-    assert np.isnan(routed(config, logits, Context(key=KEY)).weights).any()
+    assert np.isnan(routed(config, logits, RoutingContext(key=KEY)).weights).any()
 
 
 def test_expert_choice_is_refused_for_autoregressive_training():

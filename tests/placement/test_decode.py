@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterBias

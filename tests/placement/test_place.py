@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 from moe_jax.placement.place import Placement, belady, replay
 from moe_jax.placement.policy import LFRU, LFU, LRU, ONLINE, DecayedLFU, Static, make_policy
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 from moe_jax.placement.public_traces import open_trace
 
 CHOSEN = np.random.default_rng(0).integers(0, 9, (7, 3, 2))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 from moe_jax.placement.files import PAGE
 from moe_jax.placement.shelf import INDEX, Shelf, as_parts
 

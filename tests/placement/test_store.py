@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 from moe_jax.placement import files as expert_files
 from moe_jax.placement.files import ExpertFiles, layer_name, write_experts
 from moe_jax.placement.memory import SharedMemory

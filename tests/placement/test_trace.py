@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_jax.errors import UserError
+from moe_jax.base.errors import UserError
 from moe_jax.placement.place import Placement, replay
 from moe_jax.placement.policy import LRU
 from moe_jax.placement.synthetic import ZipfMarkov, fit, generate_trace

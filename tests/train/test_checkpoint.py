@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import CheckpointConfig
-from moe_jax.errors import UserError
 from moe_jax.train import checkpoint as module
 from moe_jax.train.checkpoint import MANIFEST, Checkpoints, manifest_fault
 

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_jax import machine
+from moe_jax.base import machine
+from moe_jax.base.errors import UserError
+from moe_jax.base.files import only_process
 from moe_jax.config import CheckpointConfig, OptimConfig
-from moe_jax.errors import UserError
-from moe_jax.files import only_process
+from moe_jax.runs.load import load_run
+from moe_jax.runs.run import run_training
 from moe_jax.train import loop
-from moe_jax.train.loop import DivergedError, train
+from moe_jax.train.loop import DivergedError
 from moe_jax.train.metrics import read_lines
-from moe_jax.train.trained import load_run
 
 
 def losses(config):
@@ -58,7 +59,7 @@ def test_a_run_in_two_pieces_equals_one_in_one_piece(small_run, tmp_path):
         optim=OptimConfig(accumulation=2),
         checkpoint=CheckpointConfig(every=5),
     )
-    train(whole)
+    run_training(whole)
     cut = replace(whole, out=str(tmp_path / "cut"))
 
     def stop_at_eight(run, line):
@@ -68,31 +69,31 @@ def test_a_run_in_two_pieces_equals_one_in_one_piece(small_run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_check_finite", stop_at_eight)
         with pytest.raises(KeyboardInterrupt):
-            train(cut)
-    train(cut)
+            run_training(cut)
+    run_training(cut)
     assert losses(cut) == losses(whole)
 
 
 def test_a_finished_run_is_reported_again_without_training(finished_run):
     before = losses(finished_run)
     (Path(finished_run.out) / "result.json").unlink()
-    train(replace(finished_run, samples=0))
+    run_training(replace(finished_run, samples=0))
     assert losses(finished_run) == before
     assert measurements(finished_run)["validation_bits_per_byte"] > 0
 
 
 def test_another_setting_in_the_same_folder_is_refused(finished_run):
     with pytest.raises(UserError, match=r"holds a run with optim.learning_rate=0.003, not 0.1"):
-        train(replace(finished_run, optim=OptimConfig(learning_rate=0.1)))
+        run_training(replace(finished_run, optim=OptimConfig(learning_rate=0.1)))
 
 
 @pytest.mark.slow
 def test_changed_text_is_refused(small_run, tmp_path):
     small_run = replace(small_run, steps=1)
-    train(small_run)
+    run_training(small_run)
     (tmp_path / "texts" / "module3.py").write_text("something else\n" * 30)
     with pytest.raises(UserError, match=r"has changed since this run began"):
-        train(small_run)
+        run_training(small_run)
 
 
 def test_a_diverging_run_stops_with_its_last_good_checkpoint(small_run):
@@ -100,7 +101,7 @@ def test_a_diverging_run_stops_with_its_last_good_checkpoint(small_run):
     config = replace(small_run, steps=40, optim=optim, evaluate_every=40)
     config = replace(config, checkpoint=CheckpointConfig(every=1))
     with pytest.raises(DivergedError, match=r"3 updates in a row were not finite"):
-        train(config)
+        run_training(config)
     lines = list(read_lines(Path(config.out) / "metrics.jsonl"))
     assert [line["skipped_in_a_row"] for line in lines[-3:]] == [1, 2, 3]
     assert [line["gradient_norm"] for line in lines[-3:]] == [None] * 3
@@ -111,14 +112,14 @@ def test_two_processes_in_one_folder_are_refused(small_run):
     out = Path(small_run.out)
     out.mkdir()
     with only_process(out), pytest.raises(UserError, match="another process is training"):
-        train(small_run)
+        run_training(small_run)
 
 
 def test_a_full_disk_is_refused_before_compiling(small_run, monkeypatch):
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"need 0.00 GB in .* 0.00 GB free: make room"):
-        train(small_run)
+        run_training(small_run)
 
 
 @pytest.mark.parametrize(
@@ -130,14 +131,14 @@ def test_a_full_disk_is_refused_before_compiling(small_run, monkeypatch):
 )
 def test_unusable_settings_are_refused_before_anything_else(small_run, change, message):
     with pytest.raises(UserError, match=message):
-        train(replace(small_run, **change))
+        run_training(replace(small_run, **change))
 
 
 def test_a_model_that_cannot_fit_is_refused_with_the_sizes():
-    from moe_jax.presets import PRESETS
+    from moe_jax.config.presets import PRESETS
 
     with pytest.raises(UserError, match=r"deepseek_v3 needs 8,.* GB"):
-        train(PRESETS["deepseek_v3"])
+        run_training(PRESETS["deepseek_v3"])
 
 
 def test_an_empty_corpus_is_refused(small_run, tmp_path):
@@ -145,4 +146,4 @@ def test_an_empty_corpus_is_refused(small_run, tmp_path):
     empty.mkdir()
     data = replace(small_run.data, source=f"files:{empty}/*.txt")
     with pytest.raises(UserError, match="empty"):
-        train(replace(small_run, data=data))
+        run_training(replace(small_run, data=data))

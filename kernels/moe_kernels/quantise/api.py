@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
 from jaxtyping import Float
 
-from moe_kernels.launch import fp8_route, interpreting, launch, require_fp8
+from moe_kernels.launch import fp8_support, interpreting, launch, require_fp8
 from moe_kernels.quantise import reference
 from moe_kernels.quantise.reference import E4M3, TILE, Quantised
 from moe_kernels.quantise.shapes import MATRICES_TUNING, ROWS, ROWS_TUNING
@@ -109,5 +109,5 @@ def _by_kernel(implementation: Implementation) -> bool:
     if implementation == "triton":
         require_fp8()
     return implementation == "triton" or (
-        implementation == "auto" and fp8_route().name in ("gpu", "lower")
+        implementation == "auto" and fp8_support().name in ("gpu", "lower")
     )

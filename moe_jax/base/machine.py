@@ -1,0 +1,110 @@
+"""What this machine is, and the speed limits that results are measured against."""
+
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from moe_kernels.launch import triton_support
+
+from moe_jax.base.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, for result.json."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cores": _cores(),
+        "triton": ": ".join(triton_support()),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """The CPU's name as Linux gives it, elsewhere as Python does."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def gemm_rate(dtype: str, size: int | None = None, repeats: int = 9) -> float:
+    """FLOP/s of a plain [size, size] matrix product on one device: the best of `repeats`.
+
+    The best, because it stands for the limit: interruptions only ever slow it down.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, a))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / float(np.min(seconds))
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident size that this process has had (Linux and macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int | None:
+    """Memory that a device can still give: the host's for a CPU; None where it is not known."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else limit - stats.get("bytes_in_use", 0)
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises UserError if the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the checkpoints of this run need {needed / 1e9:,.2f} GB in {folder}, and its disk "
+            f"has {free / 1e9:,.2f} GB free: make room, or choose another --out"
+        )
+
+
+def require_memory(preset: str, needed: int) -> None:
+    """Raises UserError if `needed` bytes of parameters and optimizer state cannot fit."""
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise UserError(
+            f"{preset} needs {needed / 1e9:,.1f} GB for parameters and optimizer on each device, "
+            f"which has {available / 1e9:,.1f} GB: choose a smaller preset (tiny, small) or "
+            "shrink it with --model.layers, --model.moe.experts, …"
+        )

@@ -1,0 +1,27 @@
+"""The compressors that a validation loss is shown beside, computed once for a text."""
+
+from pathlib import Path
+from typing import Any
+
+from moe_jax.base.console import say
+from moe_jax.data.baselines import gzip_bits_per_byte, ngram_bits_per_byte, xz_bits_per_byte
+from moe_jax.data.cache import cache_folder, entry, usable
+from moe_jax.data.tokens import TokenData
+
+
+def text_yardsticks(data: TokenData, cache: str) -> dict[str, float]:
+    """Bits per byte of gzip -9, xz -9 and a byte 5-gram on the held-out text; kept in the cache."""
+
+    def build(_: Path) -> dict[str, Any]:
+        say("compressing the held-out text with gzip, xz and a 5-gram, once")
+        held_out = data.validation.text()
+        return {
+            "gzip_bits_per_byte": gzip_bits_per_byte(held_out),
+            "xz_bits_per_byte": xz_bits_per_byte(held_out),
+            "ngram_bits_per_byte": ngram_bits_per_byte(data.train.chunks(), held_out),
+        }
+
+    folder = cache_folder(cache)
+    name = f"yardsticks-{data.fingerprint}-{len(data.validation.tokens)}"
+    with usable(folder):
+        return entry(folder / name, build, say)

@@ -1,0 +1,113 @@
+"""A finished (or stopped) run, loaded to be looked at: continuations and routing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from moe_jax.base.console import say
+from moe_jax.base.errors import UserError
+from moe_jax.config import CheckpointConfig, TrainConfig, from_dict
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.model.attention import document_context
+from moe_jax.model.generate import generate
+from moe_jax.model.transformer import Transformer
+from moe_jax.train.checkpoint import MANIFEST, Checkpoints
+from moe_jax.train.engines.tiered.engine import abstract_trunk, assembled
+from moe_jax.train.step import TrainState, abstract_state, graph_of
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the tokenizer that it was trained with."""
+
+    config: TrainConfig
+    step: int
+    state: TrainState
+    tokenizer: Tokenizer
+
+    def model(self) -> Transformer:
+        """The model as an object that can be called."""
+        graph = graph_of(self.config.resolved_model())
+        return nnx.merge(graph, self.state.parameters, self.state.router)
+
+    def complete(self, text: str, tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> str:
+        """`text` and what the model makes of it, up to the end of the document it imagines."""
+        prompt = self._encode(text)
+        found = generate(
+            graph_of(self.config.resolved_model()),
+            (self.state.parameters, self.state.router),
+            prompt[None],
+            jax.random.key(seed),
+            count=tokens,
+            vocabulary=self.tokenizer.vocabulary,
+            temperature=temperature,
+        )
+        return text + decode_until_end(self.tokenizer, np.asarray(found[0]))
+
+    def routing(self, text: str) -> list[tuple[str, list[list[int]]]]:
+        """(token, its experts in each mixture-of-experts block, best first) for each token."""
+        prompt = self._encode(text)[None]
+        model = self.model()
+        _, _, stats = model.hidden(prompt, document_context(model.config, jnp.ones_like(prompt)))
+        if stats is None:
+            raise UserError("model.dense_layers equals model.layers: a dense model has no routing")
+        experts, nobody = np.asarray(stats.experts)[:, 0], model.config.moe.experts
+        return [
+            (
+                self.tokenizer.decode(np.asarray([token])),
+                [[e for e in layer if e < nobody] for layer in experts[:, position].tolist()],
+            )
+            for position, token in enumerate(np.asarray(prompt[0]))
+            if position > 0
+        ]
+
+    def _encode(self, text: str) -> jax.Array:
+        """The beginning of a document: bos and then the tokens of `text`, int32[n]."""
+        return jnp.asarray([self.tokenizer.bos, *self.tokenizer.encode(text)], jnp.int32)
+
+
+def decode_until_end(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """The text of `tokens` before the first end-of-document token."""
+    stop = np.flatnonzero(tokens == tokenizer.eos)
+    return tokenizer.decode(tokens[: stop[0]] if len(stop) else tokens)
+
+
+def newest_step(out: str | Path) -> int:
+    """Step of the newest checkpoint that was written to its end, its files not looked at.
+    UserError: there is none."""
+    found = (Path(out) / "checkpoints").glob(f"*/{MANIFEST}")
+    steps = [int(path.parent.name) for path in found if path.parent.name.isdigit()]
+    if not steps:
+        raise UserError(f"{out} holds no complete checkpoint: give the --out of a training run")
+    return max(steps)
+
+
+def load_run(out: str | Path) -> Trained:
+    """The newest good checkpoint of a run's folder. UserError: there is none."""
+    folder = Path(out)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{out} holds no checkpoints: give the --out of a training run")
+    checkpoints = Checkpoints(folder, CheckpointConfig(), read_only=True)
+    try:
+        found = checkpoints.peek(say)
+        if found is None:
+            raise UserError(f"{out}/checkpoints holds no complete checkpoint")
+        config = from_dict(found[1]["config"])
+        here = SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            abstract_trunk(config) if config.placement.tiered else abstract_state(config),
+        )
+        restored = checkpoints.restore(shapes, say)
+    finally:
+        checkpoints.close()
+    assert restored is not None
+    tokenizer, state = Tokenizer.from_json(restored.extra["tokenizer"]), restored.state
+    if config.placement.tiered:
+        state = assembled(config, state, checkpoints.directory / str(restored.step))
+    return Trained(config, restored.step, state, tokenizer)

@@ -1,0 +1,138 @@
+"""What training with tiers has on the device: slabs, residents, and the programs on them.
+
+Rows are brought up to date a chunk at a time, residents as well as those from below, by one and the
+same program: in programs for other numbers of rows XLA rounds differently (its vectorised power
+differs from the scalar one in the last bit), and then results would depend on the budget.
+"""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Int
+
+from moe_jax.config import PlacementConfig, TrainConfig, require
+from moe_jax.train.engines.tiered.rows import RowShapes, make_advance
+from moe_jax.train.engines.tiered.trunk import Matrices
+
+
+class Sizes:
+    """How a device budget is spent. UserError: it is below one layer's working set."""
+
+    def __init__(self, config: TrainConfig, shapes: RowShapes) -> None:
+        model, moe = config.resolved_model(), config.model.moe
+        self.layers, self.experts = model.moe_layers, moe.experts
+        self.chunk = max(1, moe.experts // 16)
+        """Experts that are brought up to date together."""
+        own, record = shapes.parameter_bytes, shapes.record_bytes
+        # Two slabs and two layers' gradients (at work, and read ahead or being written), and two
+        # chunks on their way in and out.
+        slabs = 4 * self.experts * own
+        self.working = slabs + 2 * self.chunk * (2 * record - own)
+        budget = config.placement.device_bytes
+        require(
+            budget >= self.working,
+            f"placement.device_budget={config.placement.device_budget} is below one layer's "
+            f"working set: {self.experts} experts of {own} bytes (two layers' matrices and "
+            f"gradients, and {2 * self.chunk} whole records on their way) need at least "
+            f"{self.working} bytes",
+        )
+        chunks = (budget - self.working) // (self.chunk * record) // self.layers
+        self.quota = min(self.experts, chunks * self.chunk)
+        """Residents in each layer."""
+        chunks = -(-self.quota // self.chunk)
+        self.device = self.working + self.layers * chunks * self.chunk * record
+        """Bytes of the budget that are used."""
+        self.host = config.placement.host_bytes // sum(map(sum, shapes.kinds().values()))
+
+
+@dataclass(eq=False)
+class Slab:
+    """The matrices of one layer's experts on the device; rows that are not `filled` are anything
+    finite, computed with weight 0 and never read."""
+
+    matrices: Matrices
+    filled: Bool[np.ndarray, "E"]
+    layer: int = -1
+    job: "Future[None] | None" = None
+
+
+@dataclass(eq=False)
+class Held:
+    """A chunk of residents, [chunk, …]; rows beyond the last resident are anything."""
+
+    ids: Int[np.ndarray, "n"]
+    rows: dict[str, Matrices]
+    """By kind: parameters, moments, gradients."""
+
+
+class Residents:
+    """The experts of one layer that stay on the device, in ascending order."""
+
+    def __init__(self, ids: Int[np.ndarray, "R"], chunk: int, shapes: RowShapes) -> None:
+        def zeros(parts: tuple[jax.ShapeDtypeStruct, ...]) -> Matrices:
+            return tuple(jnp.zeros((chunk, *s.shape), s.dtype) for s in parts)
+
+        self.ids, self.chunk, own = ids, chunk, shapes.parameters
+        self.chunks = [
+            Held(
+                ids[begin : begin + chunk],
+                {
+                    "parameters": zeros(own),
+                    "moments": zeros(shapes.moments),
+                    "gradients": zeros(own),
+                },
+            )
+            for begin in range(0, len(ids), chunk)
+        ]
+
+    def load(self, kind: str, arrays: list[np.ndarray]) -> None:
+        """Replaces the rows of a kind, [R, …] each."""
+        for index, held in enumerate(self.chunks):
+            own = slice(index * self.chunk, index * self.chunk + len(held.ids))
+            held.rows[kind] = tuple(jnp.asarray(padded(a[own], self.chunk)) for a in arrays)
+
+    def on_host(self, kind: str) -> list[np.ndarray]:
+        """The rows of a kind, [R, …] each."""
+        parts = [[np.asarray(m)[: len(h.ids)] for m in h.rows[kind]] for h in self.chunks]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+class Programs:
+    """The jitted functions on rows."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.advance = jax.jit(make_advance(config))
+        self.take = jax.jit(lambda rows, ids: tuple(part[ids] for part in rows))
+        self.place = jax.jit(_place, donate_argnums=0)
+
+
+def programs_of(config: TrainConfig) -> Programs:
+    """Those of a config, shared by all runs that differ in where experts live alone."""
+    return _programs(replace(config, placement=PlacementConfig(), out=""))
+
+
+@lru_cache(maxsize=4)
+def _programs(config: TrainConfig) -> Programs:
+    return Programs(config)
+
+
+def _place(
+    slab: Matrices, rows: Matrices, places: Int[Array, "n"], count: Int[Array, ""]
+) -> Matrices:
+    """slab[places[i]] = rows[i] for i < count."""
+
+    def body(i: Array, slab: Matrices) -> Matrices:
+        pairs = zip(slab, rows, strict=True)
+        return tuple(lax.dynamic_update_index_in_dim(s, r[i], places[i], 0) for s, r in pairs)
+
+    return lax.fori_loop(0, count, body, slab)
+
+
+def padded(part: np.ndarray, size: int) -> np.ndarray:
+    """`part` and zeros, `size` rows."""
+    return np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])

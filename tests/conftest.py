@@ -73,7 +73,8 @@ def make_run(folder: Path, model: ModelConfig, **settings) -> TrainConfig:
     )
     defaults = {"steps": 12, "batch": 4, "evaluate_every": 6, "samples": 0}
     out = str(folder / "run")
-    return TrainConfig(**{**defaults, "out": out, "model": model, "data": data, **settings})
+    settings = {**defaults, "out": out, "model": model, "data": data, **settings}
+    return TrainConfig(**settings).resolved()
 
 
 @pytest.fixture

@@ -13,25 +13,25 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from moe_jax.base.initial import named_key
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import document_context
+from moe_jax.model.abstract import split_model
 from moe_jax.model.linear import Linear
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterBias
 
 
 class Discriminator(nnx.Module):
     """A transformer read at the mean of its last hidden states, one score a sequence."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.trunk = Transformer(config, rngs=rngs)
+    def __init__(self, config: ModelConfig, *, key: Array) -> None:
+        self.trunk = Transformer(config, key=named_key(key, "trunk"))
         dtype = jnp.dtype(config.param_dtype)
-        self.head = Linear(config.width, 1, std=config.init_std, dtype=dtype, rngs=rngs)
+        own = named_key(key, "head")
+        self.head = Linear(config.width, 1, std=config.init_std, dtype=dtype, key=own)
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B"]:
         """Scores of whole sequences, prompt and continuation."""
-        attention = document_context(self.trunk.config, jnp.ones_like(tokens))
-        hidden, _, _ = self.trunk.hidden(tokens, attention)
+        hidden, _ = self.trunk.hidden(tokens, jnp.ones_like(tokens))
         return self.head(self.trunk.norm(hidden).mean(axis=1))[:, 0].astype(jnp.float32)
 
 
@@ -39,8 +39,8 @@ def make_discriminator(
     config: ModelConfig, parameters: Any, router: Any, seed: int
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graph, parameters, router) of a discriminator whose trunk is a copy of a trained model."""
-    built = Discriminator(config, rngs=nnx.Rngs(seed))
-    graph, fresh, bias = nnx.split(built, nnx.Param, RouterBias)
+    built = Discriminator(config, key=jax.random.key(seed))
+    graph, fresh, bias = split_model(built)
     for state, trained in ((fresh, parameters), (bias, router)):
         pure = nnx.to_pure_dict(state)
         if "trunk" in pure:

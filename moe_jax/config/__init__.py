@@ -518,10 +518,13 @@ class TrainConfig:
             f"data.tokenizer '{self.data.tokenizer}'",
         )
 
-    def resolved_model(self) -> ModelConfig:
-        """The model's settings with the vocabulary filled in from the tokenizer if unset."""
-        vocabulary = self.model.vocabulary or self.data.vocabulary
-        return dataclasses.replace(self.model, vocabulary=vocabulary)
+    def resolved(self) -> "TrainConfig":
+        """The same settings with the vocabulary filled in from the tokenizer if it is unset. Done
+        once, before a run starts."""
+        if self.model.vocabulary is not None:
+            return self
+        model = dataclasses.replace(self.model, vocabulary=self.data.vocabulary)
+        return dataclasses.replace(self, model=model)
 
 
 def fields(settings: Any) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from moe_jax.config import require
 from moe_jax.data.batches import Windows
 from moe_jax.data.documents import digest
 from moe_jax.data.tokens import TokenArray
-from moe_jax.distill.teacher import Teacher, read, require_same_tokens, split_model
+from moe_jax.distill.teacher import Teacher, read, require_same_tokens
+from moe_jax.model.abstract import graph_of
 
 POSITIONS_AT_ONCE = 64
 """Rows of logits in memory while a window is read out."""
@@ -164,7 +165,7 @@ def make_outputs(
     teacher: Teacher, config: CacheConfig, vocabulary: int
 ) -> Callable[[Array, Array, Array], dict[str, Array]]:
     """(tokens, segments: [B, L], window numbers [B]) -> what is kept, [B, L, ...] each."""
-    fixed = {"graph": split_model(teacher.model)[0], "config": config, "vocabulary": vocabulary}
+    fixed = {"graph": graph_of(teacher.model), "config": config, "vocabulary": vocabulary}
     return partial(_outputs, teacher.parameters, teacher.router, **fixed)
 
 

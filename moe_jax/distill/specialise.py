@@ -16,8 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig, require
-from moe_jax.distill.teacher import split_model
-from moe_jax.model.attention import document_context
+from moe_jax.model.abstract import graph_of
 from moe_jax.moe.experts import swiglu
 
 PROBES = 256
@@ -109,7 +108,7 @@ def specialisation(
         model.moe_layers > 0 and model.moe.experts > 1,
         "specialisation needs a model with at least two experts in a block",
     )
-    built = split_model(model)[0]
+    built = graph_of(model)
     experts = np.asarray(_routed(parameters, router, jnp.asarray(tokens), graph=built))
     blocks = nnx.to_pure_dict(parameters)["sparse"]["blocks"]
     probes = jax.random.normal(jax.random.key(0), (PROBES, model.width))
@@ -139,7 +138,6 @@ def _routed(
     parameters: Any, router: Any, tokens: Int[Array, "N L"], *, graph: nnx.GraphDef
 ) -> Int[Array, "layers N L K"]:
     built = nnx.merge(graph, parameters, router)
-    attention = document_context(built.config, jnp.ones_like(tokens))
-    stats = built.hidden(tokens, attention)[2]
+    _, stats = built.hidden(tokens, jnp.ones_like(tokens))
     assert stats is not None
     return stats.experts

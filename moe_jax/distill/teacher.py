@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -15,9 +14,8 @@ from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.distill.chunked import Readout
 from moe_jax.interop import gguf, huggingface
-from moe_jax.model.attention import document_context
+from moe_jax.model.abstract import abstract_states
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterBias
 
 
 class Teacher(NamedTuple):
@@ -42,7 +40,7 @@ class Teacher(NamedTuple):
     @staticmethod
     def _untrained_router(config: ModelConfig, parameters: Any, tokenizer: Tokenizer) -> "Teacher":
         """Models from elsewhere have no selection bias."""
-        router = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), split_model(config)[2])
+        router = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_states(config)[1])
         return Teacher(config, parameters, router, tokenizer)
 
     def fingerprint(self) -> str:
@@ -54,23 +52,14 @@ class Teacher(NamedTuple):
         return state.hexdigest()
 
 
-def split_model(config: ModelConfig) -> tuple[nnx.GraphDef, Any, Any]:
-    """(graph, parameters, router) of a model without memory; an absent router is an empty state."""
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    graph, parameters, router = nnx.split(model, nnx.Param, RouterBias)
-    return graph, parameters, router
-
-
 def readout(model: Transformer, hidden: Float[Array, "B L D"]) -> Readout:
     """The logits of every position, not yet multiplied out; N = B·L."""
-    table = model.embedding if model.config.tied_embedding else model.head
-    return Readout(model.norm(hidden).reshape(-1, hidden.shape[-1]), table[...])
+    return Readout(model.norm(hidden).reshape(-1, hidden.shape[-1]), model.output_table())
 
 
 def read(model: Transformer, tokens: Int[Array, "B L"], segments: Int[Array, "B L"]) -> Readout:
     """The model's readout of packed documents."""
-    hidden, _, _ = model.hidden(tokens, document_context(model.config, segments))
-    return readout(model, hidden)
+    return readout(model, model.hidden(tokens, segments)[0])
 
 
 def require_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:

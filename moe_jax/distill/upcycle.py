@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig, MoEConfig, require
-from moe_jax.distill.teacher import split_model
+from moe_jax.model.abstract import abstract_states
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def upcycle(
     The optimizer starts afresh: its moments belong to other parameters.
     """
     model = sparse_config(dense, config)
-    _, abstract, router = split_model(model)
+    abstract, router = abstract_states(model)
     old = nnx.to_pure_dict(parameters)
     blocks = old["dense"]["blocks"]
     new = {k: v for k, v in old.items() if k != "dense"}

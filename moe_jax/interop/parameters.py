@@ -11,7 +11,8 @@ from flax import nnx
 
 from moe_jax.base.errors import UserError
 from moe_jax.config import ModelConfig
-from moe_jax.model.transformer import Transformer
+from moe_jax.model.abstract import abstract_states
+from moe_jax.model.parameters import dotted
 
 ATTENTION = {
     "attention_norm.scale": ("attn_norm",),
@@ -153,21 +154,11 @@ def whole(name: str, value: Any) -> int:
 def as_parameters(config: ModelConfig, arrays: dict[str, np.ndarray]) -> nnx.State:
     """The parameters of Transformer(config) from arrays by dotted name."""
     dtype = jnp.dtype(config.param_dtype)
-    abstract = nnx.state(_shape_of(config), nnx.Param)
+    abstract, _ = abstract_states(config)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.asarray(arrays[dotted(path)], dtype), abstract
     )
 
 
-def _shape_of(config: ModelConfig) -> Transformer:
-    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-
-
 def _abstract(config: ModelConfig) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(_shape_of(config), nnx.Param))
-    return [(dotted(path), leaf) for path, leaf in leaves]
-
-
-def dotted(path: tuple[Any, ...]) -> str:
-    """`dense.blocks.attention.query.weight` from the path of a leaf of a parameter state."""
-    return ".".join(str(entry.key) for entry in path if hasattr(entry, "key"))
+    return [(dotted(path), leaf) for path, leaf in nnx.to_flat_state(abstract_states(config)[0])]

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from moe_jax.base.initial import named_key
 from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.model.linear import Linear
 from moe_jax.model.norm import RMSNorm
@@ -94,14 +95,14 @@ def _extend(cache: Cache | None, new: Cache, start: Array) -> Cache:
 class GroupedQueryAttention(nnx.Module):
     """Multi-head attention whose key/value heads are shared by groups of queries (2305.13245)."""
 
-    def __init__(self, model: ModelConfig, *, out_std: float, rngs: nnx.Rngs) -> None:
+    def __init__(self, model: ModelConfig, *, out_std: float, key: Array) -> None:
         c = self.config = model.attention
         std, dtype = model.init_std, jnp.dtype(model.param_dtype)
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        self.query = Linear(model.width, queries, std=std, dtype=dtype, rngs=rngs)
-        self.key = Linear(model.width, keys, std=std, dtype=dtype, rngs=rngs)
-        self.value = Linear(model.width, keys, std=std, dtype=dtype, rngs=rngs)
-        self.out = Linear(queries, model.width, std=out_std, dtype=dtype, rngs=rngs)
+        self.query = Linear(model.width, queries, std=std, dtype=dtype, key=named_key(key, "query"))
+        self.key = Linear(model.width, keys, std=std, dtype=dtype, key=named_key(key, "key"))
+        self.value = Linear(model.width, keys, std=std, dtype=dtype, key=named_key(key, "value"))
+        self.out = Linear(queries, model.width, std=out_std, dtype=dtype, key=named_key(key, "out"))
         if c.qk_norm != "none":
             full = c.qk_norm == "full"
             epsilon = model.norm_epsilon
@@ -136,19 +137,27 @@ class LatentAttention(nnx.Module):
     by all heads. The cache holds the normalised latent and the rotated shared key only.
     """
 
-    def __init__(self, model: ModelConfig, *, out_std: float, rngs: nnx.Rngs) -> None:
+    def __init__(self, model: ModelConfig, *, out_std: float, key: Array) -> None:
         c = self.config = model.attention
         width, std, dtype = model.width, model.init_std, jnp.dtype(model.param_dtype)
         queries = c.heads * (c.nope_dim + c.rope_dim)
         if c.q_rank:
-            self.query_down = Linear(width, c.q_rank, std=std, dtype=dtype, rngs=rngs)
+            self.query_down = Linear(
+                width, c.q_rank, std=std, dtype=dtype, key=named_key(key, "query_down")
+            )
             self.query_norm = RMSNorm(c.q_rank, model.norm_epsilon, dtype)
-        self.query_up = Linear(c.q_rank or width, queries, std=std, dtype=dtype, rngs=rngs)
-        self.kv_down = Linear(width, c.kv_rank + c.rope_dim, std=std, dtype=dtype, rngs=rngs)
+        self.query_up = Linear(
+            c.q_rank or width, queries, std=std, dtype=dtype, key=named_key(key, "query_up")
+        )
+        self.kv_down = Linear(
+            width, c.kv_rank + c.rope_dim, std=std, dtype=dtype, key=named_key(key, "kv_down")
+        )
         self.kv_norm = RMSNorm(c.kv_rank, model.norm_epsilon, dtype)
         rebuilt = c.heads * (c.nope_dim + c.v_dim)
-        self.kv_up = Linear(c.kv_rank, rebuilt, std=std, dtype=dtype, rngs=rngs)
-        self.out = Linear(c.heads * c.v_dim, width, std=out_std, dtype=dtype, rngs=rngs)
+        self.kv_up = Linear(c.kv_rank, rebuilt, std=std, dtype=dtype, key=named_key(key, "kv_up"))
+        self.out = Linear(
+            c.heads * c.v_dim, width, std=out_std, dtype=dtype, key=named_key(key, "out")
+        )
 
     def __call__(
         self, x: Float[Array, "B L D"], attention: AttentionContext, cache: Cache | None = None
@@ -178,11 +187,11 @@ class LatentAttention(nnx.Module):
 
 
 def make_attention(
-    model: ModelConfig, *, out_std: float, rngs: nnx.Rngs
+    model: ModelConfig, *, out_std: float, key: Array
 ) -> GroupedQueryAttention | LatentAttention:
     """The attention that `model.attention.kind` names."""
     kinds = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
-    return kinds[model.attention.kind](model, out_std=out_std, rngs=rngs)
+    return kinds[model.attention.kind](model, out_std=out_std, key=key)
 
 
 def empty_cache(c: AttentionConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:

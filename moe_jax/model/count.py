@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-import jax
 from flax import nnx
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.transformer import Transformer
+from moe_jax.model.abstract import abstract_states
+from moe_jax.model.parameters import role_of
 
 
 class Counts(NamedTuple):
@@ -26,13 +26,13 @@ class Counts(NamedTuple):
 def count_parameters(config: ModelConfig) -> Counts:
     """Counts by building the model under eval_shape: no memory, a second for 671B."""
     assert config.vocabulary is not None
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    whole, routed = {"main": 0, "mtp": 0}, {"main": 0, "mtp": 0}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
-        names = [str(getattr(entry, "key", entry)) for entry in path]
-        part = "mtp" if names[0] == "mtp" else "main"
+    parameters, _ = abstract_states(config)
+    whole = {"main": 0, "mtp": 0}
+    routed = {"main": 0, "mtp": 0}
+    for path, leaf in nnx.to_flat_state(parameters):
+        part = "mtp" if path[0] == "mtp" else "main"
         whole[part] += leaf.size
-        if "moe" in names and not {"router", "router_noise"} & set(names):
+        if role_of(path) == "expert":
             routed[part] += leaf.size
     idle = {
         k: n - n * config.moe.experts_per_token // config.moe.experts for k, n in routed.items()

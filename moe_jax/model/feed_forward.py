@@ -1,10 +1,11 @@
-"""The dense SwiGLU feed-forward: the first blocks, and the shared experts of the others."""
+"""The dense SwiGLU feed-forward: that of the first blocks, and the shared experts of the others."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from moe_jax.base.initial import named_key
 from moe_jax.model.linear import Linear
 from moe_jax.moe.experts import swiglu
 
@@ -20,10 +21,11 @@ class FeedForward(nnx.Module):
         std: float,
         out_std: float,
         dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        key: Array,
     ) -> None:
-        self.gate_up = Linear(width, 2 * hidden, std=std, dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, width, std=out_std, dtype=dtype, rngs=rngs)
+        up_key = named_key(key, "gate_up")
+        self.gate_up = Linear(width, 2 * hidden, std=std, dtype=dtype, key=up_key)
+        self.down = Linear(hidden, width, std=out_std, dtype=dtype, key=named_key(key, "down"))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return self.down(swiglu(self.gate_up(x)))

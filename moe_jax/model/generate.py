@@ -9,7 +9,6 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from moe_jax.model.attention import cached_context
 from moe_jax.model.transformer import Transformer
 
 
@@ -47,14 +46,12 @@ def generate(
     """
     model: Transformer = nnx.merge(graph, *parameters)
     batch, length = prompt.shape
-    slots = length + count
 
     def advance(tokens: Array, start: Any, caches: Any) -> tuple[Array, Any]:
-        attention = cached_context(model.config, jnp.asarray(start), tokens.shape[1], slots)
-        hidden, caches, _ = model.hidden(tokens, attention, caches)
+        hidden, caches = model.extend(tokens, jnp.asarray(start), caches)
         return model.logits(hidden[:, -1:])[:, 0, :vocabulary], caches
 
-    logits, caches = advance(prompt, 0, model.empty_caches(batch, slots))
+    logits, caches = advance(prompt, 0, model.empty_caches(batch, length + count))
 
     def step(carry: tuple[Array, Any], index: Array) -> tuple[tuple[Array, Any], Array]:
         logits, caches = carry

@@ -9,13 +9,13 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from moe_jax.base.initial import layer_keys, named_key
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import document_context
 from moe_jax.model.block import Block
 from moe_jax.model.linear import Linear
 from moe_jax.model.norm import RMSNorm
+from moe_jax.model.stages import Context, run_block, whole_documents
 from moe_jax.moe.layer import RouterStats
-from moe_jax.moe.rules import RoutingContext
 
 if TYPE_CHECKING:
     from moe_jax.model.transformer import Transformer
@@ -24,40 +24,38 @@ if TYPE_CHECKING:
 class MTPModule(nnx.Module):
     """h^k_i = block(M [norm(h^{k-1}_i); norm(Emb(t_{i+k}))]) (eq. 21-22)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, key: Array) -> None:
         self.config = config
-        width, epsilon = config.width, config.norm_epsilon
+        width = config.width
+        epsilon = config.norm_epsilon
         dtype = jnp.dtype(config.param_dtype)
         self.hidden_norm = RMSNorm(width, epsilon, dtype)
         self.embedding_norm = RMSNorm(width, epsilon, dtype)
-        self.projection = Linear(2 * width, width, std=config.init_std, dtype=dtype, rngs=rngs)
-        self.block = Block(config, sparse=config.moe_layers > 0, rngs=rngs)
+        own = named_key(key, "projection")
+        self.projection = Linear(2 * width, width, std=config.init_std, dtype=dtype, key=own)
+        self.block = Block(config, sparse=config.moe_layers > 0, key=named_key(key, "block"))
         self.norm = RMSNorm(width, epsilon, dtype)
 
     def __call__(
-        self,
-        hidden: Float[Array, "B L D"],
-        embedded: Float[Array, "B L D"],
-        segments: Int[Array, "B L"],
-        context: RoutingContext,
+        self, hidden: Float[Array, "B L D"], embedded: Float[Array, "B L D"], context: Context
     ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
         joined = [self.hidden_norm(hidden), self.embedding_norm(embedded)]
         x = self.projection(jnp.concatenate(joined, axis=-1))
-        x, (_, stats) = self.block(x, document_context(self.config, segments), context=context)
+        x, _, stats = run_block(self.block, x, context)
         return x, stats
 
 
 class MultiTokenPrediction(nnx.Module):
     """`mtp_depth` modules in a chain; embedding and head are the main model's."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, key: Array) -> None:
         self.depth = config.mtp_depth
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def make(key: Array) -> MTPModule:
-            return MTPModule(config, rngs=nnx.Rngs(params=key))
+            return MTPModule(config, key=key)
 
-        self.modules = make(jax.random.split(rngs.params(), self.depth))
+        self.modules = make(layer_keys(key, self.depth))
 
     def predictions(
         self,
@@ -76,8 +74,6 @@ class MultiTokenPrediction(nnx.Module):
         for index in range(self.depth):
             module = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], parameters))
             ahead = tokens[:, index + 1 : index + 1 + length]
-            own_key = None if key is None else jax.random.fold_in(key, index)
-            hidden, stats = module(
-                hidden, model.embed(ahead), segments, RoutingContext(ahead, own_key)
-            )
+            context = whole_documents(model.config, ahead, segments, key).at("mtp", index)
+            hidden, stats = module(hidden, model.embed(ahead), context)
             yield index + 1, model.logits(hidden, module.norm), stats

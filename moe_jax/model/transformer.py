@@ -7,19 +7,18 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from moe_jax.base.initial import named_key, normal_parameter
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import AttentionContext, Cache, document_context, empty_cache
+from moe_jax.model import stages
+from moe_jax.model.attention import Cache, empty_cache
 from moe_jax.model.block import Stack
-from moe_jax.model.dropout import dropout
-from moe_jax.model.linear import normal_param
 from moe_jax.model.mtp import MultiTokenPrediction
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import RouterStats
-from moe_jax.moe.rules import RoutingContext
 
 
 class Caches(NamedTuple):
-    """Attention memory of both stacks, with a leading layer axis; None for an absent stack."""
+    """KV caches of both stacks, with a leading layer axis. None for an absent stack."""
 
     dense: Cache | None
     sparse: Cache | None
@@ -28,92 +27,110 @@ class Caches(NamedTuple):
 class Transformer(nnx.Module):
     """Decoder-only transformer over packed documents.
 
-    `hidden` gives the residual stream after the last block and `logits` reads it out; multi-token
-    prediction starts from the same stream, so they are separate calls.
+    `hidden` gives the residual stream after the last block and `logits` reads it out. They are
+    separate calls because multi-token prediction starts from the same stream.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        assert config.vocabulary is not None, "use TrainConfig.resolved_model()"
+    def __init__(self, config: ModelConfig, *, key: Array) -> None:
+        assert config.vocabulary is not None, "use TrainConfig.resolved()"
         self.config = config
-        dtype, shape = jnp.dtype(config.param_dtype), (config.vocabulary, config.width)
-        self.embedding = normal_param(rngs.params(), shape, config.init_std, dtype)
+        dtype = jnp.dtype(config.param_dtype)
+        shape = (config.vocabulary, config.width)
+
+        def table(name: str) -> nnx.Param:
+            return normal_parameter(named_key(key, name), shape, config.init_std, dtype)
+
+        self.embedding = table("embedding")
         if not config.tied_embedding:
-            self.head = normal_param(rngs.params(), shape, config.init_std, dtype)
+            self.head = table("head")
         if config.dense_layers:
-            self.dense = Stack(config, config.dense_layers, sparse=False, rngs=rngs)
+            own = named_key(key, "dense")
+            self.dense = Stack(config, config.dense_layers, sparse=False, key=own)
         if config.moe_layers:
-            self.sparse = Stack(config, config.moe_layers, sparse=True, rngs=rngs)
+            own = named_key(key, "sparse")
+            self.sparse = Stack(config, config.moe_layers, sparse=True, key=own)
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype)
         if config.mtp_depth:
-            self.mtp = MultiTokenPrediction(config, rngs=rngs)
+            self.mtp = MultiTokenPrediction(config, key=named_key(key, "mtp"))
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Rows of the embedding in the compute dtype."""
         rows = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
         return rows.astype(self.config.compute_dtype)
 
+    def output_table(self) -> Float[Array, "V D"]:
+        """The head, which is the embedding where the two are tied."""
+        return (self.embedding if self.config.tied_embedding else self.head)[...]
+
     def hidden(
         self,
         tokens: Int[Array, "B L"],
-        attention: AttentionContext,
-        caches: Caches | None = None,
+        segments: Int[Array, "B L"],
+        *,
         key: Array | None = None,
         shift: Float[Array, "B L D"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Caches, RouterStats | None]:
-        """The residual stream before the final norm, the caches extended by these tokens, and the
-        statistics of the mixture-of-experts blocks (None in a dense model). A `key` marks a
-        training step (moe.rules.RoutingContext, dropout). `shift` is added to the embeddings
-        (adversarial.perturb)."""
-        context = RoutingContext(tokens, key)
-        dense, sparse = caches or Caches(None, None)
-        x, dense = self.begin(tokens, attention, dense, context, shift)
-        stats = None
-        if self.config.moe_layers:
-            x, (sparse, stats) = self.sparse(x, attention, sparse, context)
-        return x, Caches(dense, sparse), stats
+    ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
+        """The residual stream before the final norm, and the statistics of the sparse blocks.
+
+        `segments` numbers the documents of each row. A `key` marks a training step (dropout,
+        routing noise). `shift` is added to the embeddings. Statistics carry a leading layer axis
+        and are None for a dense model.
+        """
+        context = stages.whole_documents(self.config, tokens, segments, key)
+        x, _, stats = self._run(context, Caches(None, None), shift)
+        return x, stats
+
+    def extend(
+        self, tokens: Int[Array, "B L"], start: Int[Array, ""], caches: Caches
+    ) -> tuple[Float[Array, "B L D"], Caches]:
+        """`hidden` for tokens from position `start` on, given the KV caches of all before them, and
+        the caches extended by these tokens."""
+        of_any_layer = caches.dense or caches.sparse
+        assert of_any_layer is not None
+        slots = of_any_layer[0].shape[2]  # [layers, B, slots, …]
+        context = stages.next_tokens(self.config, tokens, start, slots)
+        x, caches, _ = self._run(context, caches)
+        return x, caches
 
     def begin(
         self,
-        tokens: Int[Array, "B L"],
-        attention: AttentionContext,
-        cache: Cache | None,
-        context: RoutingContext,
+        context: stages.Context,
+        cache: Cache | None = None,
         shift: Float[Array, "B L D"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """The residual stream before the first mixture-of-experts block, and the dense blocks'
-        cache; as `hidden`."""
-        x = self.embed(tokens)
-        if shift is not None:
-            x = x + shift.astype(x.dtype)
-        x = dropout(x, self.config.dropout, context.key)
+        """The residual stream before the first sparse block, and the dense blocks' caches."""
+        x = stages.begin(self, context, shift)
         if self.config.dense_layers:
-            x, (cache, _) = self.dense(x, attention, cache, context)
+            x, cache, _ = stages.run_stack(self.dense, x, context, cache)
         return x, cache
+
+    def _run(
+        self, context: stages.Context, caches: Caches, shift: Array | None = None
+    ) -> tuple[Array, Caches, RouterStats | None]:
+        x, dense = self.begin(context, caches.dense, shift)
+        sparse, stats = None, None
+        if self.config.moe_layers:
+            x, sparse, stats = stages.run_stack(self.sparse, x, context, caches.sparse)
+        return x, Caches(dense, sparse), stats
 
     def logits(
         self, hidden: Float[Array, "B L D"], norm: RMSNorm | None = None
     ) -> Float[Array, "B L V"]:
-        """norm(hidden) · headᵀ in the output dtype; multi-token prediction brings its own norm."""
-        normed = (norm or self.norm)(hidden)
-        table = self.embedding if self.config.tied_embedding else self.head
-        table = table[...].astype(normed.dtype)
-        product = jnp.einsum("bld,vd->blv", normed, table, preferred_element_type=jnp.float32)
-        return product.astype(self.config.output_dtype)
+        """stages.end."""
+        return stages.end(self, hidden, norm)
 
     def __call__(
         self, tokens: Int[Array, "B L"], segments: Int[Array, "B L"]
     ) -> Float[Array, "B L V"]:
         """Logits of the next token at every position."""
-        hidden, _, _ = self.hidden(tokens, document_context(self.config, segments))
-        return self.logits(hidden)
+        return self.logits(self.hidden(tokens, segments)[0])
 
     def empty_caches(self, batch: int, slots: int) -> Caches:
         """Room for `slots` tokens in every layer, in the compute dtype."""
+        dtype = jnp.dtype(self.config.compute_dtype)
 
         def stacked(layers: int) -> Cache | None:
-            one = empty_cache(
-                self.config.attention, batch, slots, jnp.dtype(self.config.compute_dtype)
-            )
+            one = empty_cache(self.config.attention, batch, slots, dtype)
             first, second = (jnp.broadcast_to(part, (layers, *part.shape)) for part in one)
             return (first, second) if layers else None
 

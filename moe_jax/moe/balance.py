@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from moe_jax.parallel.mesh import DATA, data_parallel
+from moe_jax.parallel.mesh import mean_over_data, sum_over_data
 
 
 def update_bias(
@@ -43,8 +43,8 @@ def expert_loss(
     """
     experts = scores.shape[-1]
     probability = _normalised(scores).mean(axis=0)
-    if data_parallel() > 1:
-        load, probability = lax.psum(load, DATA), lax.pmean(probability, DATA)
+    load = sum_over_data(load)
+    probability = mean_over_data(probability)
     frequency = load * (experts / jnp.maximum(load.sum(), 1))
     if groups is not None:
         frequency = frequency.reshape(groups, -1).mean(axis=1)

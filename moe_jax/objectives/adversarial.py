@@ -1,41 +1,33 @@
-"""Training with an adversary or its control: objectives for make_step, the discriminator's step.
+"""Objectives with an adversary, and their controls.
 
 step = make_step(config, perturbed_objective(settings, teacher))  # step(state, batch, teacher's)
-step = make_step(config, policy_objective(settings))              # step(state, batch, start's)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.adversarial import controls, generative, perturb
+from moe_jax.adversarial import controls, perturb
+from moe_jax.base.initial import named_key
 from moe_jax.config import ModelConfig, require
-from moe_jax.data.batches import shifted_targets
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import Columns, Readout, divergence, make_columns
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import read, readout, split_model
-from moe_jax.model.attention import document_context
+from moe_jax.distill.teacher import read, readout
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterStats
-from moe_jax.objectives.distillation import OWN
-from moe_jax.objectives.next_token import Batch, Losses
-from moe_jax.train.step import Objective, TrainState
+from moe_jax.objectives.base import Batch, Loss, Objective, Reading, forward, whole_batch
+from moe_jax.objectives.distillation import States
 
 WEIGHT = "weight"
 """Key of a batch: float32[B], the weight of each sequence."""
-ADVANTAGE = "advantage"
-"""Key of a batch: float32[B], the reward of each sequence less its group's mean."""
-State = tuple[Any, Any]
-"""(parameters, router) of a model."""
 
 
 @dataclass(frozen=True)
@@ -71,116 +63,94 @@ class PerturbConfig:
         )
 
 
-class _Pass(NamedTuple):
-    """The student's reading of a batch; N = B·L."""
+@dataclass(frozen=True)
+class Student:
+    """The student's reading of a part, position by position. N = B·L."""
 
-    student: Readout
+    reading: Reading
+    readout: Readout
     targets: Int[Array, "N"]
     valid: Bool[Array, "N"]
     columns: Columns
-    stats: RouterStats | None
 
-    def losses(self, loss: Array, normaliser: Array) -> Losses:
-        """`loss` as what is minimised; the cross-entropy is reported beside it."""
-        plain = distill.cross_entropy(self.student, self.targets, self.columns)
-        zero = jnp.zeros((), jnp.float32)
-        stats = {} if self.stats is None else {"sparse": self.stats._replace(experts=None)}
-        balance = sum((s.loss.sum() for s in stats.values()), zero)
-        return Losses(distill.total(plain, self.valid, normaliser), zero, balance, stats, loss)
+    def nats(self) -> Float[Array, "N"]:
+        """The cross-entropy of each position, at temperature 1."""
+        return distill.cross_entropy(self.readout, self.targets, self.columns)
 
+    def total(self, values: Float[Array, "N"]) -> Float[Array, ""]:
+        """The sum over valid positions, divided by their number in the whole batch."""
+        return distill.total(values, self.valid, self.reading.normaliser)
 
-def _pass(
-    model: Transformer, batch: Batch, length: int, key: Array | None, t: float = 1.0
-) -> _Pass:
-    require(model.config.mtp_depth == 0, "these objectives do not support multi-token prediction")
-    attention = document_context(model.config, batch["segments"][:, :length])
-    hidden, _, stats = model.hidden(batch["tokens"][:, :length], attention, key=key)
-    student = readout(model, hidden)
-    targets, valid = shifted_targets(batch["tokens"], batch["segments"], length, 1)
-    columns = make_columns([student], temperature=t)
-    return _Pass(student, targets.reshape(-1), valid.reshape(-1), columns, stats)
+    def loss(self, minimised: Float[Array, ""]) -> Loss:
+        """`minimised` as the loss. The cross-entropy is reported beside it."""
+        return Loss(self.total(self.nats()), minimised)
 
 
-def weighted_objective(
-    model: Transformer, batch: Batch, length: int, normalisers: list[Array], key: Array | None
-) -> Losses:
+def student_of(reading: Reading, temperature: float = 1.0) -> Student:
+    """The reading with its targets and the walk over its vocabulary."""
+    student = reading.readout
+    targets, valid = reading.targets()
+    columns = make_columns([student], temperature=temperature)
+    return Student(reading, student, targets, valid, columns)
+
+
+def weighted(reading: Reading) -> Loss:
     """Cross-entropy whose sequences weigh batch[WEIGHT] (adversarial.reweight.item_weights)."""
-    found = _pass(model, batch, length, key)
-    values = distill.cross_entropy(found.student, found.targets, found.columns)
-    values *= jnp.repeat(batch[WEIGHT], length)
-    return found.losses(distill.total(values, found.valid, normalisers[0]), normalisers[0])
+    student = student_of(reading)
+    weights = jnp.repeat(reading.batch[WEIGHT], reading.length)
+    return student.loss(student.total(weights * student.nats()))
 
 
 def smoothed_objective(epsilon: float) -> Objective:
     """Label smoothing (adversarial.controls). UserError: epsilon outside [0, 1)."""
     require(0 <= epsilon < 1, f"label smoothing epsilon is {epsilon}: it must be in [0, 1)")
 
-    def objective(
-        model: Transformer, batch: Batch, length: int, normalisers: list[Array], key: Array | None
-    ) -> Losses:
-        found = _pass(model, batch, length, key)
-        values = controls.label_smoothing(found.student, found.targets, found.columns, epsilon)
-        return found.losses(distill.total(values, found.valid, normalisers[0]), normalisers[0])
+    def objective(reading: Reading) -> Loss:
+        student = student_of(reading)
+        values = controls.label_smoothing(
+            student.readout, student.targets, student.columns, epsilon
+        )
+        return student.loss(student.total(values))
 
     return objective
 
 
 def guess_objective(alpha: float, teacher: ModelConfig) -> Objective:
     """(1 - alpha) · CE + alpha · cross-entropy with the teacher's best guess and uniform rest. A
-    step takes the teacher's (parameters, router) as its third argument."""
-    graph = split_model(teacher)[0]
+    step takes the teacher's States as its third argument."""
+    graph = graph_of(teacher)
 
-    def objective(
-        model: Transformer,
-        batch: Batch,
-        length: int,
-        normalisers: list[Array],
-        key: Array | None,
-        state: State,
-    ) -> Losses:
-        found = _pass(model, batch, length, key)
-        tokens, segments = batch["tokens"][:, :length], batch["segments"][:, :length]
-        taught = read(nnx.merge(graph, *state), tokens, segments)
-        values = (1 - alpha) * distill.cross_entropy(found.student, found.targets, found.columns)
-        values += alpha * controls.guess_and_uniform(found.student, taught, found.columns)
-        return found.losses(distill.total(values, found.valid, normalisers[0]), normalisers[0])
+    def objective(reading: Reading, states: States) -> Loss:
+        student = student_of(reading)
+        outputs = read(nnx.merge(graph, *states), reading.tokens, reading.segments)
+        values = (1 - alpha) * student.nats()
+        values += alpha * controls.guess_and_uniform(student.readout, outputs, student.columns)
+        return student.loss(student.total(values))
 
     return objective
 
 
 def perturbed_objective(settings: PerturbConfig, teacher: ModelConfig) -> Objective:
-    """Distillation, and what `settings` adds. A step takes the teacher's (parameters, router) as
-    its third argument."""
-    graph = split_model(teacher)[0]
+    """Distillation, and what `settings` adds. A step takes the teacher's States as its third
+    argument."""
+    graph = graph_of(teacher)
 
-    def objective(
-        model: Transformer,
-        batch: Batch,
-        length: int,
-        normalisers: list[Array],
-        key: Array | None,
-        state: State,
-    ) -> Losses:
-        assert key is not None, "a perturbation draws"
-        found = _pass(model, batch, length, key)
-        tokens, segments = batch["tokens"][:, :length], batch["segments"][:, :length]
-        frozen = nnx.merge(graph, *state)
+    def objective(reading: Reading, states: States) -> Loss:
+        assert reading.part.key is not None, "a perturbation draws"
+        student = student_of(reading)
+        frozen = nnx.merge(graph, *states)
 
-        def total(values: Array) -> Array:
-            return distill.total(values, found.valid, normalisers[0])
+        def from_teacher(readout: Readout, tokens: Array) -> Array:
+            outputs = [read(frozen, tokens, reading.segments)]
+            return student.total(divergence(readout, outputs, student.columns, Divergence()))
 
-        def taught(student: Readout, tokens: Array) -> Array:
-            outputs = [read(frozen, tokens, segments)]
-            return total(divergence(student, outputs, found.columns, Divergence()))
-
-        loss = settings.alpha * taught(found.student, tokens)
-        plain = distill.cross_entropy(found.student, found.targets, found.columns)
-        loss += (1 - settings.alpha) * total(plain)
+        loss = settings.alpha * from_teacher(student.readout, reading.tokens)
+        loss += (1 - settings.alpha) * student.total(student.nats())
         if settings.kind != "none":
             added = _shifted if settings.kind in ("virtual", "random") else _swapped
-            draw = jax.random.fold_in(key, 1)
-            loss += settings.weight * added(settings, model, found, tokens, segments, draw, taught)
-        return found.losses(loss, normalisers[0])
+            key = named_key(reading.part.key, "perturbation")
+            loss += settings.weight * added(settings, student, key, from_teacher)
+        return student.loss(loss)
 
     return objective
 
@@ -192,160 +162,65 @@ def _without_gradient(model: Transformer) -> Transformer:
     return nnx.merge(graph, jax.lax.stop_gradient(state))
 
 
-def _read_shifted(model: Transformer, tokens: Array, segments: Array, shift: Array) -> Readout:
-    attention = document_context(model.config, segments)
-    return readout(model, model.hidden(tokens, attention, shift=shift)[0])
+def _read_shifted(model: Transformer, reading: Reading, shift: Array) -> Readout:
+    return readout(model, model.hidden(reading.tokens, reading.segments, shift=shift)[0])
 
 
 def _shifted(
     settings: PerturbConfig,
-    model: Transformer,
-    found: _Pass,
-    tokens: Array,
-    segments: Array,
+    student: Student,
     key: Array,
-    taught: Callable[[Readout, Array], Array],
+    from_teacher: Callable[[Readout, Array], Array],
 ) -> Array:
     """KL(q(x) ‖ q(x + shift)), q(x) without dropout and without gradient."""
-    fixed = _without_gradient(model)
-    clean, embedded = read(fixed, tokens, segments), fixed.embed(tokens)
-    valid, count = found.valid, jnp.maximum(found.valid.sum(), 1)
+    reading = student.reading
+    fixed = _without_gradient(reading.model)
+    clean = read(fixed, reading.tokens, reading.segments)
+    embedded = fixed.embed(reading.tokens)
+    count = jnp.maximum(student.valid.sum(), 1)
 
-    def apart(model: Transformer, shift: Array) -> Array:
-        moved = _read_shifted(model, tokens, segments, shift)
-        values = divergence(moved, [clean], found.columns, Divergence())
-        return distill.total(values, valid, count)
+    def distance(model: Transformer, shift: Array) -> Array:
+        moved = _read_shifted(model, reading, shift)
+        values = divergence(moved, [clean], student.columns, Divergence())
+        return distill.total(values, student.valid, count)
 
     radius = perturb.radius_of(embedded, settings.size)
     if settings.kind == "random":
-        return apart(model, perturb.random_shift(key, embedded, radius))
-    worst = partial(apart, fixed)
+        return distance(reading.model, perturb.random_shift(key, embedded, radius))
+    worst = partial(distance, fixed)
     shift = perturb.adversarial_shift(worst, key, embedded, radius, steps=settings.steps)
-    return apart(model, shift)
+    return distance(reading.model, shift)
 
 
 def _swapped(
     settings: PerturbConfig,
-    model: Transformer,
-    found: _Pass,
-    tokens: Array,
-    segments: Array,
+    student: Student,
     key: Array,
-    taught: Callable[[Readout, Array], Array],
+    from_teacher: Callable[[Readout, Array], Array],
 ) -> Array:
     """The divergence from the teacher where both read the text with some tokens swapped."""
+    reading = student.reading
+    tokens = reading.tokens
     if settings.kind == "random_swaps":
         other = perturb.random_swaps(key, tokens, settings.swaps, settings.swap_vocabulary)
     else:
-        fixed = _without_gradient(model)
+        fixed = _without_gradient(reading.model)
 
-        def apart(shift: Array) -> Array:
-            return taught(_read_shifted(fixed, tokens, segments, shift), tokens)
+        def distance(shift: Array) -> Array:
+            return from_teacher(_read_shifted(fixed, reading, shift), tokens)
 
-        gradient = jax.grad(apart)(jnp.zeros_like(fixed.embed(tokens)))
+        gradient = jax.grad(distance)(jnp.zeros_like(fixed.embed(tokens)))
         table = fixed.embedding[...]
         other = perturb.adversarial_swaps(
             gradient, table, tokens, settings.swaps, settings.swap_vocabulary
         )
-    return taught(read(model, other, segments), other)
-
-
-@dataclass(frozen=True)
-class GenerativeConfig:
-    """Generative adversarial distillation; the defaults are the paper's (arXiv:2511.10643)."""
-
-    group: int = 8
-    """Continuations of one prompt (n)."""
-    anchor: float = 1e-3
-    """Weight of KL(student ‖ starting student) on the written tokens."""
-    clip: float = 0.2
-    """Largest change of a token's probability ratio that is rewarded; it acts from the second
-    update on the same samples on."""
-    temperature: float = 0.8
-    """At which the student samples and is scored."""
-
-    def __post_init__(self) -> None:
-        owner = "generative"
-        require(self.group >= 2, f"{owner}.group is {self.group}: a mean needs at least 2")
-        require(self.anchor >= 0, f"{owner}.anchor is {self.anchor}: it must not be negative")
-        for name in ("clip", "temperature"):
-            value = getattr(self, name)
-            require(value > 0, f"{owner}.{name} is {value}: it must be positive")
-
-
-def policy_objective(settings: GenerativeConfig, start: ModelConfig) -> Objective:
-    """Policy gradient on batch[ADVANTAGE] and the anchor, over the tokens that batch[OWN] marks.
-
-    A step takes the starting student's (parameters, router) as its third argument. The batch's
-    "old_log_q", float32[B, L], are the log-probabilities at sampling; without it the samples are
-    taken to be the current student's.
-    """
-    graph = split_model(start)[0]
-
-    def objective(
-        model: Transformer,
-        batch: Batch,
-        length: int,
-        normalisers: list[Array],
-        key: Array | None,
-        state: State,
-    ) -> Losses:
-        found = _pass(model, batch, length, key, settings.temperature)
-        own = batch[OWN]
-        log_q = distill.token_logit(found.student, found.targets) / settings.temperature
-        log_q -= distill.log_normaliser(found.student, found.columns)
-        log_q = log_q.reshape(own.shape)
-        old = batch.get("old_log_q", jax.lax.stop_gradient(log_q))
-        loss = generative.policy_loss(log_q, old, batch[ADVANTAGE], own, settings.clip)
-        if settings.anchor:
-            tokens, segments = batch["tokens"][:, :length], batch["segments"][:, :length]
-            first = read(nnx.merge(graph, *state), tokens, segments)
-            apart = divergence(found.student, [first], found.columns, Divergence("reverse"))
-            loss += settings.anchor * distill.total(apart, own.reshape(-1), own.sum())
-        return found.losses(loss, normalisers[0])
-
-    return objective
-
-
-class DiscriminatorState(NamedTuple):
-    """Everything that an update of the discriminator changes."""
-
-    parameters: Any
-    router: Any
-    optimizer: optax.OptState
-
-
-def make_discriminator_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[DiscriminatorState, Array, Array]]:
-    """(state, teacher's text int32[N, L], student's int32[N, L]) -> (state, loss, accuracy before
-    the update). Rows are pairs with the same prompt."""
-
-    def step(
-        state: DiscriminatorState, teacher: Array, student: Array
-    ) -> tuple[DiscriminatorState, Array, Array]:
-        def loss(parameters: Any) -> tuple[Array, Array]:
-            judge = nnx.merge(graph, parameters, state.router)
-            scores = judge(jnp.concatenate([teacher, student]))
-            real, own = jnp.split(scores, 2)
-            return generative.discriminator_loss(real, own), generative.accuracy(real, own)
-
-        (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(state.parameters)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
-        return DiscriminatorState(parameters, state.router, moments), value, right
-
-    return step
+    return from_teacher(read(reading.model, other, reading.segments), other)
 
 
 def sequence_nats(model: Transformer, batch: Batch, length: int) -> Float[Array, "B"]:
     """Mean -log q of each sequence's targets: what selection by loss compares."""
-    found = _pass(model, batch, length, None)
-    values = distill.cross_entropy(found.student, found.targets, found.columns)
-    values, valid = (a.reshape(-1, length) for a in (values, found.valid))
+    reading = forward(model, whole_batch(batch, length, 0, None), length)
+    student = student_of(reading)
+    values = student.nats().reshape(-1, length)
+    valid = student.valid.reshape(-1, length)
     return jnp.where(valid, values, 0).sum(-1) / jnp.maximum(valid.sum(-1), 1)
-
-
-def states(state: TrainState) -> State:
-    """What a step takes of a trained model as its teacher or start."""
-    return state.parameters, state.router

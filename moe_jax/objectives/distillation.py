@@ -1,4 +1,4 @@
-"""Training on a teacher: objectives for make_step, and batches that the student wrote itself.
+"""Training on a teacher: objectives, and batches that the student wrote itself.
 
 step = make_step(config, cached_objective(settings))           # batches with a TeacherCache
 step = make_step(config, online_objective(settings, models))   # step(state, batch, states)
@@ -12,21 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moe_jax.config import ModelConfig, require
-from moe_jax.config.distill import DistillConfig
-from moe_jax.data.batches import shifted_targets
+from moe_jax.config import DistillConfig, ModelConfig, require
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import Columns, Readout, divergence, make_columns
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import read, readout, split_model
-from moe_jax.model.attention import document_context
+from moe_jax.distill.teacher import read
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
-from moe_jax.model.transformer import Transformer
-from moe_jax.objectives.next_token import Batch, Losses, mtp_loss
-from moe_jax.train.step import Objective, TrainState
+from moe_jax.objectives.base import OWN, Batch, Loss, Objective, Reading
 
-OWN = "own"
-"""Key of a batch: bool[B, L + mtp_depth], true where the token after t is the student's own."""
+States = tuple[Any, Any]
+"""(parameters, router biases) of a model."""
 
 
 def online_objective(
@@ -35,33 +31,25 @@ def online_objective(
     weights: Sequence[float] | None = None,
     vocabulary: int | None = None,
 ) -> Objective:
-    """The teachers read every batch. A step takes their [(parameters, router), …] as its third
-    argument, so that they are no constants of the program. `vocabulary`: tokens that all have,
-    where their tables are of different heights."""
-    graphs = [split_model(model)[0] for model in teachers]
+    """The teachers read every batch. A step takes their States, one for each, as its third
+    argument. `vocabulary` is the number of tokens that all models have, where their tables are of
+    different heights."""
+    graphs = [graph_of(model) for model in teachers]
     kind = Divergence(settings.kind, settings.mix)
 
-    def objective(
-        model: Transformer,
-        batch: Batch,
-        length: int,
-        normalisers: list[Array],
-        key: Array | None,
-        states: Sequence[tuple[Any, Any]],
-    ) -> Losses:
-        tokens, segments = batch["tokens"][:, :length], batch["segments"][:, :length]
+    def objective(reading: Reading, states: Sequence[States]) -> Loss:
         outputs = [
-            read(nnx.merge(graph, *state), tokens, segments)
+            read(nnx.merge(graph, *state), reading.tokens, reading.segments)
             for graph, state in zip(graphs, states, strict=True)
         ]
 
-        def apart(student: Readout, log_z: Array) -> Array:
+        def divergences(student: Readout, log_z: Array) -> Array:
             columns = make_columns(
                 [student, *outputs], vocabulary, settings.chunk, settings.temperature
             )
             return divergence(student, outputs, columns, kind, weights)
 
-        return _losses(model, batch, length, normalisers, key, settings, apart)
+        return _mixture(reading, settings, divergences)
 
     return objective
 
@@ -69,24 +57,20 @@ def online_objective(
 def cached_objective(settings: DistillConfig) -> Objective:
     """For batches from train_batches(…, beside=TeacherCache), sampled or top-k."""
 
-    def objective(
-        model: Transformer,
-        batch: Batch,
-        length: int,
-        normalisers: list[Array],
-        key: Array | None = None,
-    ) -> Losses:
+    def objective(reading: Reading) -> Loss:
+        batch = reading.batch
         tokens = batch["teacher_tokens"].reshape(-1, batch["teacher_tokens"].shape[-1])
 
-        def apart(student: Readout, log_z: Array) -> Array:
+        def divergences(student: Readout, log_z: Array) -> Array:
             columns = _columns(student, settings)
             if "teacher_log_p" not in batch:
+                # At temperature 1 the divergence has the cross-entropy's own normaliser.
                 shared = log_z if settings.temperature == 1 else None
                 return distill.sampled(student, tokens, columns, shared)
             log_p = batch["teacher_log_p"].reshape(tokens.shape)
             return distill.top_k_tail(student, tokens, log_p, columns)
 
-        return _losses(model, batch, length, normalisers, key, settings, apart)
+        return _mixture(reading, settings, divergences)
 
     return objective
 
@@ -95,43 +79,27 @@ def _columns(student: Readout, settings: DistillConfig) -> Columns:
     return make_columns([student], None, settings.chunk, settings.temperature)
 
 
-def _losses(
-    model: Transformer,
-    batch: Batch,
-    length: int,
-    normalisers: list[Array],
-    key: Array | None,
-    settings: DistillConfig,
-    apart: Callable[[Readout, Array], Array],
-) -> Losses:
-    """(1 - alpha) CE + alpha t² divergence over the valid targets; the student's own tokens have no
-    cross_entropy and no multi-token prediction, which would only confirm them. `apart`(student, its
-    log_normaliser at temperature 1) is the divergence of each position."""
-    tokens, segments = batch["tokens"], batch["segments"]
-    attention = document_context(model.config, segments[:, :length])
-    depth, mtp_key = model.config.mtp_depth, None
-    if depth and key is not None:
-        key, mtp_key = jax.random.split(key)
-    hidden, _, stats = model.hidden(tokens[:, :length], attention, key=key)
-    student = readout(model, hidden)
-    targets, valid = (a.reshape(-1) for a in shifted_targets(tokens, segments, length, 1))
-    given = valid & ~batch[OWN][:, :length].reshape(-1) if OWN in batch else valid
+def _mixture(
+    reading: Reading, settings: DistillConfig, divergences: Callable[[Readout, Array], Array]
+) -> Loss:
+    """(1 - alpha) CE + alpha t² divergence over the valid targets.
+
+    `divergences` takes the student's readout and its log-normaliser at temperature 1, and gives a
+    value a position. The student's own tokens have no cross-entropy: it would only confirm them.
+    """
+    student = reading.readout
+    targets, valid = reading.targets()
+    own = reading.batch.get(OWN)
+    given = valid if own is None else valid & ~own[:, : reading.length].reshape(-1)
     columns = _columns(student, settings)
     log_z = distill.log_normaliser(student, columns._replace(temperature=1.0))
-    cross_entropy = distill.cross_entropy(student, targets, columns, log_z)
-    cross_entropy = distill.total(cross_entropy, given, normalisers[0])
+    nats = distill.cross_entropy(student, targets, columns, log_z)
+    cross_entropy = distill.total(nats, given, reading.normaliser)
     loss = (1 - settings.alpha) * cross_entropy
     if settings.alpha > 0:
         factor = settings.alpha * settings.temperature**2
-        loss += factor * distill.total(apart(student, log_z), valid, normalisers[0])
-    collected = {} if stats is None else {"sparse": stats._replace(experts=None)}
-    mtp = jnp.zeros((), jnp.float32)
-    if depth:
-        own = batch.get(OWN)
-        mtp, more = mtp_loss(model, hidden, batch, length, normalisers[1:], mtp_key, own)
-        collected |= more
-    balance = sum((s.loss.sum() for s in collected.values()), jnp.zeros((), jnp.float32))
-    return Losses(cross_entropy, mtp, balance, collected, loss)
+        loss += factor * distill.total(divergences(student, log_z), valid, reading.normaliser)
+    return Loss(cross_entropy, loss)
 
 
 def is_on_policy(settings: DistillConfig, seed: int, step: int) -> bool:
@@ -144,12 +112,13 @@ def is_on_policy(settings: DistillConfig, seed: int, step: int) -> bool:
 def own_batch(
     settings: DistillConfig,
     model: ModelConfig,
-    state: TrainState,
+    states: States,
     batch: Batch,
+    key: Array,
     vocabulary: int,
 ) -> Batch:
     """The batch's first `prompt` tokens, continued by the student at temperature 1 (arXiv:
-    2306.13649, algorithm 1); no gradient passes through the sampling. A row is one document, for
+    2306.13649, algorithm 1). No gradient passes through the sampling. A row is one document, for
     the generator sees all of the prompt.
 
     UserError: the prompt leaves nothing to write.
@@ -161,10 +130,10 @@ def own_batch(
     )
     prompt = batch["tokens"][:, : settings.prompt]
     written = generate(
-        split_model(model)[0],
-        (state.parameters, state.router),
+        graph_of(model),
+        states,
         prompt,
-        jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step),
+        key,
         count=length - settings.prompt,
         vocabulary=vocabulary,
         temperature=1.0,

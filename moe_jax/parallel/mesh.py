@@ -1,14 +1,15 @@
-"""Devices as a mesh, and the part of the work that is split by data."""
+"""Devices as a mesh, and sums over its data axis."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax import Array, lax
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 DATA = "data"
+Tree = TypeVar("Tree")
 
 
 def make_mesh(devices: int | None = None) -> Mesh:
@@ -18,14 +19,14 @@ def make_mesh(devices: int | None = None) -> Mesh:
 
 
 def data_parallel() -> int:
-    """Size of the data axis of the mesh in force (jax.set_mesh); 1 where there is none."""
+    """Size of the data axis of the mesh in force (jax.set_mesh). 1 where there is none."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(DATA, 1)
 
 
 def map_over_data(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """function(batch, parameters) on each device's rows of the batch.
 
-    Expects a pair (arrays [B, …], replicated summary) from `function`; gradients of the parameters
+    Expects a pair (arrays [B, …], replicated summary) from `function`. Gradients of the parameters
     are summed over devices. Sorting and gathering stay local, where the partitioner would
     replicate them. Without a mesh it is `function` itself.
     """
@@ -34,7 +35,7 @@ def map_over_data(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
 
     def local(batch: Any, shared: Any) -> Any:
         # Marked as each device's own, so that a custom_vjp may return its device's part of their
-        # gradient; the transpose of the mark is the sum over devices.
+        # gradient. The transpose of the mark is the sum over devices.
         return function(batch, jax.tree.map(lambda a: lax.pcast(a, DATA, to="varying"), shared))
 
     return jax.shard_map(
@@ -42,11 +43,18 @@ def map_over_data(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
     )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """One copy on every device."""
-    return NamedSharding(mesh, P())
+def sum_over_data(tree: Tree) -> Tree:
+    """Inside map_over_data: the sum over all devices' shares of the batch."""
+    return tree if data_parallel() == 1 else lax.psum(tree, DATA)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch split over the data axis."""
-    return NamedSharding(mesh, P(DATA))
+def mean_over_data(tree: Tree) -> Tree:
+    """Inside map_over_data: the mean over all devices' shares of the batch."""
+    return tree if data_parallel() == 1 else lax.pmean(tree, DATA)
+
+
+def own_key(key: Array | None) -> Array | None:
+    """Inside map_over_data: a key of this device's own, so that devices draw differently."""
+    if key is None or data_parallel() == 1:
+        return key
+    return jax.random.fold_in(key, lax.axis_index(DATA))

@@ -20,48 +20,44 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig, require
-from moe_jax.model.attention import Cache, cached_context, empty_cache
-from moe_jax.model.block import Block
+from moe_jax.model import stages
+from moe_jax.model.abstract import abstract_block, abstract_model
+from moe_jax.model.attention import Cache, empty_cache
 from moe_jax.model.generate import sample
-from moe_jax.model.transformer import Transformer
+from moe_jax.model.stages import Context, Entered
 from moe_jax.moe.experts import expert_output
-from moe_jax.moe.layer import project
-from moe_jax.moe.route import route
-from moe_jax.moe.rules import RoutingContext
 from moe_jax.placement.files import write_experts
 from moe_jax.placement.store import Expert, ExpertStore
 
 
-class Entered(NamedTuple):
-    """A block before its experts."""
+class Chosen(NamedTuple):
+    """A block before its experts, and its router's decision."""
 
-    x: Float[Array, "B D"]
-    """The residual stream after attention."""
-    normed: Float[Array, "B D"]
-    """What the experts read."""
+    entered: Entered
+    """[B, 1, D] each."""
     weights: Float[Array, "B K"]
-    chosen: Int[Array, "2 B K"]
-    """This block's experts, and the next block's as its gate would choose them now."""
+    experts: Int[Array, "2 B K"]
+    """This block's experts, and the next block's as its router would choose them now."""
 
 
 class Leaving(NamedTuple):
     """A block with its experts' outputs."""
 
-    entered: Entered
+    chosen: Chosen
     ids: Int[np.ndarray, "A"]
     """The active experts: distinct, ascending, then -1, so that one program serves any number."""
     outputs: list[Float[Array, "B D"]]
-    """Of each in float32, not weighted; anything finite where the id is -1."""
+    """Of each in float32, not weighted. Anything finite where the id is -1."""
 
 
 def mix(leaving: Leaving) -> Float[Array, "B D"]:
     """sum over the active experts, in the order of their ids: weight · output, in float32."""
-    _, normed, weights, chosen = leaving.entered
-    out = jnp.zeros(normed.shape, jnp.float32)
+    entered, weights, experts = leaving.chosen
+    out = jnp.zeros((len(weights), entered.x.shape[-1]), jnp.float32)
     for index, y in enumerate(leaving.outputs):
-        weight = jnp.sum(jnp.where(chosen[0] == leaving.ids[index], weights, 0.0), axis=1)
+        weight = jnp.sum(jnp.where(experts[0] == leaving.ids[index], weights, 0.0), axis=1)
         out += weight[:, None] * y
-    return out.astype(normed.dtype)
+    return out.astype(entered.normed.dtype)
 
 
 class TieredDecoder:
@@ -143,26 +139,28 @@ class TieredDecoder:
         """Logits after one more token each, and the caches extended by it (the old ones are used
         up)."""
         dense, sparse = caches
-        ids, at = jnp.asarray(tokens, jnp.int32), jnp.int32(position)
-        last = len(self._blocks) - 1
-        begun = self._blocks[0], self._blocks[min(1, last)]
-        entered, dense, cache = self._programs.begin(self._trunk, *begun, ids, at, dense, sparse[0])
+        at = At(jnp.asarray(tokens, jnp.int32), jnp.int32(position))
+        blocks = self._blocks
+        last = len(blocks) - 1
+        chosen, dense, cache = self._programs.begin(
+            self._trunk, blocks[0], blocks[min(1, last)], at, dense, sparse[0]
+        )
         extended = [cache]
         for layer in range(last):
-            own, following = self._blocks[layer + 1], self._blocks[min(layer + 2, last)]
-            entered, cache = self._programs.turn(
-                self._blocks[layer], own, following, self._leaving(layer, entered), ids, at,
-                sparse[layer + 1],
-            )  # fmt: skip
+            # The last block has no next one: its own router's guess is computed and not used.
+            pair = (blocks[layer + 1], blocks[min(layer + 2, last)])
+            leaving = self._leaving(layer, chosen)
+            chosen, cache = self._programs.turn(blocks[layer], pair, leaving, at, sparse[layer + 1])
             self.store.settle()
             extended.append(cache)
-        logits = self._programs.end(self._trunk, self._blocks[last], self._leaving(last, entered))
+        logits = self._programs.end(self._trunk, blocks[last], self._leaving(last, chosen))
         self.store.settle()
         return logits, (dense, extended)
 
-    def _leaving(self, layer: int, entered: Entered) -> Leaving:
+    def _leaving(self, layer: int, decided: Chosen) -> Leaving:
         """A block with the outputs of its experts, which the store brings."""
-        chosen, ahead = np.asarray(entered.chosen)
+        chosen, ahead = np.asarray(decided.experts)
+        normed = decided.entered.normed[:, 0]
         if self.routing is not None:
             self.routing.append(chosen)
         experts = self.config.moe.experts
@@ -171,18 +169,18 @@ class TieredDecoder:
         following = None
         if self.look_ahead and layer < len(self._blocks) - 1:
             following = _by_rank(ahead, experts)
-        share = _shares(chosen, np.asarray(entered.weights), active) if self.shares else None
+        share = _shares(chosen, np.asarray(decided.weights), active) if self.shares else None
         outputs: dict[int, Array] = {}
 
         def compute(index: int, matrices: Expert) -> None:
-            outputs[index] = self._output(entered.normed, matrices)
+            outputs[index] = self._output(normed, matrices)
 
         self.store.fetch(layer, active, following, rows=rows[active], share=share, arrived=compute)
         padding = min(chosen.size, experts) - len(active)
-        filler = outputs[0] if outputs else entered.normed.astype(jnp.float32)
+        filler = outputs[0] if outputs else normed.astype(jnp.float32)
         ids = np.concatenate([active, np.full(padding, -1)]).astype(np.int32)
         made = [outputs[index] for index in range(len(active))]
-        return Leaving(entered, ids, made + [filler] * padding)
+        return Leaving(decided, ids, made + [filler] * padding)
 
     def _output(self, normed: Array, matrices: Expert) -> Array:
         """Of one expert, computed where its matrices are."""
@@ -248,77 +246,75 @@ def _filled(part: Part, pure: Any) -> tuple[Array, ...]:
     return tuple(jax.tree.leaves(state))
 
 
+class At(NamedTuple):
+    """Which tokens a step reads, and where."""
+
+    tokens: Int[Array, "B"]
+    position: Int[Array, ""]
+
+
 class Programs(NamedTuple):
-    """The compiled steps, shared by all decoders of one config."""
+    """The compiled steps, shared by all decoders of one config. They compose model/stages.py: an
+    enter and the leave before it are one program, for a call costs more than what it computes."""
 
     trunk: Part
     block: Part
     begin: Any
-    """(trunk, block, next block, tokens [B], position, dense caches, cache) -> (Entered, dense
-    caches, cache): all up to the first sparse block's experts"""
+    """(trunk, block, next block, At, dense caches, cache) -> (Chosen, dense caches, cache): all up
+    to the first sparse block's experts"""
     turn: Any
-    """(block, own, next block, Leaving, tokens, position, cache) -> (Entered, cache): from one
-    block's experts to those of its successor `own`"""
+    """(block, (own, next block), Leaving, At, cache) -> (Chosen, cache): from one block's experts
+    to those of its successor `own`"""
     end: Any
     """(trunk, block, Leaving) -> logits [B, V]"""
 
 
 @lru_cache(maxsize=8)
 def _programs(config: ModelConfig) -> Programs:
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model = abstract_model(config)
     del model.sparse
     if config.mtp_depth:
         del model.mtp
     trunk = _part(model)
-    block = _part(nnx.eval_shape(lambda: Block(config, sparse=True, rngs=nnx.Rngs(0))))
+    block = _part(abstract_block(config))
+
+    def context(at: At, cache: Cache) -> Context:
+        return stages.next_tokens(config, at.tokens[:, None], at.position, cache[0].shape[1])
 
     def begin(
-        leaves: Any, own: Any, following: Any, tokens: Array, at: Array, dense: Any, cache: Cache
-    ) -> tuple[Entered, Any, Cache]:
-        model = trunk.merge(leaves)
-        x = model.embed(tokens[:, None])
-        if config.dense_layers:
-            attention = cached_context(config, at, 1, dense[0].shape[2])
-            x, (dense, _) = model.dense(x, attention, dense, RoutingContext(tokens[:, None]))
-        entered, cache = enter(own, following, x[:, 0], tokens, at, cache)
-        return entered, dense, cache
+        leaves: Any, own: Any, following: Any, at: At, dense: Any, cache: Cache
+    ) -> tuple[Chosen, Any, Cache]:
+        x, dense = trunk.merge(leaves).begin(context(at, cache), dense)
+        chosen, cache = enter((own, following), x, at, cache)
+        return chosen, dense, cache
 
-    def enter(
-        leaves: Any, following: Any, x: Array, tokens: Array, at: Array, cache: Cache
-    ) -> tuple[Entered, Cache]:
-        own, after, context = block.merge(leaves), block.merge(following), RoutingContext(tokens)
-        attention = cached_context(config, at, 1, cache[0].shape[1])
-        attended, cache = own.attention(own.attention_norm(x[:, None]), attention, cache)
-        x = x + attended[:, 0]
-        normed = own.feed_forward_norm(x)
-
-        def gate(moe: Any, normed: Array) -> Any:
-            logits = project(normed, moe.router[...])
-            return route(logits, moe.bias[...], config.moe, context)
-
-        chosen, ahead = gate(own.moe, normed), gate(after.moe, after.feed_forward_norm(x))
-        both = jnp.stack([chosen.experts, ahead.experts])
-        return Entered(x, normed, chosen.weights, both), cache
+    def enter(pair: Any, x: Array, at: At, cache: Cache) -> tuple[Chosen, Cache]:
+        own, following = (block.merge(leaves) for leaves in pair)
+        here = context(at, cache)
+        entered, cache = stages.enter(own, x, here, cache)
+        routing = stages.choose(own, entered.normed, here).routing
+        # The next block's router reads this block's stream: a guess, good enough to prefetch by.
+        ahead = stages.choose(following, following.feed_forward_norm(entered.x), here).routing
+        experts = jnp.stack([routing.experts, ahead.experts])
+        return Chosen(entered, routing.weights, experts), cache
 
     def leave(leaves: Any, leaving: Leaving) -> Array:
-        own, (x, normed, *_) = block.merge(leaves), leaving.entered
-        x = x + mix(leaving)
-        return x + own.feed_forward(normed) if own.dense else x
+        entered = leaving.chosen.entered
+        return stages.leave(block.merge(leaves), entered, mix(leaving)[:, None])
 
     def turn(
-        leaves: Any, own: Any, following: Any, leaving: Leaving, tokens: Array, at: Array,
-        cache: Cache,
-    ) -> tuple[Entered, Cache]:  # fmt: skip
-        return enter(own, following, leave(leaves, leaving), tokens, at, cache)
+        leaves: Any, pair: Any, leaving: Leaving, at: At, cache: Cache
+    ) -> tuple[Chosen, Cache]:
+        return enter(pair, leave(leaves, leaving), at, cache)
 
     def end(leaves: Any, own: Any, leaving: Leaving) -> Array:
-        return trunk.merge(leaves).logits(leave(own, leaving)[:, None])[:, 0]
+        return stages.end(trunk.merge(leaves), leave(own, leaving))[:, 0]
 
     return Programs(
         trunk,
         block,
-        jax.jit(begin, donate_argnums=(5, 6)),
-        jax.jit(turn, donate_argnums=6),
+        jax.jit(begin, donate_argnums=(4, 5)),
+        jax.jit(turn, donate_argnums=4),
         jax.jit(end),
     )
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from moe_jax.base.files import disk_errors, write_atomically
 from moe_jax.config import ModelConfig, TrainConfig, from_dict, parse_bytes, require
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.moe.layer import RouterBias
+from moe_jax.moe.module import RouterBias
 from moe_jax.placement.decode import TieredDecoder, save_experts
 from moe_jax.placement.files import ExpertFiles, Layer, write_experts
 from moe_jax.placement.policy import make_policy
@@ -152,7 +152,7 @@ def load_decodable(folder: Path) -> Decodable:
                 parameters.append((path, nnx.Param(value)))
     return Decodable(
         config,
-        config.resolved_model(),
+        config.model,
         nnx.from_flat_state(parameters),
         nnx.from_flat_state(router),
         Tokenizer.from_json(about["tokenizer"]),

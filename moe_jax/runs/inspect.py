@@ -12,10 +12,9 @@ from jax import Array
 from jaxtyping import Int
 
 from moe_jax.config import require
-from moe_jax.model.attention import document_context
+from moe_jax.model.abstract import graph_of
 from moe_jax.placement.trace import TraceWriter
 from moe_jax.runs.load import Trained
-from moe_jax.train.step import graph_of
 
 
 def record_routing(
@@ -27,14 +26,15 @@ def record_routing(
     a text, less than a window, is not read. Decoding a text token by token routes it the same way.
     UserError: a dense model, or no text as long as a window.
     """
-    model = run.config.resolved_model()
+    model = run.config.model
     require(model.moe_layers > 0, "a dense model (dense_layers equals layers) has no routing")
-    graph, length = graph_of(model), run.config.data.length
+    graph = graph_of(model)
+    length = run.config.data.length
 
     @jax.jit
     def chosen(parameters: Any, router: Any, tokens: Int[Array, "1 L"]) -> Int[Array, "L M K"]:
         merged = nnx.merge(graph, parameters, router)
-        _, _, stats = merged.hidden(tokens, document_context(model, jnp.ones_like(tokens)))
+        _, stats = merged.hidden(tokens, jnp.ones_like(tokens))
         assert stats is not None
         assert stats.experts is not None
         return jnp.swapaxes(stats.experts[:, 0], 0, 1)

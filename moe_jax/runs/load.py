@@ -13,12 +13,13 @@ from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
 from moe_jax.config import CheckpointConfig, TrainConfig, from_dict
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.model.attention import document_context
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
+from moe_jax.parallel.rules import with_sharding
 from moe_jax.train.checkpoint import MANIFEST, Checkpoints
-from moe_jax.train.engines.tiered.engine import abstract_trunk, assembled
-from moe_jax.train.step import TrainState, abstract_state, graph_of
+from moe_jax.train.engines import engine_of
+from moe_jax.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class Trained:
 
     def model(self) -> Transformer:
         """The model as an object that can be called."""
-        graph = graph_of(self.config.resolved_model())
+        graph = graph_of(self.config.model)
         return nnx.merge(graph, self.state.parameters, self.state.router)
 
     def complete(self, text: str, tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> str:
         """`text` and what the model makes of it, up to the end of the document it imagines."""
         prompt = self._encode(text)
         found = generate(
-            graph_of(self.config.resolved_model()),
+            graph_of(self.config.model),
             (self.state.parameters, self.state.router),
             prompt[None],
             jax.random.key(seed),
@@ -53,10 +54,11 @@ class Trained:
         """(token, its experts in each mixture-of-experts block, best first) for each token."""
         prompt = self._encode(text)[None]
         model = self.model()
-        _, _, stats = model.hidden(prompt, document_context(model.config, jnp.ones_like(prompt)))
+        _, stats = model.hidden(prompt, jnp.ones_like(prompt))
         if stats is None:
             raise UserError("model.dense_layers equals model.layers: a dense model has no routing")
-        experts, nobody = np.asarray(stats.experts)[:, 0], model.config.moe.experts
+        experts = np.asarray(stats.experts)[:, 0]
+        nobody = model.config.moe.experts  # the number that stands for a choice not made
         return [
             (
                 self.tokenizer.decode(np.asarray([token])),
@@ -94,20 +96,15 @@ def load_run(out: str | Path) -> Trained:
         raise UserError(f"{out} holds no checkpoints: give the --out of a training run")
     checkpoints = Checkpoints(folder, CheckpointConfig(), read_only=True)
     try:
-        found = checkpoints.peek(say)
-        if found is None:
+        extra = checkpoints.peek(say)
+        if extra is None:
             raise UserError(f"{out}/checkpoints holds no complete checkpoint")
-        config = from_dict(found[1]["config"])
+        engine = engine_of(from_dict(extra["config"]))
         here = SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            abstract_trunk(config) if config.placement.tiered else abstract_state(config),
-        )
-        restored = checkpoints.restore(shapes, say)
+        restored = checkpoints.restore(with_sharding(engine.abstract_state(), here), say)
     finally:
         checkpoints.close()
     assert restored is not None
-    tokenizer, state = Tokenizer.from_json(restored.extra["tokenizer"]), restored.state
-    if config.placement.tiered:
-        state = assembled(config, state, checkpoints.directory / str(restored.step))
-    return Trained(config, restored.step, state, tokenizer)
+    tokenizer = Tokenizer.from_json(restored.extra["tokenizer"])
+    state = engine.load(restored.state, restored.folder)
+    return Trained(engine.config, restored.step, state, tokenizer)

@@ -9,18 +9,18 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from moe_jax.base.console import console
+from moe_jax.base.console import console, say
 from moe_jax.base.files import write_atomically
 from moe_jax.base.machine import peak_resident_bytes
 from moe_jax.base.result import Measurement, write_result
 from moe_jax.config import TrainConfig
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.runs.baselines import text_yardsticks
 from moe_jax.runs.load import decode_until_end
 from moe_jax.train.checkpoint import VALIDATION
 from moe_jax.train.loop import RunSummary
 from moe_jax.train.metrics import read_lines
-from moe_jax.train.step import graph_of
 
 QUESTION = "How well does this model predict held-out text, and how fast did it learn?"
 YARDSTICK_NAMES = {
@@ -104,16 +104,23 @@ def describe_verdict(lines: list[dict[str, Any]], yardsticks: dict[str, float]) 
 
 def sample_continuations(summary: RunSummary) -> str:
     """Beginnings of held-out documents and what the model makes of them, as text."""
-    config, data = summary.config, summary.data
-    array, tokenizer = data.validation, data.tokenizer
+    config = summary.config
+    array = summary.data.validation
+    tokenizer = summary.data.tokenizer
     ends = np.append(array.starts[1:], len(array.tokens))
     long_enough = array.starts[ends - array.starts > 2 * PROMPT_TOKENS]
     if not config.samples or not len(long_enough):
         return ""
+    if summary.state is None:
+        say(
+            "no samples: all experts are more than placement.device_budget has left; "
+            f"experiments/complete.py --run {summary.out} writes within it"
+        )
+        return ""
     chosen = long_enough[np.linspace(0, len(long_enough) - 1, config.samples).astype(int)]
     prompts = np.stack([array.tokens[s : s + PROMPT_TOKENS] for s in chosen]).astype(np.int32)
     continuations = generate(
-        graph_of(config.resolved_model()),
+        graph_of(config.model),
         (summary.state.parameters, summary.state.router),
         jnp.asarray(prompts),
         jax.random.wrap_key_data(summary.state.key),

@@ -5,19 +5,22 @@ from pathlib import Path
 from moe_jax.base.files import disk_errors, only_process
 from moe_jax.config import TrainConfig
 from moe_jax.runs.report import write_report
-from moe_jax.runs.teacher import with_teacher
-from moe_jax.train.loop import check, train
+from moe_jax.runs.teacher import task_of
+from moe_jax.train.checks import check
+from moe_jax.train.engines import engine_of
+from moe_jax.train.loop import train
 
 
 def run_training(config: TrainConfig) -> Path:
-    """Runs `config` to its last step and writes the report; returns the run's folder.
+    """Runs `config` to its last step and writes the report. Returns the run's folder.
 
     Raises UserError for anything the person at the keyboard can mend, before compiling.
     """
-    config, teacher = with_teacher(config)
-    out = check(config, teacher)
+    task = task_of(config)
+    engine = engine_of(task.config)
+    out = check(engine, task)
     with only_process(out):
-        summary = train(config, out, teacher)
+        summary = train(task, engine, out)
         with disk_errors(out):
             write_report(summary)
     return out

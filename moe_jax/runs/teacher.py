@@ -11,6 +11,8 @@ from moe_jax.interop.gguf import GET_SMOLLM2, SMOLLM2
 from moe_jax.interop.huggingface import HUB
 from moe_jax.model.count import count_parameters
 from moe_jax.runs.load import load_run
+from moe_jax.train.task import Task
+from moe_jax.train.teacher import TeacherTask
 from moe_jax.train.upcycled import require_upcyclable
 
 
@@ -19,9 +21,7 @@ def find_teacher(name: str) -> Teacher:
     place = Path(name).expanduser()
     if (place / "checkpoints").is_dir():
         run = load_run(place)
-        teacher = Teacher(
-            run.config.resolved_model(), run.state.parameters, run.state.router, run.tokenizer
-        )
+        teacher = Teacher(run.config.model, run.state.parameters, run.state.router, run.tokenizer)
         kind = f"run, step {run.step}"
     elif place.is_dir() or name.startswith(HUB):
         teacher, kind = Teacher.from_folder(name), "safetensors"
@@ -38,24 +38,32 @@ def find_teacher(name: str) -> Teacher:
     return teacher
 
 
-def with_teacher(config: TrainConfig) -> tuple[TrainConfig, Teacher | None]:
-    """The settings with the teacher's tokenizer in them, and the teacher in the student's compute
-    dtype. UserError: no such teacher, or the student's shape does not fit it."""
+def task_of(config: TrainConfig) -> Task:
+    """What the settings ask to learn from, with the vocabulary filled in. UserError: there is no
+    such teacher, or the student's shape does not fit it."""
     if not config.distill.teacher:
-        return config, None
+        return Task(config.resolved())
     teacher = find_teacher(config.distill.teacher)
-    model, tokenizer = teacher.model, teacher.tokenizer
-    vocabulary, rows = config.model.vocabulary, model.vocabulary
+    config = with_tokenizer_of(teacher, config).resolved()
+    if config.distill.upcycle:
+        require_upcyclable(config, teacher.model)
+    # The teacher computes as the student does, whatever it was trained with.
+    moe = replace(teacher.model.moe, implementation="auto")
+    dtype = config.model.compute_dtype
+    model = replace(teacher.model, compute_dtype=dtype, moe=moe)
+    return TeacherTask(config, teacher._replace(model=model))
+
+
+def with_tokenizer_of(teacher: Teacher, config: TrainConfig) -> TrainConfig:
+    """The settings with the teacher's tokenizer in them. UserError: another vocabulary was asked
+    for."""
+    tokenizer = teacher.tokenizer
+    vocabulary = config.model.vocabulary
     require(
-        vocabulary in (None, tokenizer.vocabulary, rows),
+        vocabulary in (None, tokenizer.vocabulary, teacher.model.vocabulary),
         f"model.vocabulary={vocabulary} is not the teacher's {tokenizer.vocabulary}: leave it "
         "unset, or train without a teacher on text that it wrote (experiments/teacher_text.py)",
     )
     if config.data.tokenizer != tokenizer.kind:
         say(f"the student uses the teacher's tokenizer, {tokenizer.kind}")
-    config = replace(config, data=replace(config.data, tokenizer=tokenizer.kind))
-    if config.distill.upcycle:
-        require_upcyclable(config, model)
-    moe = replace(model.moe, implementation="auto")
-    reader = replace(model, compute_dtype=config.model.compute_dtype, moe=moe)
-    return config, teacher._replace(model=reader)
+    return replace(config, data=replace(config.data, tokenizer=tokenizer.kind))

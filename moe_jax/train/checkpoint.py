@@ -19,9 +19,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from moe_jax.base.errors import require
 from moe_jax.base.files import disk_errors, write_atomically
 from moe_jax.config import CheckpointConfig
-from moe_jax.train.step import TrainState
+from moe_jax.train.state import TrainState
 
 # Orbax warns at every save without a metric; most saves have none.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -29,23 +30,27 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 MANIFEST = "MANIFEST.json"
 VALIDATION = "validation_bits_per_byte"
 EXPERTS = "experts"
-"""Folder inside a checkpoint of what was saved beside its state (train.tiered)."""
+"""Folder inside a checkpoint of what was saved beside its state (Engine.save_beside)."""
+
+
+FORMAT = 2
+"""Of checkpoints. Version 1 named parameters and derived random keys differently."""
+
+Extra = dict[str, Any]
+"""What is saved beside the state: config, data position, tokenizer. JSON-serialisable."""
 
 
 class Restored(NamedTuple):
     """A checkpoint that passed its checks."""
 
     step: int
+    folder: Path
     state: TrainState
-    extra: dict[str, Any]
+    extra: Extra
 
 
 class Checkpoints:
-    """The checkpoints of one run, in DIR/checkpoints.
-
-    `extra` is any JSON-serialisable dictionary that is saved beside the state: config, data
-    position, tokenizer.
-    """
+    """The checkpoints of one run, in DIR/checkpoints."""
 
     def __init__(
         self, directory: Path, config: CheckpointConfig, *, read_only: bool = False
@@ -81,7 +86,7 @@ class Checkpoints:
         self,
         step: int,
         state: TrainState,
-        extra: dict[str, Any],
+        extra: Extra,
         validation_bits_per_byte: float | None = None,
         beside: Path | None = None,
     ) -> None:
@@ -96,7 +101,7 @@ class Checkpoints:
         bits = validation_bits_per_byte
         metrics = {VALIDATION: bits} if bits is not None and math.isfinite(bits) else None
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
+            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra | {"format": FORMAT})
         )
         with disk_errors(self.directory):
             started = self._manager.save(step, args=arguments, metrics=metrics)
@@ -130,17 +135,28 @@ class Checkpoints:
         `like` gives shapes, dtypes and shardings (jax.ShapeDtypeStruct leaves).
         """
         for step in self._verified_steps(say):
-            return Restored(step, *self._load(step, like))
+            state, extra = self._load(step, like)
+            return Restored(step, self.directory / str(step), state, extra)
         return None
 
-    def peek(self, say: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
-        """Step and `extra` of the checkpoint that `restore` would load, without its arrays."""
+    def peek(self, say: Callable[[str], None]) -> Extra | None:
+        """`extra` of the checkpoint that `restore` would load, without its arrays.
+
+        UserError: it was written by an older version of moe_jax.
+        """
         for step in self._verified_steps(say):
             arguments = ocp.args.Composite(extra=ocp.args.JsonRestore())
-            return step, self._manager.restore(step, args=arguments)["extra"]
+            extra = self._manager.restore(step, args=arguments)["extra"]
+            require(
+                extra.get("format", 1) == FORMAT,
+                f"{self.directory} holds checkpoints of format {extra.get('format', 1)}, this "
+                f"version of moe_jax reads format {FORMAT}: choose another --out, or load them "
+                "with the version that wrote them",
+            )
+            return extra
         return None
 
-    def _load(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def _load(self, step: int, like: TrainState) -> tuple[TrainState, Extra]:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore()
         )

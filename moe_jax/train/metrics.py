@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_jax.base.files import write_atomically
 from moe_jax.moe.layer import RouterStats
-from moe_jax.train.step import Metrics
+from moe_jax.train.state import Metrics
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The optax chain: clip -> AdamW or Muon, under a warm-up schedule."""
+"""The optax chain: AdamW or Muon -> weight decay -> learning rate. Clipping stands beside it."""
 
 from typing import Any
 
@@ -8,14 +8,17 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from moe_jax.config import OptimConfig
+from moe_jax.model.parameters import Role, role_of
 
-NEVER_DECAYED = ("scale", "embedding")
-ALWAYS_ADAM = ("scale", "embedding", "head", "router", "router_noise")
+NEVER_DECAYED: tuple[Role, ...] = ("norm", "embedding")
+ALWAYS_ADAM: tuple[Role, ...] = ("norm", "embedding", "head", "router", "router_noise")
+"""Muon is for hidden matrices."""
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then cosine decay to `final`, or constant and a linear decay (WSD)."""
-    peak, end = config.learning_rate, config.learning_rate * config.final
+    peak = config.learning_rate
+    end = peak * config.final
     warmup = round(config.warmup * steps)
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
     if config.schedule == "cosine":
@@ -27,41 +30,27 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, stable, fall], [warmup, steps - decay])
 
 
-def _names(path: tuple[Any, ...]) -> set[str]:
-    return {str(getattr(entry, "key", entry)) for entry in path}
-
-
-def _is_matrix(path: tuple[Any, ...], exceptions: tuple[str, ...]) -> bool:
-    return not _names(path) & set(exceptions)
-
-
 def decay_mask(parameters: Any) -> Any:
-    """True where weight decay applies: every matrix but the embedding; no norm scale."""
+    """True where weight decay applies: every matrix but the embedding, and no norm scale."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: _is_matrix(path, NEVER_DECAYED), parameters
+        lambda path, _: role_of(path) not in NEVER_DECAYED, parameters
     )
 
 
 def muon_dimensions(parameters: Any) -> Any:
-    """Muon orthogonalises the last two axes of hidden matrices, each layer and expert by itself;
-    embedding, head, router and norms are left to Adam (arXiv:2502.16982)."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
-            if _is_matrix(path, ALWAYS_ADAM)
-            else None
-        ),
-        parameters,
-    )
+    """Muon orthogonalises the last two axes of hidden matrices, each layer and expert by itself.
+    Embedding, head, router and norms are left to Adam (arXiv:2502.16982)."""
+
+    def dimensions(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
+        if role_of(path) in ALWAYS_ADAM:
+            return None
+        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, parameters)
 
 
-def make_optimizer(
-    config: OptimConfig, steps: int, *, clip: bool = True
-) -> optax.GradientTransformation:
-    """Clips by global norm, then applies the configured rule with decoupled weight decay.
-
-    Without `clip` the caller clips (`clipped`), because it has the gradient in parts; the
-    optimizer's state has the same form.
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The configured rule with decoupled weight decay. It takes a gradient that is `clipped`.
 
     Muon's updates are rescaled to Adam's root mean square (0.2), so that one learning rate and one
     decay serve both kinds of parameter.
@@ -78,16 +67,16 @@ def make_optimizer(
             muon_weight_dimension_numbers=muon_dimensions,
             consistent_rms=0.2,
         )
-    limit = config.clip_norm if clip else 0.0
-    first = optax.clip_by_global_norm(limit) if limit else optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     rate = optax.scale_by_learning_rate(learning_rate(config, steps))
-    return optax.chain(first, direction, decay, rate)
+    return optax.chain(direction, decay, rate)
 
 
 def clipped(gradients: Any, norm: jax.Array, limit: float) -> Any:
-    """What optax.clip_by_global_norm(limit) makes of a part of a gradient whose norm, over all
-    parts, is `norm`; 0 does not clip."""
+    """g · min(1, limit / norm), as optax.clip_by_global_norm. A limit of 0 does not clip.
+
+    `norm` is given, because the caller may hold only a part of the gradient.
+    """
     if not limit:
         return gradients
     return jax.tree.map(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moe_jax.config import ModelConfig, TrainConfig, fields, require
 from moe_jax.distill.teacher import Teacher
 from moe_jax.distill.upcycle import UpcycleConfig, sparse_config, upcycle
-from moe_jax.train.step import TrainState
+from moe_jax.train.state import TrainState
 
 SAME = (
     *("vocabulary", "width", "layers", "attention.", "tied_embedding", "norm_epsilon"),
@@ -51,7 +51,7 @@ def require_upcyclable(config: TrainConfig, dense: ModelConfig) -> None:
     """UserError, with the options that mend it, unless the student's shape is the teacher's with
     experts for feed-forwards."""
     wanted = fields(sparse_config(dense, upcycle_config(config, dense)))
-    student = fields(config.resolved_model())
+    student = fields(config.model)
     same = (*SAME, "dense_hidden") if config.model.dense_layers else SAME
     change = [
         _option(name, value)

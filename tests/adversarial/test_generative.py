@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax.adversarial import generative
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterBias
+from moe_jax.moe.module import RouterBias
 
 V, L = 3, 2
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(L, V)), jnp.float32)
@@ -126,7 +126,7 @@ def test_distinct_sees_collapse():
 
 def test_a_discriminator_starts_as_a_copy_of_the_student(small_model):
     small_model = replace(small_model, layers=1, dense_layers=0)
-    model = Transformer(small_model, rngs=nnx.Rngs(3))
+    model = Transformer(small_model, key=jax.random.key(3))
     _, parameters, router = nnx.split(model, nnx.Param, RouterBias)
     graph, mine, bias = generative.make_discriminator(small_model, parameters, router, seed=1)
     copied = nnx.to_pure_dict(mine)["trunk"]

@@ -81,7 +81,7 @@ def test_presets_carry_their_names_and_survive_a_checkpoint(name):
     config = PRESETS[name]
     assert config.preset == name
     assert from_dict(dataclasses.asdict(config)) == config
-    assert config.resolved_model().vocabulary is not None
+    assert config.model.vocabulary is not None
 
 
 def test_every_published_preset_has_figures():
@@ -89,9 +89,9 @@ def test_every_published_preset_has_figures():
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_unless_set():
-    assert TrainConfig(data=DataConfig(tokenizer="bytes")).resolved_model().vocabulary == 258
+    assert TrainConfig(data=DataConfig(tokenizer="bytes")).model.vocabulary == 258
     config = TrainConfig(data=DataConfig(tokenizer="bpe:512"), model=ModelConfig(vocabulary=1024))
-    assert config.resolved_model().vocabulary == 1024
+    assert config.model.vocabulary == 1024
 
 
 def test_fields_are_flat_and_dotted():

@@ -15,9 +15,10 @@ from moe_jax.data.tokens import TokenArray
 from moe_jax.distill import losses
 from moe_jax.distill.cache import CacheConfig, build_cache
 from moe_jax.distill.chunked import Readout, make_columns
-from moe_jax.distill.teacher import Teacher, split_model
+from moe_jax.distill.teacher import Teacher
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterBias
+from moe_jax.moe.module import RouterBias
 from tests.conftest import SMALL_MODEL
 from tests.distill.formulas import kl, softmax
 
@@ -27,7 +28,7 @@ MODEL = replace(SMALL_MODEL, vocabulary=300, layers=1, dense_layers=0)  # rows b
 
 
 def make_teacher(seed=0):
-    model = Transformer(MODEL, rngs=nnx.Rngs(seed))
+    model = Transformer(MODEL, key=jax.random.key(seed))
     _, parameters, router = nnx.split(model, nnx.Param, RouterBias)
     return Teacher(MODEL, parameters, router, TOKENIZER)
 
@@ -51,7 +52,7 @@ def build(folder, config=SAMPLED, teacher=TEACHER, array=ARRAY, say=lambda line:
 def probabilities(index):
     """The teacher's distributions in a window, directly."""
     window = Windows(ARRAY, LENGTH, 0, 21)[index]
-    model = nnx.merge(split_model(MODEL)[0], TEACHER.parameters, TEACHER.router)
+    model = nnx.merge(graph_of(MODEL), TEACHER.parameters, TEACHER.router)
     logits = model(*(jnp.asarray(window[k][None, :LENGTH]) for k in ("tokens", "segments")))
     return softmax(np.asarray(logits[0])[:, : TOKENIZER.vocabulary])
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 from moe_jax.base.errors import UserError
 from moe_jax.distill import specialise
-from moe_jax.distill.teacher import split_model
 from moe_jax.distill.upcycle import UpcycleConfig, upcycle
+from moe_jax.model.abstract import abstract_states
 from moe_jax.model.transformer import Transformer
 from tests.conftest import SMALL_MODEL
 
@@ -75,7 +75,7 @@ DENSE = replace(SMALL_MODEL, dense_layers=3, dense_hidden=24)
 
 
 def measured(config, tokens):
-    parameters = nnx.state(Transformer(DENSE, rngs=nnx.Rngs(0)), nnx.Param)
+    parameters = nnx.state(Transformer(DENSE, key=jax.random.key(0)), nnx.Param)
     model, parameters, router = upcycle(DENSE, parameters, config)
     classes = np.repeat([0, 1], len(tokens) // 2)
     return specialise.specialisation(model, parameters, router, tokens, classes)
@@ -99,7 +99,7 @@ def test_of_upcycled_models():
 
 
 def test_a_dense_model_is_refused():
-    parameters = nnx.state(Transformer(DENSE, rngs=nnx.Rngs(0)), nnx.Param)
-    router = split_model(DENSE)[2]
+    parameters = nnx.state(Transformer(DENSE, key=jax.random.key(0)), nnx.Param)
+    router = abstract_states(DENSE)[1]
     with pytest.raises(UserError, match="at least two experts"):
         specialise.specialisation(DENSE, parameters, router, np.zeros((2, 4), int), np.arange(2))

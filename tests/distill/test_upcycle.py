@@ -7,9 +7,8 @@ import pytest
 from flax import nnx
 
 from moe_jax.base.errors import UserError
-from moe_jax.distill.teacher import split_model
 from moe_jax.distill.upcycle import UpcycleConfig, sparse_config, upcycle
-from moe_jax.model.attention import document_context
+from moe_jax.model.abstract import abstract_states, graph_of
 from moe_jax.model.transformer import Transformer
 from tests.conftest import SMALL_MODEL
 
@@ -19,17 +18,17 @@ SEGMENTS = jnp.ones_like(TOKENS)
 
 
 def dense_parameters(model=DENSE):
-    return nnx.state(Transformer(model, rngs=nnx.Rngs(0)), nnx.Param)
+    return nnx.state(Transformer(model, key=jax.random.key(0)), nnx.Param)
 
 
 def run(model, parameters, router):
-    built = nnx.merge(split_model(model)[0], parameters, router)
-    hidden, _, stats = built.hidden(TOKENS, document_context(model, SEGMENTS))
+    built = nnx.merge(graph_of(model), parameters, router)
+    hidden, stats = built.hidden(TOKENS, SEGMENTS)
     return built.logits(hidden), stats
 
 
 def dense_logits(model=DENSE):
-    return run(model, dense_parameters(model), split_model(model)[2])[0]
+    return run(model, dense_parameters(model), abstract_states(model)[1])[0]
 
 
 CASES = {
@@ -88,7 +87,7 @@ def test_noise_and_reinitialisation_make_experts_differ_a_little(change):
 def test_experts_part_ways_in_training():
     """Copies under a router that treats them differently get different gradients."""
     model, parameters, router = upcycle(DENSE, dense_parameters(), UpcycleConfig())
-    graph = split_model(model)[0]
+    graph = graph_of(model)
 
     def loss(parameters):
         logits = nnx.merge(graph, parameters, router)(TOKENS[:, :-1], SEGMENTS[:, :-1])

@@ -14,12 +14,12 @@ from moe_jax.base.errors import UserError
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.interop.gguf import load, read
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterBias
+from moe_jax.moe.module import RouterBias
 from tests.interop import conftest
 
 
 def logits(config, parameters, ids):
-    shape = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    shape = nnx.eval_shape(lambda: Transformer(config, key=jax.random.key(0)))
     graph, _, router = nnx.split(shape, nnx.Param, RouterBias)
     return nnx.merge(graph, parameters, router)(ids, jnp.ones_like(ids))
 

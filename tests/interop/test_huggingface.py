@@ -22,14 +22,14 @@ from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.interop import gguf, huggingface
 from moe_jax.interop.huggingface import load, read
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterBias
+from moe_jax.moe.module import RouterBias
 from tests.interop import folder as small
 
 KINDS = ("llama", "qwen3", "qwen3_moe")
 
 
 def logits(config, parameters, ids):
-    shape = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    shape = nnx.eval_shape(lambda: Transformer(config, key=jax.random.key(0)))
     graph, _, router = nnx.split(shape, nnx.Param, RouterBias)
     router = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), router)
     return nnx.merge(graph, parameters, router)(ids, jnp.ones_like(ids))

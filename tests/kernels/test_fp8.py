@@ -214,16 +214,15 @@ import jax
 import jax.numpy as jnp
 from moe_kernels.launch import lowering_for
 from moe_jax.config import MoEConfig
-from moe_jax.moe.layer import Parameters, moe_layer
+from moe_jax.moe.layer import Gate, Layer, moe_layer
 
 config = MoEConfig(experts=4, experts_per_token=2, expert_hidden=64, precision="fp8")
 shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
-parameters = Parameters(
-    shape(128, 4), jax.ShapeDtypeStruct((4,), jnp.float32), shape(4, 128, 128), shape(4, 64, 128)
-)
+gate = Gate(shape(128, 4), jax.ShapeDtypeStruct((4,), jnp.float32))
+parameters = Layer(gate, shape(4, 128, 128), shape(4, 64, 128))
 
 def loss(x, parameters):
-    return moe_layer(x, parameters, config)[0][0].astype(jnp.float32).sum()
+    return moe_layer(x, parameters, config)[0].astype(jnp.float32).sum()
 
 counts = {}
 for capability in (80, 90, 100):

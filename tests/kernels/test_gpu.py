@@ -17,7 +17,7 @@ from moe_kernels.audit import VARIANTS
 from moe_kernels.experts.shapes import tiles, using
 from moe_kernels.launch import fp8_support, triton_support
 
-from moe_jax.moe.layer import implementation
+from moe_jax.moe.implementation import implementation
 from moe_jax.moe.plan import block_rows, make_plan
 
 pytestmark = pytest.mark.gpu

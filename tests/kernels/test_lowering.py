@@ -15,7 +15,8 @@ from moe_jax.cli import parse
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokens import prepare
 from moe_jax.config.presets import PRESETS
-from moe_jax.train.step import init_state, make_step
+from moe_jax.train.state import init_state
+from moe_jax.train.step import make_step
 
 config = parse(sys.argv[1:], PRESETS)
 data = prepare(config.data, say=lambda *_: None)

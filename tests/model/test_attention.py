@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.model.attention import attend, document_context, make_attention, rotary_width
@@ -18,7 +17,7 @@ WIDTH = 20
 
 def build(config: AttentionConfig):
     model = ModelConfig(width=WIDTH, attention=config, init_std=0.3)
-    return make_attention(model, out_std=0.3, rngs=nnx.Rngs(0)), model
+    return make_attention(model, out_std=0.3, key=jax.random.key(0)), model
 
 
 def w(module, name: str) -> np.ndarray:

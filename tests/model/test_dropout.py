@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from moe_jax.base.errors import UserError
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import document_context
 from moe_jax.model.dropout import dropout
 from moe_jax.model.transformer import Transformer
 
@@ -31,10 +29,8 @@ def test_the_model_drops_in_training_only(small_model):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 7)))
 
     def hidden(rate, key):
-        model = Transformer(replace(small_model, dropout=rate), rngs=nnx.Rngs(1))
-        return model.hidden(tokens, document_context(model.config, jnp.ones_like(tokens)), key=key)[
-            0
-        ]
+        model = Transformer(replace(small_model, dropout=rate), key=jax.random.key(1))
+        return model.hidden(tokens, jnp.ones_like(tokens), key=key)[0]
 
     plain, key = hidden(0.0, None), jax.random.key(2)
     np.testing.assert_array_equal(hidden(0.5, None), plain)

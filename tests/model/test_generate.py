@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.model.attention import cached_context, document_context
 from moe_jax.model.generate import generate, generate_uncached, sample
 from moe_jax.model.transformer import Transformer
 
@@ -19,7 +18,7 @@ def split(model):
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_with_cache_equals_without(either_attention, temperature):
-    model = Transformer(either_attention, rngs=nnx.Rngs(0))
+    model = Transformer(either_attention, key=jax.random.key(0))
     prompt = jax.random.randint(jax.random.key(1), (3, 5), 0, 61)
     settings = {"count": 3, "vocabulary": 50, "temperature": temperature, "top_k": 7}
     cached = generate(*split(model), prompt, jax.random.key(2), **settings)
@@ -31,13 +30,12 @@ def test_with_cache_equals_without(either_attention, temperature):
 
 
 def test_cached_logits_equal_a_full_pass(either_attention):
-    model = Transformer(either_attention, rngs=nnx.Rngs(0))
+    model = Transformer(either_attention, key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
-    full, _, _ = model.hidden(tokens, document_context(model.config, jnp.ones_like(tokens)))
+    full, _ = model.hidden(tokens, jnp.ones_like(tokens))
     caches, pieces = model.empty_caches(2, 9), []
     for start, stop in ((0, 4), (4, 5), (5, 9)):
-        attention = cached_context(model.config, jnp.asarray(start), stop - start, 9)
-        hidden, caches, _ = model.hidden(tokens[:, start:stop], attention, caches)
+        hidden, caches = model.extend(tokens[:, start:stop], jnp.asarray(start), caches)
         pieces.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, rtol=1e-4, atol=1e-5)
 
@@ -45,7 +43,7 @@ def test_cached_logits_equal_a_full_pass(either_attention):
 def test_latent_attention_caches_only_the_latent(small_model):
     from tests.conftest import MLA
 
-    model = Transformer(replace(small_model, attention=MLA), rngs=nnx.Rngs(0))
+    model = Transformer(replace(small_model, attention=MLA), key=jax.random.key(0))
     caches = model.empty_caches(batch=2, slots=7)
     assert caches.sparse is not None
     assert [part.shape for part in caches.sparse] == [(2, 2, 7, 12), (2, 2, 7, 4)]

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.model.attention import document_context
 from moe_jax.model.transformer import Transformer
-from moe_jax.objectives.next_token import losses, token_nats, valid_targets
+from moe_jax.objectives.base import Part, forward, losses, token_nats, valid_targets
+from moe_jax.objectives.next_token import next_token
 
 LENGTH = 5
 TOKENS = jnp.array([[10, 11, 12, 13, 14, 15, 16, 17]])
@@ -17,9 +17,7 @@ SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]])
 
 @partial(nnx.jit, static_argnums=2)
 def predictions(model, tokens, depth):
-    hidden, _, _ = model.hidden(
-        tokens[:, :LENGTH], document_context(model.config, SEGMENTS[:, :LENGTH])
-    )
+    hidden, _ = model.hidden(tokens[:, :LENGTH], SEGMENTS[:, :LENGTH])
     found = model.mtp.predictions(model, hidden, tokens, SEGMENTS[:, :LENGTH])
     return [logits for _, logits, _ in found][depth - 1]
 
@@ -28,10 +26,11 @@ def test_targets_of_a_case_made_by_hand(small_model):
     """Depth 2: position i predicts token i + 2 with the first module and i + 3 with the second;
     only positions whose target is in the same document count."""
     config = replace(small_model, mtp_depth=2)
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    model = Transformer(config, key=jax.random.key(0))
     batch = {"tokens": TOKENS, "segments": SEGMENTS}
     one = jnp.ones(())
-    found = losses(model, batch, LENGTH, [one, one, one]).mtp
+    part = Part(batch, (one, one, one))
+    found = losses(next_token, forward(model, part, LENGTH)).mtp
 
     def nats(logits, pairs):
         targets = jnp.zeros((1, LENGTH), jnp.int32)
@@ -49,7 +48,7 @@ def test_targets_of_a_case_made_by_hand(small_model):
 
 def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model):
     config = replace(small_model, mtp_depth=2)
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    model = Transformer(config, key=jax.random.key(0))
     for depth in (1, 2):
         plain = predictions(model, TOKENS, depth)
         for changed in range(TOKENS.shape[1]):
@@ -63,11 +62,14 @@ def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model):
 
 def test_the_loss_trains_the_modules_and_the_shared_table(small_model):
     config = replace(small_model, mtp_depth=1, tied_embedding=False)
-    graph, parameters, router = nnx.split(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graph, parameters, router = nnx.split(
+        Transformer(config, key=jax.random.key(0)), nnx.Param, ...
+    )
 
     def mtp_loss(p):
         batch = {"tokens": TOKENS, "segments": SEGMENTS}
-        return losses(nnx.merge(graph, p, router), batch, LENGTH, [jnp.ones(())] * 2).mtp
+        part = Part(batch, (jnp.ones(()),) * 2)
+        return losses(next_token, forward(nnx.merge(graph, p, router), part, LENGTH)).mtp
 
     gradient = nnx.to_pure_dict(jax.jit(jax.grad(mtp_loss))(parameters))
     for name in ("mtp", "embedding", "head", "sparse"):

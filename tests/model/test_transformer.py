@@ -7,15 +7,15 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import document_context
+from moe_jax.model import stages
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterBias
+from moe_jax.moe.module import RouterBias
 
 SEGMENTS = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]])
 
 
 def build(config: ModelConfig, seed=0) -> Transformer:
-    return Transformer(config, rngs=nnx.Rngs(seed))
+    return Transformer(config, key=jax.random.key(seed))
 
 
 @pytest.mark.slow
@@ -50,11 +50,11 @@ def test_scanned_blocks_equal_the_blocks_one_by_one(small_model):
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 61)
     segments = jnp.ones_like(tokens)
     graph, parameters = nnx.split(model.sparse.blocks)
-    attention = document_context(small_model, segments)
-    x, _ = model.dense(model.embed(tokens), attention)
+    context = stages.whole_documents(small_model, tokens, segments, None)
+    x, _ = model.begin(context)
     for layer in range(small_model.moe_layers):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], parameters))
-        x, _ = block(x, attention)
+        x, _, _ = stages.run_block(block, x, context)
     np.testing.assert_allclose(model.logits(x), model(tokens, segments), rtol=1e-4, atol=1e-5)
 
 

@@ -8,7 +8,8 @@ from flax import nnx
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe.balance import update_bias
-from moe_jax.moe.layer import MoE, Parameters, moe_layer
+from moe_jax.moe.layer import Gate, Layer, moe_layer
+from moe_jax.moe.module import MoE
 from moe_jax.moe.rules import RoutingContext
 from tests import oracle
 
@@ -39,8 +40,10 @@ def make_inputs(c: MoEConfig, batch=2, length=9, width=5, dtype=np.float64):
 
 def run(x, router, bias, gate_up, down, c):
     """((outputs, experts), statistics) of the layer."""
-    arrays = [jnp.asarray(a) for a in (x, router, bias, gate_up, down)]
-    return jax.jit(moe_layer, static_argnums=2)(arrays[0], Parameters(*arrays[1:]), c)
+    x, router, bias, gate_up, down = (jnp.asarray(a) for a in (x, router, bias, gate_up, down))
+    layer = Layer(Gate(router, bias), gate_up, down)
+    out, choice = jax.jit(moe_layer, static_argnums=2)(x, layer, c)
+    return (out, choice.stats.experts), choice.stats
 
 
 def run_oracle(inputs, c: MoEConfig):
@@ -160,7 +163,7 @@ def test_every_rule_runs_and_trains(rule):
         allow_acausal=True,
         rounding_tile=4,
     )
-    layer = MoE(5, c, std=1.0, out_std=1.0, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    layer = MoE(5, c, std=1.0, out_std=1.0, dtype=jnp.dtype("float32"), key=jax.random.key(0))
     graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
     x = jax.random.normal(jax.random.key(1), (2, 9, 5))
     context = RoutingContext(jnp.arange(18).reshape(2, 9), jax.random.key(2))

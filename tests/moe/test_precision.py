@@ -12,12 +12,14 @@ from moe_kernels.launch import Support
 
 from moe_jax.base.errors import UserError
 from moe_jax.config import MoEConfig
-from moe_jax.moe import layer, xla
-from moe_jax.moe.layer import Parameters, implementation, moe_layer
+from moe_jax.moe import implementation as moe_implementation
+from moe_jax.moe import xla
+from moe_jax.moe.implementation import implementation
+from moe_jax.moe.layer import Gate, Layer, moe_layer
 from moe_jax.moe.plan import make_plan
 from moe_jax.moe.precision import FP8
 from moe_jax.runs.run import run_training
-from moe_jax.train import loop
+from moe_jax.train import checks
 from tests.conftest import make_run
 from tests.moe.test_xla import NAMES, ROUTES, D, E, F, K, draw
 
@@ -66,13 +68,13 @@ def test_emulation_in_16_bits_is_that_in_float32_rounded():
 
 def test_the_layer_by_kernels_and_by_emulation():
     x, router = draw((2, 9, 20), 0), draw((20, 6), 1)
-    parameters = Parameters(router, jnp.zeros(6), draw((6, 20, 28), 2), draw((6, 14, 20), 3))
+    parameters = Layer(Gate(router, jnp.zeros(6)), draw((6, 20, 28), 2), draw((6, 14, 20), 3))
     run = jax.jit(moe_layer, static_argnums=2)
     outs = {
-        name: run(x, parameters, replace(FP8_CONFIG, implementation=name))[0][0]
+        name: run(x, parameters, replace(FP8_CONFIG, implementation=name))[0]
         for name in ("xla", "triton")
     }
-    plain = run(x, parameters, replace(FP8_CONFIG, precision="compute"))[0][0]
+    plain = run(x, parameters, replace(FP8_CONFIG, precision="compute"))[0]
 
     def error(found, expected):
         return np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
@@ -91,11 +93,11 @@ def test_a_run_trains_and_evaluates_with_it(tmp_path, small_model):
 
 def on_a_gpu(monkeypatch, capability):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    route = Support("gpu", f"card, compute capability {capability}")
+    support = Support("gpu", f"card, compute capability {capability}")
     reason = f"compute capability {capability} has no FP8 matrix units"
-    for module in (loop, layer):
-        monkeypatch.setattr(module, "triton_support", lambda: route)
-        fp8 = route if capability >= 8.9 else Support("none", reason)
+    for module in (checks, moe_implementation):
+        monkeypatch.setattr(module, "triton_support", lambda: support)
+        fp8 = support if capability >= 8.9 else Support("none", reason)
         monkeypatch.setattr(module, "fp8_support", lambda fp8=fp8: fp8)
 
 
@@ -107,11 +109,11 @@ def test_a_gpu_without_fp8_is_refused_in_one_line(monkeypatch, tmp_path, small_m
     with pytest.raises(
         UserError, match=r"precision fp8 cannot run: compute capability 8\.0 has no"
     ):
-        loop.check_kernels(config)
+        checks.check_kernels(config)
     emulated = replace(config.model, moe=replace(moe, implementation="xla"))
-    loop.check_kernels(replace(config, model=emulated))
+    checks.check_kernels(replace(config, model=emulated))
     on_a_gpu(monkeypatch, 9.0)
-    loop.check_kernels(config)
+    checks.check_kernels(config)
 
 
 def test_auto_takes_the_kernels_where_there_is_fp8(monkeypatch):

@@ -10,9 +10,9 @@ from flax import nnx
 
 from moe_jax.base.errors import UserError
 from moe_jax.config import OptimConfig
-from moe_jax.distill.teacher import split_model
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterBias
+from moe_jax.moe.module import RouterBias
 from moe_jax.objectives.distillation import (
     OWN,
     DistillConfig,
@@ -22,20 +22,21 @@ from moe_jax.objectives.distillation import (
     own_batch,
     text_batch,
 )
-from moe_jax.train.step import graph_of, init_state, make_gradient, make_step
+from moe_jax.train.state import init_state
+from moe_jax.train.step import make_gradient, make_step
 from tests.train.test_step import assert_close, make_batch
 
 CHUNKED = DistillConfig(chunk=100)
 
 
 def states_of(model, seed):
-    built = Transformer(model, rngs=nnx.Rngs(seed))
+    built = Transformer(model, key=jax.random.key(seed))
     _, parameters, router = nnx.split(built, nnx.Param, RouterBias)
     return parameters, router
 
 
 def gradient_of(config, objective):
-    return jax.jit(make_gradient(config, graph_of(config.resolved_model()), objective))
+    return jax.jit(make_gradient(config, objective))
 
 
 @pytest.fixture
@@ -50,9 +51,9 @@ def test_without_a_teacher_it_is_the_plain_loss(config, depth):
     prediction included."""
     config = replace(config, model=replace(config.model, mtp_depth=depth))
     state, batch, key = init_state(config), make_batch(config), jax.random.key(0)
-    model = config.resolved_model()
+    model = config.model
     online = online_objective(replace(CHUNKED, alpha=0.0), [model])
-    plain = jax.jit(make_gradient(config, graph_of(model)))
+    plain = jax.jit(make_gradient(config))
     (total, _), expected = plain(state.parameters, state.router, batch, key)
     taught = gradient_of(config, online)
     states = [states_of(model, 5)]
@@ -67,12 +68,12 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(config):
         config, model=replace(config.model, moe=replace(config.model.moe, sequence_loss=0.0))
     )
     state, batch = init_state(config), make_batch(config)
-    taught = gradient_of(config, online_objective(CHUNKED, [config.resolved_model()]))
+    taught = gradient_of(config, online_objective(CHUNKED, [config.model]))
     states = [(state.parameters, state.router)]
     (_, parts), gradient = taught(state.parameters, state.router, batch, jax.random.key(0), states)
     assert abs(float(parts.distillation)) < 1e-5
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) < 1e-5
-    other = [states_of(config.resolved_model(), 5)]
+    other = [states_of(config.model, 5)]
     (_, parts), gradient = taught(state.parameters, state.router, batch, jax.random.key(0), other)
     assert float(parts.distillation) > 1e-4
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-5
@@ -82,9 +83,9 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(config):
 def test_micro_batches_equal_the_whole_batch(config):
     """The normaliser is the whole batch's number of targets, with a teacher as without."""
     state, batch = init_state(config), make_batch(config)
-    objective = online_objective(replace(CHUNKED, alpha=0.5), [config.resolved_model()])
+    objective = online_objective(replace(CHUNKED, alpha=0.5), [config.model])
     split = replace(config, optim=OptimConfig(accumulation=4))
-    states = [states_of(config.resolved_model(), 5)]
+    states = [states_of(config.model, 5)]
     whole, parts = (
         gradient_of(c, objective)(state.parameters, state.router, batch, jax.random.key(0), states)
         for c in (config, split)
@@ -98,11 +99,11 @@ def test_micro_batches_equal_the_whole_batch(config):
     ["sampled", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("online", "top_k"))],
 )
 def test_the_student_approaches_its_teacher(config, kind):
-    model = config.resolved_model()
+    model = config.model
     teacher, batch = states_of(replace(model, init_std=0.3), 5), make_batch(config)
     length = config.data.length
     tokens, segments = batch["tokens"][:, :length], batch["segments"][:, :length]
-    logits = nnx.merge(split_model(model)[0], *teacher)(tokens, segments)
+    logits = nnx.merge(graph_of(model), *teacher)(tokens, segments)
     batch, more = dict(batch), []
     if kind == "online":
         objective, more = online_objective(CHUNKED, [model]), [[teacher]]
@@ -131,9 +132,10 @@ def test_the_student_approaches_its_teacher(config, kind):
 
 def test_the_students_own_text(config):
     settings = replace(CHUNKED, alpha=0.5, prompt=10)
-    model, state = config.resolved_model(), init_state(config)
+    model, state = config.model, init_state(config)
     batch = make_batch(config)
-    own = own_batch(settings, model, state, batch, vocabulary=256)
+    states = (state.parameters, state.router)
+    own = own_batch(settings, model, states, batch, state.step_key(), vocabulary=256)
     assert own["tokens"].shape == batch["tokens"].shape
     np.testing.assert_array_equal(own["tokens"][:, :10], batch["tokens"][:, :10])
     assert (own["tokens"][:, 10:] != batch["tokens"][:, 10:]).any()
@@ -154,10 +156,10 @@ def test_the_loss_from_a_sampled_cache_is_its_formula(config, temperature):
     """(1 - a) CE + a t² mean_k -log q_t(v_k), straight from the logits. At temperature 1 both parts
     share the normaliser, at others they must not."""
     state, batch = init_state(config), make_batch(config)
-    length, model = config.data.length, config.resolved_model()
+    length, model = config.data.length, config.model
     drawn = np.random.default_rng(1).integers(0, 256, (config.batch, length, 4))
     settings = replace(CHUNKED, alpha=0.25, temperature=temperature)
-    taught = make_gradient(config, graph_of(model), cached_objective(settings))
+    taught = make_gradient(config, cached_objective(settings))
     beside = batch | {"teacher_tokens": jnp.asarray(drawn)}
     (_, parts), _ = taught(state.parameters, state.router, beside, jax.random.key(0))
     tokens, segments = batch["tokens"], batch["segments"]
@@ -182,7 +184,7 @@ def test_own_tokens_have_no_cross_entropy(config, depth):
     """The gradient of a batch that is all the student's own is alpha times the divergence's."""
     config = replace(config, model=replace(config.model, mtp_depth=depth))
     state, batch, key = init_state(config), make_batch(config), jax.random.key(0)
-    model = config.resolved_model()
+    model = config.model
     own = {**batch, OWN: jnp.ones((config.batch, config.data.length + depth), bool)}
     states = [states_of(model, 5)]
 
@@ -214,7 +216,8 @@ def test_bad_settings(config):
     ]:
         with pytest.raises(UserError, match=message):
             replace(CHUNKED, **change)
-    settings, model = replace(CHUNKED, prompt=500), config.resolved_model()
+    settings, model = replace(CHUNKED, prompt=500), config.model
     state, batch = init_state(config), make_batch(config)
+    states = (state.parameters, state.router)
     with pytest.raises(UserError, match="leaves nothing"):
-        own_batch(settings, model, state, batch, 256)
+        own_batch(settings, model, states, batch, state.step_key(), 256)

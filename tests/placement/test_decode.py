@@ -11,7 +11,7 @@ from flax import nnx
 from moe_jax.base.errors import UserError
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.layer import RouterBias
+from moe_jax.moe.module import RouterBias
 from moe_jax.placement.decode import TieredDecoder, save_experts
 from moe_jax.placement.files import ExpertFiles
 from moe_jax.placement.policy import make_policy
@@ -20,7 +20,7 @@ from tests.conftest import MLA
 
 
 def split(config):
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    model = Transformer(config, key=jax.random.key(0))
     graph, parameters, router = nnx.split(model, nnx.Param, RouterBias)
     router = jax.tree.map(lambda b: 0.2 * jax.random.normal(jax.random.key(3), b.shape), router)
     return graph, parameters, router

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from moe_jax.base.errors import UserError
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.placement.files import ExpertFiles
 from moe_jax.runs import decode as decoding
 from moe_jax.runs.decode import DecodePlacement, open_decoder, prepare_decoding
 from moe_jax.runs.load import load_run
-from moe_jax.train.step import graph_of
 
 SETTINGS = {"count": 6, "vocabulary": 258, "temperature": 1.0}
 
@@ -39,7 +39,7 @@ def test_every_budget_gives_the_models_own_tokens(run):
     assert store.placement.capacity == store.files.layers * store.files.experts
     trained = load_run(run)
     states = trained.state.parameters, trained.state.router
-    graph = graph_of(trained.config.resolved_model())
+    graph = graph_of(trained.config.model)
     np.testing.assert_array_equal(
         tokens, generate(graph, states, prompt, jax.random.key(1), **SETTINGS)
     )

@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax.data.tokens import prepare
 from moe_jax.train.evaluate import make_evaluator
-from moe_jax.train.step import init_state
+from moe_jax.train.state import init_state
 
 
 @pytest.mark.parametrize("length", [16, 48, 1000])

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.config import OptimConfig, TrainConfig
 from moe_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
-from moe_jax.train.step import abstract_state, init_state
+from moe_jax.train.state import abstract_state, init_state
 
 
 def flat(tree):

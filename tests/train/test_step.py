@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MoEConfig, OptimConfig
-from moe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from moe_jax.train.step import graph_of, init_state, make_gradient, make_step
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import batch_sharding, replicated
+from moe_jax.train.state import init_state
+from moe_jax.train.step import make_gradient, make_step
 
 
 def make_batch(config, seed=0):
@@ -61,9 +63,8 @@ def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
     config = replace(small_run, model=replace(small_run.model, **VARIANTS[name]))
     split = replace(config, optim=OptimConfig(accumulation=4))
     state, batch = init_state(config), make_batch(config)
-    graph = graph_of(config.resolved_model())
     (whole, gradient), (parts, accumulated) = (
-        jax.jit(make_gradient(c, graph))(state.parameters, state.router, batch, jax.random.key(0))
+        jax.jit(make_gradient(c))(state.parameters, state.router, batch, jax.random.key(0))
         for c in (config, split)
     )
     assert_close(whole, parts)
@@ -84,7 +85,7 @@ def test_two_devices_equal_one(small_run, name, accumulation):
     model = replace(small_run.model, **VARIANTS[name])
     config = replace(small_run, model=model, optim=optim)
     state, batch = init_state(config), make_batch(config)
-    gradient = make_gradient(config, graph_of(config.resolved_model()))
+    gradient = make_gradient(config)
     alone = jax.jit(gradient)(state.parameters, state.router, batch, jax.random.key(0))
     mesh = make_mesh(2)
     with jax.set_mesh(mesh):

@@ -11,23 +11,21 @@ import pytest
 from flax import nnx
 
 from moe_jax.base.errors import UserError
-from moe_jax.config import CheckpointConfig, OptimConfig, TrainConfig, from_dict
+from moe_jax.config import CheckpointConfig, OptimConfig, TrainConfig
 from moe_jax.config.distill import DistillConfig
 from moe_jax.data.tokens import prepare
-from moe_jax.distill.teacher import split_model
-from moe_jax.parallel.mesh import make_mesh
+from moe_jax.model.abstract import graph_of
+from moe_jax.model.count import train_flops_per_token
 from moe_jax.runs.load import load_run
 from moe_jax.runs.run import run_training
-from moe_jax.runs.teacher import find_teacher, with_teacher
+from moe_jax.runs.teacher import find_teacher, task_of
 from moe_jax.train import loop
-from moe_jax.train import teacher as teaching
+from moe_jax.train.checks import check_same_run, check_same_task
+from moe_jax.train.engines.dense import DenseEngine
 from moe_jax.train.metrics import read_lines
-from moe_jax.train.step import abstract_state, graph_of, init_state, make_gradient
-from moe_jax.train.teacher import (
-    Lesson,
-    identity,
-    require_same_teacher,
-)
+from moe_jax.train.state import abstract_state, init_state
+from moe_jax.train.step import make_gradient
+from moe_jax.train.teacher import TeacherTask
 from tests.conftest import SMALL_MODEL, make_run
 from tests.interop import folder as safetensors
 from tests.train.test_step import make_batch
@@ -49,6 +47,7 @@ def teacher_run(tmp_path_factory):
 def pupil(folder: Path, teacher: TrainConfig, model=SMALL_MODEL, **distill) -> TrainConfig:
     """A sparse student on its teacher's text; its preset's tokenizer is another one."""
     config = make_run(folder, model)
+    config = replace(config, model=replace(config.model, vocabulary=None))  # the teacher's
     data = replace(teacher.data, tokenizer="bpe:300")
     settings = DistillConfig(teacher=teacher.out, **(CHUNKED | distill))
     return replace(config, data=data, distill=settings, checkpoint=CheckpointConfig(every=2))
@@ -97,16 +96,18 @@ def test_a_changed_teacher_is_refused(teacher_run, tmp_path):
     taught = DistillConfig(teacher=teacher_run.out)
     with pytest.raises(UserError, match="run holds a run without a teacher"):
         run_training(replace(teacher_run, distill=taught))
-    _, teacher = with_teacher(replace(teacher_run, distill=taught))
-    assert teacher is not None
-    changed = teacher._replace(parameters=jax.tree.map(lambda a: a + 1e-3, teacher.parameters))
-    half = teacher._replace(model=replace(teacher.model, compute_dtype="bfloat16"))
-    require_same_teacher(identity(teacher), identity(half), tmp_path)
-    assert identity(None) is None
+    task = teacher_task(replace(teacher_run, distill=taught))
+    teacher = task.teacher
+    parameters = jax.tree.map(lambda a: a + 1e-3, teacher.parameters)
+    changed = replace(task, teacher=teacher._replace(parameters=parameters))
+    model = replace(teacher.model, compute_dtype="bfloat16")
+    half = replace(task, teacher=teacher._replace(model=model))
+    check_same_task(task.fingerprint, half.fingerprint, tmp_path)
+    assert task_of(teacher_run).fingerprint is None
     with pytest.raises(UserError, match="the teacher has changed since; restore it, or choose"):
-        require_same_teacher(identity(changed), identity(teacher), tmp_path)
+        check_same_task(changed.fingerprint, task.fingerprint, tmp_path)
     with pytest.raises(UserError, match=r"holds a run with one: give --distill\.teacher"):
-        require_same_teacher(None, identity(teacher), tmp_path)
+        check_same_task(None, task.fingerprint, tmp_path)
 
 
 @pytest.mark.slow
@@ -119,56 +120,64 @@ def test_the_student_learns_from_its_teacher_alone(teacher_run, tmp_path):
     assert np.mean(found[-5:]) < 0.6 * found[0]
 
 
-def test_old_checkpoints_know_no_teacher(finished_run):
+def test_a_run_without_a_teacher_is_not_continued_with_one(finished_run):
     saved = json.loads(json.dumps(asdict(finished_run)))
-    del saved["distill"]
-    assert from_dict(saved) == finished_run
-    loop.check_same_run(finished_run, saved, Path(finished_run.out))
+    check_same_run(finished_run, saved, Path(finished_run.out))
     taught = replace(finished_run, distill=DistillConfig(teacher="x", alpha=0.5))
     with pytest.raises(UserError, match=r"distill\.alpha=1\.0, not 0\.5"):
-        loop.check_same_run(taught, saved, Path(finished_run.out))
+        check_same_run(taught, saved, Path(finished_run.out))
 
 
 def test_without_a_teacher_nothing_is_asked(small_run):
-    assert with_teacher(small_run) == (small_run, None)
+    task = task_of(small_run)
+    assert task.config == small_run
+    assert (task.tokenizer, task.fingerprint, task.operands) == (None, None, ())
 
 
-def lesson_of(config: TrainConfig, **change) -> Lesson:
-    config, teacher = with_teacher(config)
-    assert teacher is not None
-    return teaching.prepare(config, teacher, "", prepare(config.data, teacher.tokenizer))
+def teacher_task(config: TrainConfig) -> TeacherTask:
+    task = task_of(config)
+    assert isinstance(task, TeacherTask)
+    return task
 
 
 @pytest.mark.parametrize("cache", ["none", "samples:3", "top:2"])
 def test_the_caches_and_what_a_batch_has(teacher_run, tmp_path, cache):
     config = pupil(tmp_path, teacher_run, cache=cache)
-    lesson = lesson_of(config)
-    row = jax.ShapeDtypeStruct((config.batch, config.data.length + 1), jnp.int32)
-    shapes = {name: spec.shape for name, spec in lesson.rows(row).items()}
+    task = teacher_task(config)
+    task = task.prepare(prepare(task.config.data, task.tokenizer))
+    assert isinstance(task, TeacherTask)
+    plain = DenseEngine(task.config).abstract_batch()
+    shapes = {
+        name: spec.shape for name, spec in task.abstract_batch(plain).items() if name not in plain
+    }
     expected = {
         "none": {},
         "samples:3": {"teacher_tokens": (4, 48, 3)},
         "top:2": {"teacher_tokens": (4, 48, 2), "teacher_log_p": (4, 48, 2)},
     }
     assert shapes == expected[cache]
-    if lesson.cache is not None:
-        found = {name: value.shape for name, value in lesson.cache[0].items()}
+    alone = train_flops_per_token(task.config.model, task.config.data.length)
+    if task.cache is None:
+        assert task.flops_per_token() > alone
+    else:
+        found = {name: value.shape for name, value in task.cache[0].items()}
         assert found == {name: shape[1:] for name, shape in shapes.items()}
-        assert lesson.flops_per_token() == 0
+        assert task.flops_per_token() == alone
 
 
 def test_an_upcycled_student_begins_as_its_teacher(teacher_run, tmp_path):
     moe = replace(SMALL_MODEL.moe, expert_hidden=12, shared_experts=0, scale=2.0)
     config = pupil(tmp_path, teacher_run, replace(SMALL_MODEL, moe=moe), upcycle=True)
-    config, teacher = with_teacher(config)
-    assert teacher is not None
-    state = Lesson(config, teacher, "", None).first_state(jax.jit(lambda: init_state(config))())
+    task = teacher_task(config)
+    config = task.config
+    teacher = task.teacher
+    state = task.first_state(jax.jit(lambda: init_state(config))())
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(
         lambda a: (a.shape, a.dtype), abstract_state(config)
     )
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 20)))
-    student = nnx.merge(split_model(config.resolved_model())[0], state.parameters, state.router)
-    given = nnx.merge(split_model(teacher.model)[0], teacher.parameters, teacher.router)
+    student = nnx.merge(graph_of(config.model), state.parameters, state.router)
+    given = nnx.merge(graph_of(teacher.model), teacher.parameters, teacher.router)
     ones = jnp.ones_like(tokens)
     np.testing.assert_allclose(student(tokens, ones), given(tokens, ones), atol=1e-5)
     own, its = (
@@ -247,19 +256,18 @@ def test_a_teacher_with_more_rows_than_tokens(tmp_path, small_run, rows):
     config = replace(
         small_run, distill=distill, model=replace(small_run.model, vocabulary=rows), batch=2
     )
-    config, teacher = with_teacher(config)
-    assert teacher is not None
-    assert config.resolved_model().vocabulary == (rows or teacher.tokenizer.vocabulary)
-    state, batch = init_state(config), make_batch(config)
-    lesson = Lesson(config, teacher, "", None)
-    gradient = make_gradient(config, graph_of(config.resolved_model()), lesson.objective)
-    more = lesson.arguments(make_mesh())
+    task = teacher_task(config)
+    config = task.config
+    assert config.model.vocabulary == (rows or task.teacher.tokenizer.vocabulary)
+    state = init_state(config)
+    batch = make_batch(config)
+    gradient = make_gradient(config, task.objective)
     (_, parts), _ = jax.jit(gradient)(
-        state.parameters, state.router, batch, jax.random.key(0), *more
+        state.parameters, state.router, batch, jax.random.key(0), *task.operands
     )
     assert parts.distillation > 0
     with pytest.raises(UserError, match=r"model.vocabulary=280 is not the teacher's 262: leave"):
-        with_teacher(replace(config, model=replace(config.model, vocabulary=280)))
+        task_of(replace(config, model=replace(config.model, vocabulary=280)))
 
 
 @pytest.mark.parametrize(

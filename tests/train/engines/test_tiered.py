@@ -29,13 +29,20 @@ from moe_jax.train import loop
 from moe_jax.train.engines.tiered import engine as tiered
 from moe_jax.train.engines.tiered import store as tier_store
 from moe_jax.train.engines.tiered.chunks import Sizes
-from moe_jax.train.engines.tiered.engine import assembled, check_tiers, open_experts, save_experts
+from moe_jax.train.engines.tiered.engine import (
+    TieredEngine,
+    assembled,
+    open_experts,
+    save_experts,
+)
 from moe_jax.train.engines.tiered.rows import row_shapes
 from moe_jax.train.engines.tiered.step import TieredStep
 from moe_jax.train.engines.tiered.trunk import init_trunk
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.metrics import read_lines
-from moe_jax.train.step import init_state, make_step
+from moe_jax.train.state import init_state
+from moe_jax.train.step import make_step
+from moe_jax.train.task import Task
 from tests.conftest import GQA
 from tests.train.test_step import make_batch
 
@@ -54,7 +61,7 @@ def small(mode="exact", budget="1MB", moe=RARE, model=None, optimizer="adamw", *
         data=DataConfig(tokenizer="bytes", length=6),
         optim=OptimConfig(optimizer=optimizer, learning_rate=1e-2),
         placement=PlacementConfig(device_budget=budget, mode=mode, **placement),
-    )
+    ).resolved()
 
 
 class Tiers:
@@ -326,7 +333,7 @@ def test_a_corrupt_row_stops_the_update_and_is_named(tiers):
 def test_what_tiers_cannot_do_is_refused_in_a_line(monkeypatch, change, message):
     monkeypatch.setattr(tiered, "visible_devices", lambda: 1)
     with pytest.raises(UserError, match=rf"^placement.device_budget=\w+ .*{message}"):
-        check_tiers(replace(small(), **change))
+        TieredEngine(replace(small(), **change)).check()
 
 
 def test_several_devices_are_refused():
@@ -379,7 +386,7 @@ def test_a_run_in_tiers_is_resumed_bit_for_bit_and_loads_as_any_other(tiered_run
     one, two = load_run(tiered_run.out), load_run(cut.out)
     assert_equal(by_name(one.state), by_name(two.state))
 
-    array = loop.prepare_data(tiered_run, None).validation
+    array = loop.prepare_data(Task(tiered_run), None).validation
     bits = make_evaluator(tiered_run, array, lambda batch: batch)(one.state)
     np.testing.assert_allclose(lines[-1]["validation_bits_per_byte"], bits, rtol=1e-5)
     assert one.complete("def f", tokens=3).startswith("def f")

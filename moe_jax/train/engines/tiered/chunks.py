@@ -24,7 +24,7 @@ class Sizes:
     """How a device budget is spent. UserError: it is below one layer's working set."""
 
     def __init__(self, config: TrainConfig, shapes: RowShapes) -> None:
-        model, moe = config.resolved_model(), config.model.moe
+        model, moe = config.model, config.model.moe
         self.layers, self.experts = model.moe_layers, moe.experts
         self.chunk = max(1, moe.experts // 16)
         """Experts that are brought up to date together."""

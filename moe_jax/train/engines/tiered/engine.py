@@ -1,4 +1,4 @@
-"""A run whose experts live in tiers: what it refuses, how it starts, and how it is loaded again."""
+"""The engine of a run whose routed experts live in tiers: device, host memory, disk."""
 
 import hashlib
 import shutil
@@ -10,13 +10,18 @@ import jax
 import numpy as np
 
 from moe_jax.config import TrainConfig, require
+from moe_jax.data.tokens import TokenArray
+from moe_jax.objectives.base import Batch, Objective
+from moe_jax.parallel.rules import with_sharding
 from moe_jax.placement.shelf import Shelf, as_parts
 from moe_jax.train.checkpoint import EXPERTS
+from moe_jax.train.engines.dense import DenseEngine
 from moe_jax.train.engines.tiered.chunks import Sizes
 from moe_jax.train.engines.tiered.rows import RowShapes, row_shapes
+from moe_jax.train.engines.tiered.step import TieredStep
 from moe_jax.train.engines.tiered.store import TieredExperts
 from moe_jax.train.engines.tiered.trunk import assemble, init_trunk, with_experts
-from moe_jax.train.step import TrainState, abstract_state
+from moe_jax.train.state import Metrics, TrainState, abstract_state, tree_bytes
 
 
 def visible_devices() -> int:
@@ -24,24 +29,113 @@ def visible_devices() -> int:
     return jax.device_count()
 
 
-def check_tiers(config: TrainConfig) -> None:
-    """Raises UserError for what cannot be trained with tiers."""
-    model, budget = config.model, f"placement.device_budget={config.placement.device_budget}"
-    require(
-        model.moe_layers > 0,
-        f"{budget} needs experts: model.dense_layers equals model.layers, a dense model",
-    )
-    require(
-        config.optim.accumulation == 1,
-        f"{budget} and optim.accumulation={config.optim.accumulation}: training with tiers takes "
-        "the batch as a whole, set optim.accumulation to 1 and shrink batch",
-    )
-    require(
-        visible_devices() == 1,
-        f"{budget} and {visible_devices()} devices: training with tiers uses one device, hide the "
-        "others (CUDA_VISIBLE_DEVICES)",
-    )
-    Sizes(config, row_shapes(config))
+class TieredEngine(DenseEngine):
+    """train.engine.Engine whose state is the trunk's. Batches are placed as by DenseEngine."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config, devices=1)
+        self._experts: TieredExperts | None = None
+        self._tiered_step: TieredStep | None = None
+
+    @staticmethod
+    def applies(config: TrainConfig) -> bool:
+        return config.placement.tiered
+
+    def check(self) -> None:
+        config = self.config
+        budget = f"placement.device_budget={config.placement.device_budget}"
+        require(
+            config.model.moe_layers > 0,
+            f"{budget} needs experts: model.dense_layers equals model.layers, a dense model",
+        )
+        require(
+            config.optim.accumulation == 1,
+            f"{budget} and optim.accumulation={config.optim.accumulation}: training with tiers "
+            "takes the batch as a whole, set optim.accumulation to 1 and shrink batch",
+        )
+        require(
+            visible_devices() == 1,
+            f"{budget} and {visible_devices()} devices: training with tiers uses one device, hide "
+            "the others (CUDA_VISIBLE_DEVICES)",
+        )
+        Sizes(config, row_shapes(config))
+
+    def memory_bytes(self) -> int:
+        """Of the trunk's state, and of the part of the device budget that is used."""
+        config = self.config
+        trunk = tree_bytes(abstract_trunk(config))
+        below = min(config.placement.host_bytes, expert_disk_bytes(config))
+        own_host = jax.default_backend() == "cpu"  # then the device's memory is the host's
+        return trunk + Sizes(config, row_shapes(config)).device + own_host * below
+
+    def disk_bytes(self, out: Path) -> dict[Path, int]:
+        folder = self.config.placement.folder
+        return {Path(folder) if folder else out: expert_disk_bytes(self.config)}
+
+    def abstract_state(self) -> TrainState:
+        return with_sharding(abstract_trunk(self.config), self._sharding)
+
+    def start(self, out: Path) -> TrainState:
+        state = jax.jit(lambda: init_trunk(self.config), out_shardings=self._sharding)()
+        self._experts = open_experts(self.config, out, None, 0)
+        return state
+
+    def resume(self, out: Path, state: TrainState, checkpoint: Path) -> TrainState:
+        self._experts = open_experts(self.config, out, checkpoint, int(state.updates))
+        return state
+
+    def compile(
+        self,
+        state: TrainState,
+        batch: Batch,
+        objective: Objective,
+        operands: tuple[Any, ...],
+        validation: TokenArray,
+    ) -> None:
+        assert not operands, "TrainConfig refuses a teacher with tiers"
+        step = TieredStep(self.config, self._open_experts, objective)
+        step.compile(state, batch)
+        self._evaluate = step.evaluator(validation, self.place)
+        self._tiered_step = step
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        assert self._tiered_step is not None
+        return self._tiered_step(state, batch)
+
+    def step_line(self, step: int) -> dict[str, Any]:
+        """What an update moved between tiers."""
+        assert self._tiered_step is not None
+        return self._tiered_step.lines.pop(step, {})
+
+    def save_beside(self, out: Path, step: int) -> Path | None:
+        return save_experts(self._open_experts, out, step)
+
+    def local_state(self, state: TrainState) -> TrainState | None:
+        """With the experts' parameters, if these fit into the device budget beside what is there.
+        Their moments are left out: nothing that reads this state updates it."""
+        experts = self._open_experts
+        layers = experts.sizes.layers
+        number = experts.sizes.experts
+        size = experts.shapes.parameter_bytes * layers * number + experts.sizes.device
+        if size > self.config.placement.device_bytes:
+            return None
+        everyone = np.arange(number)
+        # Copies: the next layer overwrites what `need` returned.
+        copied = [[np.array(m) for m in experts.need(layer, everyone)] for layer in range(layers)]
+        stacked = tuple(jax.device_put(np.stack(parts)) for parts in zip(*copied, strict=True))
+        return state._replace(parameters=with_experts(state.parameters, stacked))
+
+    def load(self, state: TrainState, checkpoint: Path) -> TrainState:
+        return assembled(self.config, state, checkpoint)
+
+    def close(self) -> None:
+        if self._experts is not None:
+            self._experts.close()
+
+    @property
+    def _open_experts(self) -> TieredExperts:
+        assert self._experts is not None, "call start or resume first"
+        return self._experts
 
 
 def abstract_trunk(config: TrainConfig) -> TrainState:
@@ -49,23 +143,15 @@ def abstract_trunk(config: TrainConfig) -> TrainState:
     return jax.eval_shape(lambda: init_trunk(config))
 
 
-def device_bytes(config: TrainConfig) -> int:
-    """Bytes of the trunk's state and of the device budget's part that is used."""
-    leaves = jax.tree.leaves(abstract_trunk(config))
-    trunk = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    below = min(config.placement.host_bytes, shelf_bytes(config))
-    own_host = jax.default_backend() == "cpu"  # then the device's memory is the host's
-    return trunk + Sizes(config, row_shapes(config)).device + own_host * below
-
-
-def shelf_bytes(config: TrainConfig) -> int:
+def expert_disk_bytes(config: TrainConfig) -> int:
     """Bytes of the experts on disk while the run goes on."""
     model = config.model
     return row_shapes(config).record_bytes * model.moe_layers * model.moe.experts
 
 
-def shelf_folder(config: TrainConfig, out: Path) -> Path:
-    """Where a run's shelf is: a folder of its own, also in a placement.folder that others use."""
+def expert_folder(config: TrainConfig, out: Path) -> Path:
+    """Where a run's experts are on disk: a folder of its own, also in a placement.folder that
+    other runs use."""
     if not config.placement.folder:
         return out / "shelf"
     own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
@@ -75,13 +161,13 @@ def shelf_folder(config: TrainConfig, out: Path) -> Path:
 def open_experts(
     config: TrainConfig, out: Path, checkpoint: Path | None, updates: int
 ) -> TieredExperts:
-    """The experts of a fresh run, or those of a checkpoint's folder, on a shelf made anew.
+    """The experts of a fresh run, or those of a checkpoint's folder, in a store made anew.
 
-    What a killed run left of its shelf is scratch: checkpoints hold everything.
+    What a killed run left of its store is scratch: checkpoints hold everything.
     """
     for unfinished in out.glob("experts-*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    folder = shelf_folder(config, out)
+    folder = expert_folder(config, out)
     shutil.rmtree(folder, ignore_errors=True)
     experts = TieredExperts(config, folder)
     try:
@@ -98,7 +184,7 @@ def open_experts(
 
 
 def save_experts(experts: TieredExperts, out: Path, step: int) -> Path:
-    """Copies the experts as they are after `step` beside the checkpoints; returns the folder, which
+    """Copies the experts as they are after `step` beside the checkpoints. Returns the folder, which
     becomes part of the checkpoint when the rest of it is written (train.checkpoint)."""
     folder = out / f"experts-{step}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
@@ -108,9 +194,9 @@ def save_experts(experts: TieredExperts, out: Path, step: int) -> Path:
 
 def assembled(config: TrainConfig, trunk: TrainState, checkpoint: Path) -> TrainState:
     """The whole state, as the ordinary path would have it, from a checkpoint's two parts."""
-    saved, shapes = Shelf.opened(checkpoint / EXPERTS), row_shapes(config)
+    saved = Shelf.opened(checkpoint / EXPERTS)
     try:
-        return assemble(abstract_state(config), trunk, _stacked(saved, shapes))
+        return assemble(abstract_state(config), trunk, _stacked(saved, row_shapes(config)))
     finally:
         saved.close()
 
@@ -125,16 +211,3 @@ def _stacked(saved: Shelf, shapes: RowShapes) -> Callable[[str], list[Any]]:
         return [jax.device_put(part) for part in stacked]
 
     return rows
-
-
-def sampling_state(experts: TieredExperts, state: TrainState) -> TrainState | None:
-    """`state` with the experts' parameters, for generate; None where these, beside what is on the
-    device, are more than the device budget."""
-    layers, number = experts.sizes.layers, experts.sizes.experts
-    size = experts.shapes.parameter_bytes * layers * number + experts.sizes.device
-    if size > experts.config.placement.device_bytes:
-        return None
-    everyone = np.arange(number)
-    slabs = [[np.array(m) for m in experts.need(layer, everyone)] for layer in range(layers)]
-    stacked = [jax.device_put(np.stack(parts)) for parts in zip(*slabs, strict=True)]
-    return state._replace(parameters=with_experts(state.parameters, tuple(stacked)))

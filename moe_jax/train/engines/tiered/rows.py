@@ -54,14 +54,14 @@ def _bytes(part: jax.ShapeDtypeStruct) -> int:
 
 def row_shapes(config: TrainConfig) -> RowShapes:
     """Shapes of an expert's rows under the configured optimizer."""
-    model = config.resolved_model()
+    model = config.model
     width, hidden = model.width, model.moe.expert_hidden
     dtype = jnp.dtype(model.param_dtype)
     parameters = (
         jax.ShapeDtypeStruct((hidden, width), dtype),
         jax.ShapeDtypeStruct((width, 2 * hidden), dtype),
     )
-    optimizer = make_optimizer(config.optim, config.steps, clip=False)
+    optimizer = make_optimizer(config.optim, config.steps)
     state = jax.eval_shape(lambda: optimizer.init(_experts_alone(_zeros(parameters))))
     return RowShapes(parameters, tuple(leaf for path, leaf in _leaves(state) if of_expert(path)))
 
@@ -97,7 +97,7 @@ def make_advance(config: TrainConfig) -> Callable[..., tuple[Matrices, Matrices]
     bit for bit, where dense AdamW decays both and lets the parameters drift by the old moments;
     bias correction goes by the updates of the whole model, as in dense AdamW.
     """
-    optimizer = make_optimizer(config.optim, config.steps, clip=False)
+    optimizer = make_optimizer(config.optim, config.steps)
     limit = config.optim.clip_norm
 
     def one(p: Matrices, m: Matrices, g: Matrices, count: Array) -> tuple[Matrices, Matrices]:

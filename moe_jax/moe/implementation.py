@@ -1,0 +1,47 @@
+"""Which implementation of the experts runs: the reference, plain XLA, or Triton kernels."""
+
+from collections.abc import Callable
+from functools import partial
+
+from jax import Array
+from moe_kernels import experts as triton_experts
+from moe_kernels import experts_fp8 as triton_experts_fp8
+from moe_kernels.launch import fp8_support, triton_support
+
+from moe_jax.config import MoEConfig
+from moe_jax.moe import reference, xla
+from moe_jax.moe.precision import FP8
+
+Mixture = Callable[..., Array]
+"""(x [T, D], weights [T, K], gate_up [E, D, 2F], down [E, F, D], plan) -> outputs [T, D]."""
+IMPLEMENTATIONS: dict[str, Mixture] = {
+    "reference": reference.mixture,
+    "xla": xla.mixture,
+    "triton": triton_experts.mixture,
+}
+"""By `model.moe.implementation`."""
+
+
+def implementation(name: str, precision: str = "compute") -> str:
+    """`auto` is triton on GPUs that can run it (compute capability 8.0, or 8.9 for precision fp8),
+    and xla anywhere else."""
+    if name != "auto":
+        return name
+    support = fp8_support() if precision == "fp8" else triton_support()
+    return "triton" if support.name in ("gpu", "lower") else "xla"
+
+
+def uses_kernels(config: MoEConfig) -> bool:
+    """Whether gate and schedule are Triton kernels, too."""
+    return implementation(config.implementation, config.precision) == "triton"
+
+
+def mixture_of(config: MoEConfig) -> Mixture:
+    """The implementation that the settings ask for, in the precision that they ask for."""
+    name = implementation(config.implementation, config.precision)
+    if config.precision == "compute":
+        return IMPLEMENTATIONS[name]
+    if name == "triton":
+        power_of_two = config.fp8_scales == "power_of_two"
+        return partial(triton_experts_fp8.mixture, power_of_two=power_of_two)
+    return partial(xla.mixture, rounding=FP8[config.fp8_scales])

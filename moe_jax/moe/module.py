@@ -1,0 +1,66 @@
+"""The parameters of a mixture-of-experts layer: a router, its bias, and the stacked experts."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from moe_jax.base.initial import named_key, normal_parameter
+from moe_jax.config import MoEConfig
+from moe_jax.moe import layer, sharded
+from moe_jax.moe.rules import NO_CONTEXT, RoutingContext
+
+
+class RouterBias(nnx.Variable):
+    """Selection bias of a sigmoid gate: state that no optimizer touches (balance.update_bias)."""
+
+
+class MoE(nnx.Module):
+    """y[t] = sum_k weight[t, k] · expert_k(x[t]) over the K experts that the gate chooses."""
+
+    def __init__(
+        self,
+        width: int,
+        config: MoEConfig,
+        *,
+        std: float,
+        out_std: float,
+        dtype: jnp.dtype,
+        key: Array,
+    ) -> None:
+        experts = config.experts
+        hidden = config.expert_hidden
+        self.config = config
+
+        def normal(name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
+            return normal_parameter(named_key(key, name), shape, std, dtype)
+
+        self.router = normal("router", (width, experts), std)
+        self.gate_up = normal("gate_up", (experts, width, 2 * hidden), std)
+        self.down = normal("down", (experts, hidden, width), out_std)
+        if config.rule == "noisy_top_k":
+            self.router_noise = nnx.Param(jnp.zeros((width, experts), dtype))
+        self.bias = RouterBias(jnp.zeros((experts,), jnp.float32))
+
+    def __call__(
+        self, x: Float[Array, "B L D"], context: RoutingContext = NO_CONTEXT
+    ) -> tuple[Float[Array, "B L D"], layer.RouterStats]:
+        # Cast here and not inside the layer: the sum of gradients over devices is then in x's
+        # dtype, half of float32's bytes where x is bfloat16.
+        gate_up = self.gate_up[...].astype(x.dtype)
+        down = self.down[...].astype(x.dtype)
+        arrays = layer.Layer(self.gate(), gate_up, down)
+        return sharded.over_data(x, context, arrays, self.config)
+
+    def gate(self) -> layer.Gate:
+        """The router's own arrays."""
+        noisy = self.config.rule == "noisy_top_k"
+        return layer.Gate(
+            self.router[...], self.bias[...], self.router_noise[...] if noisy else None
+        )
+
+    def choose(
+        self, x: Float[Array, "B L D"], context: RoutingContext = NO_CONTEXT
+    ) -> layer.Choice:
+        """layer.choose with this layer's router, for a batch that is on one device."""
+        return layer.choose(x, self.gate(), self.config, context)

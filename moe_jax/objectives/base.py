@@ -1,0 +1,188 @@
+"""What every objective shares: one forward pass, and one place where the parts of a loss add up.
+
+    reading = forward(model, part, length)                 # the only run of the model
+    found = losses(objective, reading, *operands)          # objective(reading, *operands) -> Loss
+
+An objective maps a Reading to the loss of the next-token positions. Multi-token prediction, router
+statistics and balance losses are collected here, for all objectives alike.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from moe_jax.data.batches import shifted_targets
+from moe_jax.distill.chunked import Readout
+from moe_jax.distill.teacher import readout
+from moe_jax.model.transformer import Transformer
+from moe_jax.moe.layer import RouterStats
+
+Batch = dict[str, Array]
+"""tokens and segments, int32[B, L + 1 + mtp_depth] each (data.batches), and further arrays that an
+objective reads."""
+OWN = "own"
+"""Key of a batch: bool[B, L + mtp_depth], true where the token after t is the student's own."""
+
+
+class Part(NamedTuple):
+    """A batch, or a micro-batch of it."""
+
+    batch: Batch
+    normalisers: tuple[Float[Array, ""], ...]
+    """normalisers[k] counts the valid targets at offset k + 1 in the WHOLE batch, so that the
+    losses of its micro-batches add up to the loss of the batch."""
+    key: Array | None = None
+    """The random key of this part of a training step."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model makes of a part, as objectives see it. N = B·L."""
+
+    model: Transformer
+    part: Part
+    length: int
+    """L: the model reads so many tokens of each row."""
+    hidden: Float[Array, "B L D"]
+    """The residual stream after the last block."""
+    stats: RouterStats | None
+    """Of the sparse blocks; None where they are collected elsewhere, or in a dense model."""
+
+    @property
+    def batch(self) -> Batch:
+        return self.part.batch
+
+    @property
+    def tokens(self) -> Int[Array, "B L"]:
+        """The tokens that the model reads."""
+        return self.batch["tokens"][:, : self.length]
+
+    @property
+    def segments(self) -> Int[Array, "B L"]:
+        return self.batch["segments"][:, : self.length]
+
+    @property
+    def normaliser(self) -> Float[Array, ""]:
+        """Valid next-token targets of the whole batch."""
+        return self.part.normalisers[0]
+
+    @property
+    def readout(self) -> Readout:
+        """The logits of every position, not yet multiplied out."""
+        return readout(self.model, self.hidden)
+
+    def targets(self) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
+        """The next token of every position, and whether it lies in the same document."""
+        batch = self.batch
+        targets, valid = shifted_targets(batch["tokens"], batch["segments"], self.length, 1)
+        return targets.reshape(-1), valid.reshape(-1)
+
+
+class Loss(NamedTuple):
+    """An objective's loss of the next-token positions, divided by Reading.normaliser."""
+
+    cross_entropy: Float[Array, ""]
+    """With the text, in nats. Reported for every objective."""
+    other: Float[Array, ""] | None = None
+    """What is minimised in place of the cross-entropy, where the objective is another one."""
+
+
+Objective = Callable[..., Loss]
+"""(reading, *operands) -> Loss. Operands are arrays that a training step takes besides state and
+batch, such as a teacher's parameters: as constants they would be compiled into the program."""
+
+
+class Losses(NamedTuple):
+    """What a part contributes. Losses of the parts of a batch add up."""
+
+    cross_entropy: Float[Array, ""]
+    mtp: Float[Array, ""]
+    """Multi-token prediction, averaged over depths."""
+    balance: Float[Array, ""]
+    """The weighted balance losses, summed over layers."""
+    stats: dict[str, RouterStats]
+    """Router statistics by part of the model ("sparse", "mtp"), with a leading layer axis."""
+    distillation: Float[Array, ""] | None = None
+    """Loss.other."""
+
+    def total(self, mtp_weight: float) -> Float[Array, ""]:
+        """What is minimised."""
+        main = self.cross_entropy if self.distillation is None else self.distillation
+        return main + mtp_weight * self.mtp + self.balance
+
+
+def valid_targets(batch: Batch, length: int, offset: int = 1) -> Float[Array, ""]:
+    """Number of positions that have a target `offset` ahead in the same document, at least 1."""
+    _, mask = shifted_targets(batch["tokens"], batch["segments"], length, offset)
+    return jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+
+
+def whole_batch(batch: Batch, length: int, mtp_depth: int, key: Array | None) -> Part:
+    """A batch as its only part."""
+    offsets = range(1, mtp_depth + 2)
+    return Part(batch, tuple(valid_targets(batch, length, offset) for offset in offsets), key)
+
+
+def forward(model: Transformer, part: Part, length: int) -> Reading:
+    """Runs the model on the first `length` tokens of each row."""
+    tokens = part.batch["tokens"][:, :length]
+    segments = part.batch["segments"][:, :length]
+    hidden, stats = model.hidden(tokens, segments, key=part.key)
+    return Reading(model, part, length, hidden, stats)
+
+
+def losses(objective: Objective, reading: Reading, *operands: Any) -> Losses:
+    """The objective's loss, multi-token prediction's, and the balance losses of all blocks."""
+    main = objective(reading, *operands)
+    stats = {} if reading.stats is None else {"sparse": reading.stats._replace(experts=None)}
+    mtp = jnp.zeros((), jnp.float32)
+    if reading.model.config.mtp_depth:
+        mtp, mtp_stats = mtp_loss(reading)
+        stats |= mtp_stats
+    return Losses(main.cross_entropy, mtp, balance_loss(stats), stats, main.other)
+
+
+def balance_loss(stats: dict[str, RouterStats]) -> Float[Array, ""]:
+    """The sum over all layers of all parts of the model."""
+    return sum((part.loss.sum() for part in stats.values()), jnp.zeros((), jnp.float32))
+
+
+def token_nats(
+    logits: Float[Array, "B L V"], targets: Int[Array, "B L"], mask: Bool[Array, "B L"]
+) -> Float[Array, ""]:
+    """Sum of -log softmax(logits)[target] over the masked positions, in float32."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0))
+
+
+def mtp_loss(reading: Reading) -> tuple[Float[Array, ""], dict[str, RouterStats]]:
+    """1/depth sum_k CE_k (arXiv:2412.19437, eq. 24-25), without the weight lambda.
+
+    Tokens that the student wrote itself (OWN) are no targets: they would only confirm it."""
+    model = reading.model
+    batch = reading.batch
+    length = reading.length
+    own = batch.get(OWN)
+    total = jnp.zeros((), jnp.float32)
+    collected = []
+    predictions = model.mtp.predictions(
+        model, reading.hidden, batch["tokens"], reading.segments, reading.part.key
+    )
+    for depth, logits, stats in predictions:
+        targets, mask = shifted_targets(batch["tokens"], batch["segments"], length, depth + 1)
+        if own is not None:
+            # own[t] speaks of token t + 1, and the target at this depth is token t + depth + 1.
+            mask &= ~own[:, depth : depth + length]
+        total += token_nats(logits, targets, mask) / reading.part.normalisers[depth]
+        collected.append(stats and stats._replace(experts=None))
+    mean = total / model.config.mtp_depth
+    if collected[0] is None:
+        return mean, {}
+    stacked: Any = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
+    return mean, {"mtp": stacked}

@@ -1,0 +1,93 @@
+"""What is refused before a run begins or goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from moe_kernels.launch import fp8_support, triton_support
+
+from moe_jax.base.console import say
+from moe_jax.base.errors import UserError
+from moe_jax.base.machine import require_memory, require_space
+from moe_jax.base.result import output_folder
+from moe_jax.config import TrainConfig, fields, from_dict
+from moe_jax.moe.implementation import implementation
+from moe_jax.train.engine import Engine
+from moe_jax.train.state import abstract_state, tree_bytes
+from moe_jax.train.task import Task
+
+MAY_DIFFER = (
+    *("out", "samples", "evaluate_every", "data.cache", "checkpoint."),
+    *(f"placement.{name}" for name in ("device_", "host_", "policy", "direct", "folder")),
+    "distill.teacher",  # may have moved: Task.fingerprint is compared instead
+)
+"""Settings that a continued run may change: none of them touches the training."""
+
+
+def check(engine: Engine, task: Task) -> Path:
+    """The run's folder, made if need be. UserError for anything that the person at the keyboard
+    can mend, before compiling."""
+    config = task.config
+    engine.check()
+    check_kernels(config)
+    require_memory(config.preset, engine.memory_bytes() + task.memory_bytes())
+    out = output_folder(config.out)
+    # The kept ones, the best one, and the one that is being written.
+    checkpoints = (config.checkpoint.keep + 2) * tree_bytes(abstract_state(config))
+    needed = engine.disk_bytes(out)
+    require_space(out, checkpoints + needed.pop(out, 0))
+    for folder, size in needed.items():
+        require_space(output_folder(str(folder)), size)
+    return out
+
+
+def check_kernels(config: TrainConfig) -> None:
+    """An implementation asked for by name must be able to run, and FP8 is not emulated unasked
+    where there is a GPU."""
+    moe = config.model.moe
+    support = triton_support()
+    if moe.implementation == "triton" and support.name == "none":
+        raise UserError(
+            f"model.moe.implementation triton cannot run: {support.reason}; use auto or xla"
+        )
+    if moe.precision != "fp8":
+        return
+    fp8 = fp8_support()
+    on_gpu = moe.implementation == "auto" and jax.default_backend() == "gpu"
+    if fp8.name == "none" and (moe.implementation == "triton" or on_gpu):
+        raise UserError(
+            f"model.moe.precision fp8 cannot run: {fp8.reason}; use precision compute, or "
+            "implementation xla, which emulates it"
+        )
+    if implementation(moe.implementation, moe.precision) == "xla":
+        say("FP8 products are emulated in float32 here: their numerics, not their speed")
+
+
+def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
+    """Raises UserError if a setting that matters differs from the run in `out`."""
+    old = from_dict(saved)
+    if old.placement.tiered != config.placement.tiered:
+        raise UserError(
+            f"{out} holds a run {'with' if old.placement.tiered else 'without'} "
+            "placement.device_budget: it may be given another one, but tiers cannot be turned on "
+            "or off, choose another --out"
+        )
+    before = fields(old)
+    for name, value in fields(config).items():
+        old = before[name]
+        if old != value and not name.startswith(MAY_DIFFER):
+            raise UserError(
+                f"{out} holds a run with {name}={old}, not {value}: choose another --out, or "
+                "remove that folder to start over"
+            )
+
+
+def check_same_task(mine: str | None, saved: str | None, out: Path) -> None:
+    """Raises UserError unless the run in `out` had the same teacher, by Task.fingerprint."""
+    if mine == saved:
+        return
+    if saved is None or mine is None:
+        what = "without a teacher" if saved is None else "with one: give --distill.teacher"
+    else:
+        what = "with another one: the teacher has changed since; restore it"
+    raise UserError(f"{out} holds a run {what}, or choose another --out")

@@ -1,0 +1,99 @@
+"""What the train loop asks of whatever keeps and updates the state of a run."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from jax.sharding import Mesh
+
+from moe_jax.config import TrainConfig
+from moe_jax.data.tokens import TokenArray
+from moe_jax.objectives.base import Batch, Objective
+from moe_jax.train.state import Metrics, TrainState
+
+
+class Engine(Protocol):
+    """How a run's state is laid out, made, updated, measured and saved.
+
+    The loop calls `check`, then either `start` or `resume`, then `compile`, then `step` and
+    `evaluate` in turn, and `close` at the end. An engine of a new kind needs a class with these
+    methods in train/engines/ and a line in engines.ENGINES.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+
+    @staticmethod
+    def applies(config: TrainConfig) -> bool:
+        """Whether these settings ask for this engine."""
+        ...
+
+    def check(self) -> None:
+        """Raises UserError for settings that this engine cannot run, before anything is made."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Bytes of the state on each device."""
+        ...
+
+    def disk_bytes(self, out: Path) -> dict[Path, int]:
+        """Bytes on disk, by folder, that the run needs besides its checkpoints."""
+        ...
+
+    def abstract_state(self) -> TrainState:
+        """The state that checkpoints hold: shapes and dtypes, each with its sharding."""
+        ...
+
+    def start(self, out: Path) -> TrainState:
+        """The state of a fresh run in the folder `out`."""
+        ...
+
+    def resume(self, out: Path, state: TrainState, checkpoint: Path) -> TrainState:
+        """The state to go on with, from that of a checkpoint and the checkpoint's folder."""
+        ...
+
+    def place(self, batch: Batch) -> Batch:
+        """This process's rows of a batch as arrays on the mesh."""
+        ...
+
+    def abstract_batch(self) -> Batch:
+        """Tokens and segments of a training batch: shapes and dtypes, with their sharding."""
+        ...
+
+    def compile(
+        self,
+        state: TrainState,
+        batch: Batch,
+        objective: Objective,
+        operands: tuple[Any, ...],
+        validation: TokenArray,
+    ) -> None:
+        """Compiles `step` for a batch of this form (abstract), and readies `evaluate`."""
+        ...
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update. The old state's arrays are used up."""
+        ...
+
+    def evaluate(self, state: TrainState) -> float:
+        """Bits per byte on the held-out text."""
+        ...
+
+    def step_line(self, step: int) -> dict[str, Any]:
+        """What this engine adds to a step's line of metrics."""
+        ...
+
+    def save_beside(self, out: Path, step: int) -> Path | None:
+        """Writes what a checkpoint holds besides the state to a folder, or returns None."""
+        ...
+
+    def local_state(self, state: TrainState) -> TrainState | None:
+        """The whole state on this process's first device, to sample from. None: it has no room."""
+        ...
+
+    def load(self, state: TrainState, checkpoint: Path) -> TrainState:
+        """The whole state, in memory, from the two parts of a checkpoint."""
+        ...
+
+    def close(self) -> None:
+        """Ends threads and removes scratch files."""
+        ...

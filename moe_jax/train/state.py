@@ -1,0 +1,84 @@
+"""The state of a run, and what one update reports."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from moe_jax.base.initial import named_key
+from moe_jax.config import TrainConfig
+from moe_jax.model.abstract import split_model
+from moe_jax.model.transformer import Transformer
+from moe_jax.moe.layer import RouterStats
+from moe_jax.train.optimizer import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """Everything that an update changes."""
+
+    step: Int[Array, ""]
+    """Updates tried, skipped ones included. The next batch is number `step`."""
+    updates: Int[Array, ""]
+    """Updates done. The learning rate follows this count."""
+    skipped: Int[Array, ""]
+    """Updates skipped in a row, up to now, because loss or gradient was not finite."""
+    parameters: nnx.State
+    router: nnx.State
+    """The RouterBias variables."""
+    optimizer: optax.OptState
+    key: Array
+    """Random key data (uint32[2]) that the steps' keys, and sampling, are derived from."""
+
+    def step_key(self) -> Array:
+        """The random key of the next update."""
+        return jax.random.fold_in(jax.random.wrap_key_data(self.key), self.step)
+
+
+class Metrics(NamedTuple):
+    """What one update reports."""
+
+    loss: Float[Array, ""]
+    cross_entropy: Float[Array, ""]
+    mtp: Float[Array, ""]
+    balance: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    skipped: Int[Array, ""]
+    router_bias: Float[Array, ""]
+    """Largest absolute router bias after the update."""
+    stats: dict[str, RouterStats]
+    distillation: Float[Array, ""] | None = None
+
+
+def model_key(config: TrainConfig) -> Array:
+    """The key that the model's initial parameters are drawn from."""
+    return named_key(jax.random.key(config.seed), "model")
+
+
+def new_state(config: TrainConfig, parameters: nnx.State, router: nnx.State) -> TrainState:
+    """The state before the first update, with these parameters and a fresh optimizer."""
+    zero = jnp.zeros((), jnp.int32)
+    optimizer = make_optimizer(config.optim, config.steps).init(parameters)
+    key = jax.random.key_data(named_key(jax.random.key(config.seed), "steps"))
+    return TrainState(zero, zero, zero, parameters, router, optimizer=optimizer, key=key)
+
+
+def init_state(config: TrainConfig) -> TrainState:
+    """The state before the first update: a pure function of the config (jit it with shardings)."""
+    model = Transformer(config.model, key=model_key(config))
+    _, parameters, router = split_model(model)
+    return new_state(config, parameters, router)
+
+
+def abstract_state(config: TrainConfig) -> TrainState:
+    """Shapes and dtypes of the state, without memory."""
+    return jax.eval_shape(lambda: init_state(config))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, abstract or not."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,96 @@
+"""The one update: what every engine does with a gradient."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from moe_jax.config import TrainConfig
+from moe_jax.moe.balance import update_bias
+from moe_jax.moe.layer import RouterStats
+from moe_jax.objectives.base import Losses
+from moe_jax.train.optimizer import clipped, learning_rate, make_optimizer
+from moe_jax.train.state import Metrics, TrainState
+
+
+class Gradient(NamedTuple):
+    """The gradient of a batch, or the part of it that `state.parameters` has."""
+
+    of_parameters: Any
+    """A tree like state.parameters."""
+    norm: Float[Array, ""]
+    """The global norm. It covers parameters that live elsewhere, too."""
+    losses: Losses
+
+
+class Updated(NamedTuple):
+    """The outcome of an update."""
+
+    state: TrainState
+    metrics: Metrics
+    finite: Bool[Array, ""]
+    """Whether the update was done. It is skipped where loss or gradient is not finite."""
+
+
+def make_update(config: TrainConfig) -> Callable[[TrainState, Gradient], Updated]:
+    """Finite test -> clip by the global norm -> optimizer -> router bias -> metrics."""
+    moe = config.model.moe
+    optimizer = make_optimizer(config.optim, config.steps)
+    schedule = learning_rate(config.optim, config.steps)
+
+    def update(state: TrainState, gradient: Gradient) -> Updated:
+        losses = gradient.losses
+        total = losses.total(config.model.mtp_weight)
+        finite = jnp.isfinite(total) & jnp.isfinite(gradient.norm)
+
+        def apply(_: None) -> tuple[Any, Any, Any]:
+            own = clipped(gradient.of_parameters, gradient.norm, config.optim.clip_norm)
+            changes, moments = optimizer.update(own, state.optimizer, state.parameters)
+            parameters = optax.apply_updates(state.parameters, changes)
+            rate = moe.bias_rate * (state.step < moe.bias_until * config.steps)
+            return parameters, update_router(state.router, losses.stats, rate), moments
+
+        def keep(_: None) -> tuple[Any, Any, Any]:
+            return state.parameters, state.router, state.optimizer
+
+        # A branch, not a select: the optimizer's work is then skipped with the update.
+        parameters, router, moments = lax.cond(finite, apply, keep, None)
+        new = TrainState(
+            step=state.step + 1,
+            updates=state.updates + finite,
+            skipped=jnp.where(finite, 0, state.skipped + 1),
+            parameters=parameters,
+            router=router,
+            optimizer=moments,
+            key=state.key,
+        )
+        metrics = Metrics(
+            loss=total,
+            cross_entropy=losses.cross_entropy,
+            mtp=losses.mtp,
+            balance=losses.balance,
+            gradient_norm=gradient.norm,
+            learning_rate=jnp.asarray(schedule(state.updates), jnp.float32),
+            skipped=new.skipped,
+            router_bias=optax.tree.norm(router, ord=jnp.inf) if losses.stats else jnp.zeros(()),
+            stats=losses.stats,
+            distillation=losses.distillation,
+        )
+        return Updated(new, metrics, finite)
+
+    return update
+
+
+def update_router(router: nnx.State, stats: dict[str, RouterStats], rate: Any) -> nnx.State:
+    """balance.update_bias for every part of the model, by the load of the whole batch."""
+
+    def updated(path: tuple[Any, ...], bias: Array) -> Array:
+        part = str(getattr(path[0], "key", path[0]))
+        return update_bias(bias, stats[part].load, rate)
+
+    return jax.tree_util.tree_map_with_path(updated, router)

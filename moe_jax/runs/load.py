@@ -97,7 +97,7 @@ def load_run(out: str | Path) -> Trained:
         found = checkpoints.peek(say)
         if found is None:
             raise UserError(f"{out}/checkpoints holds no complete checkpoint")
-        config = from_dict(found[1]["config"])
+        config = from_dict(TrainConfig, found[1]["config"])
         here = SingleDeviceSharding(jax.devices()[0])
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),

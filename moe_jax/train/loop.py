@@ -18,7 +18,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.base.files import disk_errors
 from moe_jax.base.machine import gemm_rate, require_memory, require_space
 from moe_jax.base.result import output_folder
-from moe_jax.config import TrainConfig, fields, from_dict
+from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData, prepare
@@ -56,13 +56,6 @@ from moe_jax.train.teacher import (
     require_same_teacher,
     teacher_bytes,
 )
-
-MAY_DIFFER = (
-    *("out", "samples", "evaluate_every", "data.cache", "checkpoint."),
-    *(f"placement.{name}" for name in ("device_", "host_", "policy", "direct", "folder")),
-    "distill.teacher",  # may have moved: teaching.require_same_teacher compares what it is
-)
-"""Settings that a continued run may change: none of them touches the training."""
 
 
 class DivergedError(Exception):
@@ -162,20 +155,19 @@ def check_devices(config: TrainConfig) -> None:
 
 def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
     """Raises UserError if a setting that matters differs from the run in `out`."""
-    old = from_dict(saved)
+    old = from_dict(TrainConfig, saved)
     if old.placement.tiered != config.placement.tiered:
         raise UserError(
             f"{out} holds a run {'with' if old.placement.tiered else 'without'} "
             "placement.device_budget: it may be given another one, but tiers cannot be turned on "
             "or off, choose another --out"
         )
-    before = fields(old)
-    for name, value in fields(config).items():
-        old = before[name]
-        if old != value and not name.startswith(MAY_DIFFER):
+    before = settings_that_must_match(old)
+    for name, value in settings_that_must_match(config).items():
+        if before[name] != value:
             raise UserError(
-                f"{out} holds a run with {name}={old}, not {value}: choose another --out, or "
-                "remove that folder to start over"
+                f"{out} holds a run with {name}={before[name]}, not {value}: choose another --out, "
+                "or remove that folder to start over"
             )
 
 

@@ -139,9 +139,9 @@ class Lesson:
 
 def prepare(config: TrainConfig, teacher: Teacher, fingerprint: str, data: TokenData) -> Lesson:
     """The lesson, with the teacher's cache made (or gone on with) where the settings want one."""
-    if config.distill.kept is None:
+    if config.distill.cache_contents is None:
         return Lesson(config, teacher, fingerprint, None)
-    (kind, count), length = config.distill.kept, config.data.length
+    (kind, count), length = config.distill.cache_contents, config.data.length
     seen, tokens = config.steps * config.batch * length, len(data.train.tokens)
     if seen < tokens:
         say(

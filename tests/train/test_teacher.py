@@ -122,7 +122,7 @@ def test_the_student_learns_from_its_teacher_alone(teacher_run, tmp_path):
 def test_old_checkpoints_know_no_teacher(finished_run):
     saved = json.loads(json.dumps(asdict(finished_run)))
     del saved["distill"]
-    assert from_dict(saved) == finished_run
+    assert from_dict(TrainConfig, saved) == finished_run
     loop.check_same_run(finished_run, saved, Path(finished_run.out))
     taught = replace(finished_run, distill=DistillConfig(teacher="x", alpha=0.5))
     with pytest.raises(UserError, match=r"distill\.alpha=1\.0, not 0\.5"):

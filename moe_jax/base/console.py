@@ -25,13 +25,13 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     Nothing is shown where stderr is no terminal.
     """
     stderr = Console(stderr=True)  # stdout may be piped into a file
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(
-        *columns,
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
         TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-    ) as bar:
+    ]
+    hidden = not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)

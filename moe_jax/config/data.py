@@ -26,7 +26,7 @@ class DataConfig:
     validation_fraction: float = 0.02
     """Share of the documents that is held out. A hash of a document's name decides."""
     validation_tokens: int = 1_000_000
-    """Tokens of the held-out text that are evaluated at most. They are the first ones."""
+    """Largest number of tokens of held-out text that are evaluated: the first ones."""
     cache: str = field(default="", metadata=MAY_DIFFER)
     """Folder for tokenised corpora.
     Unset, $XDG_CACHE_HOME/moe_jax or ~/.cache/moe_jax."""

@@ -59,7 +59,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         owner = "model"
-        positive(owner, self, "width", "layers", "norm_epsilon", "rope_base", "init_std", "unroll")
+        positive(owner, self, "width", "layers", "unroll")
+        positive(owner, self, "norm_epsilon", "rope_base", "init_std")
         not_negative(owner, self, "dense_layers", "mtp_depth", "mtp_weight")
         fraction_below_one(owner, self, "dropout")
         require(

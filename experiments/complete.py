@@ -18,9 +18,9 @@ if __name__ == "__main__":
     ask_for_huge_pages()
 
 from moe_jax.cli import parse_settings, program
-from moe_jax.config import require
+from moe_jax.config import DecodePlacement, require
 from moe_jax.placement.traffic import Traffic
-from moe_jax.runs.decode import DecodePlacement, open_decoder
+from moe_jax.runs.decode import open_decoder
 from moe_jax.runs.load import decode_until_end
 
 

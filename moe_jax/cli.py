@@ -1,6 +1,6 @@
 """Command lines from frozen dataclasses: `train.py [PRESET] [--flag value …]`.
 
-tyro reads and documents the fields; this module puts presets in front of it and turns every refusal
+tyro reads and documents the fields. This module puts presets in front of it and turns every mistake
 into a UserError of one line. Fields have dotted names (`model.moe.experts`) everywhere.
 """
 
@@ -24,8 +24,10 @@ Settings = TypeVar("Settings")
 
 
 def types(settings: type) -> dict[str, Any]:
-    """Every field of a (nested) dataclass that the command line may set: dotted name -> type."""
+    """Every field of a nested dataclass that the command line may set: dotted name -> type."""
     flat = {}
+    # Hints rather than dataclasses.fields: a field's own `type` may be a string. `extras` keep the
+    # mark of a suppressed field, which get_type_hints strips otherwise.
     for name, hint in get_type_hints(settings, include_extras=True).items():
         if tyro.conf.Suppress in getattr(hint, "__metadata__", ()):
             continue
@@ -40,7 +42,10 @@ def types(settings: type) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` most resembles; `experts` finds `model.moe.experts`."""
+    """The known name that is most like `name`: `experts` finds `model.moe.experts`.
+
+    None if no name is similar.
+    """
     known = list(known)
     same_leaf = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
     return next(iter(same_leaf or difflib.get_close_matches(name, known, n=1)), None)
@@ -61,18 +66,20 @@ def parse(
     default: str = "tiny",
     description: str = "Trains a mixture-of-experts language model.",
 ) -> TrainConfig:
-    """The settings that `[PRESET] [--flag value …]` asks for; --help prints and exits with 0.
+    """The settings that `[PRESET] [--flag value …]` asks for. --help prints and exits with 0.
 
     UserError: unknown preset or option, a value missing or of the wrong type, or settings that the
     config classes refuse.
     """
-    named = bool(argv) and not argv[0].startswith("-")
-    name, rest = (argv[0], argv[1:]) if named else (default, argv)
+    name = default
+    options = argv
+    if argv and not argv[0].startswith("-"):
+        name, *options = argv
     about = (
-        f"{description}\n\nPRESET is one of {', '.join(presets)} (unset: {default}); "
-        f"the defaults below are those of {name}."
+        f"{description}\n\nPRESET is one of {', '.join(presets)} (unset: {default}). "
+        f"The defaults below are those of {name}."
     )
-    return parse_settings(preset(presets, name), rest, about, prog=f"{sys.argv[0]} [PRESET]")
+    return parse_settings(preset(presets, name), options, about, prog=f"{sys.argv[0]} [PRESET]")
 
 
 def parse_settings(
@@ -82,8 +89,9 @@ def parse_settings(
     read = partial(tyro.cli, type(default), default=default, description=description, prog=prog)
     if asks_for_help(argv):
         return read(args=["--help"])
+    # First for its errors alone: a typo is reported before its consequences.
     _options(argv, types(type(default)))
-    # tyro explains itself in a box on stderr; check() finds the same fault and says it in a line.
+    # tyro explains a mistake in a box on stderr. check() finds the same mistake and reports a line.
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
         return read(args=argv)
     check(default, argv)
@@ -108,21 +116,28 @@ def check(default: Any, argv: list[str]) -> None:
         except SystemExit:
             raise UserError(_complaint(option, known[name])) from None
         except UserError:
-            pass  # the type is right; that the class refuses the value alone says nothing here
+            # The value has the right type. The class refuses it only because this option stands
+            # alone here, without the others that may go with it.
+            pass
 
 
 def split(argv: list[str], first: type, second: type) -> tuple[list[str], list[str]]:
-    """Deals the options of one command line to two dataclasses; `first` gets what both have."""
-    mine, theirs = types(first), types(second)
-    dealt: tuple[list[str], list[str]] = ([], [])
-    for name, option in _options(argv, theirs | mine):
-        dealt[name not in mine].extend(option)
-    return dealt
+    """Splits one command line into the options of two dataclasses.
+
+    An option that both have goes to `first`. UserError: neither has it.
+    """
+    first_types = types(first)
+    first_argv: list[str] = []
+    second_argv: list[str] = []
+    for name, option in _options(argv, types(second) | first_types):
+        (first_argv if name in first_types else second_argv).extend(option)
+    return first_argv, second_argv
 
 
 def to_argv(settings: type, assignments: Mapping[str, str]) -> list[str]:
     """The options that set these fields, given as text. UserError: unknown field, bad boolean."""
-    known, argv = types(settings), []
+    known = types(settings)
+    argv = []
     for given, text in assignments.items():
         name = given.replace("-", "_")
         if name not in known:
@@ -150,28 +165,33 @@ def command_line(
 
 
 def program(main: Callable[[list[str]], None]) -> None:
-    """Runs main(arguments); a UserError becomes `error: …` and exit code 2, Ctrl-C code 130."""
+    """Runs main(arguments). A UserError becomes `error: …` and exit code 2, Ctrl-C code 130."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted: the same command continues", file=sys.stderr)
         sys.exit(130)
 
 
 def _option(name: str, value: Any) -> list[str]:
-    """`--model.width 64`, `--model.no-tied-embedding`."""
+    """The words that set a field: `--model.width 64`, `--model.no-tied-embedding`."""
     head, dot, leaf = name.replace("_", "-").rpartition(".")
     if isinstance(value, bool):
         return [f"--{head}{dot}{leaf if value else 'no-' + leaf}"]
-    flag, text = f"--{head}{dot}{leaf}", str(value)
+    flag = f"--{head}{dot}{leaf}"
+    text = str(value)
+    # With a space, a value that begins with a dash would be read as an option.
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 
 
 def _options(argv: list[str], known: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Groups words into options, each with the field that it sets: (steps, [--steps, 5])."""
+    """Groups words into options, each with the field that it sets: ("steps", ["--steps", "5"]).
+
+    An option is a word that starts with -- and all words up to the next such word.
+    """
     options: list[tuple[str, list[str]]] = []
     for word in argv:
         if word.startswith("--"):
@@ -187,6 +207,7 @@ def _field(word: str, known: Mapping[str, Any]) -> str:
     """The field that an option sets: `--model.no-tied-embedding` -> `model.tied_embedding`."""
     name = word[2:].partition("=")[0].replace("-", "_")
     head, dot, leaf = name.rpartition(".")
+    # The type decides, so that a field whose own name begins with no_ is not cut.
     positive = f"{head}{dot}{leaf.removeprefix('no_')}"
     if known.get(positive) is bool:
         return positive
@@ -204,18 +225,20 @@ def _unknown(name: str, known: Iterable[str]) -> str:
 def _complaint(option: list[str], hint: Any) -> str:
     """What is wrong with an option that tyro refuses."""
     flag, equals, attached = option[0].partition("=")
-    given = " ".join([attached] * bool(equals) + option[1:])
+    values = [attached, *option[1:]] if equals else option[1:]
+    given = " ".join(values)
     if hint is bool:
         return f"{flag} takes no value, but got '{given}'"
-    if len(option) == 1 and not equals:
-        return f"{flag} needs a value: {_kind(hint)}"
-    return f"{flag}: '{given}' is not {_kind(hint)}"
+    if not values:
+        return f"{flag} needs a value: {_describe(hint)}"
+    return f"{flag}: '{given}' is not {_describe(hint)}"
 
 
-def _kind(hint: Any) -> str:
+def _describe(hint: Any) -> str:
+    """A type in words: `an int`, `one of cosine, wsd`."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) in (Union, builtin_types.UnionType):
-        return " or ".join(map(_kind, get_args(hint)))
+        return " or ".join(map(_describe, get_args(hint)))
     name = "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
     return {"int": "an int", "float": "a float", "str": "a text"}.get(name, name)

@@ -194,7 +194,7 @@ def test_command_line_gives_the_config_back(out, rate, tied, vocabulary):
     ("raised", "code", "line"),
     [
         (UserError("steps is 0"), 2, "error: steps is 0\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command continues\n"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command continues\n"),
     ],
 )
 def test_program_ends_with_a_line_and_a_code(raised, code, line, capsys):

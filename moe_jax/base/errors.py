@@ -5,11 +5,11 @@ class UserError(Exception):
     """Input that cannot be used.
 
     The message is one line that names the offending value and the fix. Programs print it as
-    `error: …` and end with exit code 2; nothing has been compiled, written or lost by then.
+    `error: …` and end with exit code 2. Nothing has been compiled, written or lost by then.
     """
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises UserError(message) unless `condition` holds."""
+    """UserError(message) if `condition` is false."""
     if not condition:
         raise UserError(message)

@@ -1,4 +1,4 @@
-"""What this machine is, and the speed limits that results are measured against."""
+"""This machine: versions, devices, memory, disk, and the speed of a plain matrix product."""
 
 import os
 import platform
@@ -37,6 +37,7 @@ def environment() -> dict[str, Any]:
 
 
 def _cores() -> int:
+    # The affinity counts the cores of a container or a batch job. macOS does not have it.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -52,14 +53,16 @@ def _processor() -> str:
 
 
 def gemm_rate(dtype: str, size: int | None = None, repeats: int = 9) -> float:
-    """FLOP/s of a plain [size, size] matrix product on one device: the best of `repeats`.
+    """FLOP/s of a plain [size, size] matrix product on one device: 2 size^3 / seconds.
 
-    The best, because it stands for the limit: interruptions only ever slow it down.
+    The fastest of `repeats` runs counts: it stands for the limit, and interruptions only slow a
+    run down.
     """
+    # Large enough to reach the limit, small enough to take seconds.
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(a, a))
+    jax.block_until_ready(product(a, a))  # compiles
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -69,13 +72,14 @@ def gemm_rate(dtype: str, size: int | None = None, repeats: int = 9) -> float:
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident size that this process has had (Linux and macOS)."""
+    """The largest resident size that this process has had, in bytes (Linux and macOS)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux KiB.
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_bytes() -> int | None:
-    """Memory that a device can still give: the host's for a CPU; None where it is not known."""
+    """Free memory of the first device in bytes, the host's for a CPU. None: not known."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
@@ -84,13 +88,14 @@ def available_bytes() -> int | None:
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":") for line in file)
+        # MemAvailable counts the page cache that Linux would give up, MemFree does not.
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return None
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raises UserError if the disk of `folder` has less than `needed` bytes free."""
+    """UserError: the disk of `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -100,7 +105,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def require_memory(preset: str, needed: int) -> None:
-    """Raises UserError if `needed` bytes of parameters and optimizer state cannot fit."""
+    """UserError: a device has less than `needed` bytes free for parameters and optimizer."""
     available = available_bytes()
     if available is not None and needed > available:
         raise UserError(

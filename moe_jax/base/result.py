@@ -1,4 +1,4 @@
-"""result.json: what an experiment asked, measured and concluded, in one form for all of them."""
+"""result.json: question, measurements and verdict of an experiment, in one form for all of them."""
 
 import dataclasses
 import json
@@ -13,16 +13,21 @@ from moe_jax.base.machine import environment
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number. A speed is a `ratio` to a `baseline` that was measured in the same run."""
+    """One number with its unit, and what it compares with."""
 
     name: str
+    """Name by which tables and articles look the number up."""
     value: float | int | None
+    """None: it could not be measured here."""
     unit: str
     baseline: str | None = None
+    """Name of the quantity that `value` compares with, measured in the same run."""
     ratio: float | None = None
+    """`value` relative to the baseline."""
     seeds: list[int] | None = None
+    """Random seeds that `value` is the mean over."""
     interval: list[float] | None = None
-    """[low, high]: the 95% interval of `value` over the seeds."""
+    """[low, high]: 95% interval of `value` over the seeds."""
 
 
 def write_result(
@@ -34,7 +39,10 @@ def write_result(
     measurements: list[Measurement],
     verdict: str,
 ) -> None:
-    """Writes out/result.json atomically, with the environment it was measured in."""
+    """Writes out/result.json atomically.
+
+    `config` is a dataclass or a dictionary. The environment (versions, devices) is added.
+    """
     content = {
         "experiment": experiment,
         "question": question,
@@ -47,10 +55,11 @@ def write_result(
 
 
 def output_folder(out: str) -> Path:
-    """`out` as a folder that exists and can be written; UserError where it cannot."""
+    """The folder `out`, created if need be. UserError: it cannot be created or written."""
     path = Path(out).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # Only a written file proves it: permissions say nothing of a read-only or full disk.
         write_atomically(path / ".writable", "")
         (path / ".writable").unlink()
     except OSError as error:

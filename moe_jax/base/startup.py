@@ -1,4 +1,4 @@
-"""What a program does before it imports JAX."""
+"""Steps of a program before it imports JAX."""
 
 import os
 import sys
@@ -7,14 +7,15 @@ import sys
 def ask_for_huge_pages() -> None:
     """Restarts this program, once, with glibc's allocator asking Linux for huge pages.
 
-    XLA's CPU backend takes its temporary buffers anew for every step, so each step faults all of
-    their pages in again. With 2 MiB pages that costs almost nothing: the training step of `tiny`
+    XLA's CPU backend allocates its temporary buffers anew for every step, so each step faults all
+    of their pages in again. With 2 MiB pages that costs almost nothing: the training step of `tiny`
     takes 0.8 of the time (experiments/training_speed.py measures both). glibc reads the setting
-    when a process starts, hence the restart. Does nothing elsewhere, or where GLIBC_TUNABLES is
-    set already.
+    when a process starts, hence the restart. Nothing happens on other systems, nor where
+    GLIBC_TUNABLES is set already.
     """
     if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
         return
+    # The variable also marks the restarted process, which must not restart again.
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    sys.stdout.flush()
+    sys.stdout.flush()  # execv drops what Python has buffered
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,6 +1,7 @@
-"""What compressors and a byte n-gram model make of the same text: bits per byte to beat.
+"""Compression baselines: bits per byte of gzip, xz and a byte n-gram model on held-out text.
 
-All take the held-out documents joined, as TokenArray.text() returns them.
+A language model that predicts the same text in fewer bits per byte beats them. All take the
+held-out documents joined, as TokenArray.text() returns them.
 """
 
 import gzip
@@ -12,21 +13,21 @@ import numpy as np
 from moe_jax.base.errors import UserError
 
 TRAINING_BYTES = 32_000_000
-"""The n-gram model counts at most so many bytes of training text, the first ones."""
+"""Largest number of bytes of training text that the n-gram model counts: the first ones."""
 PIECE = 4_000_000
-"""Bytes counted at a time, which bounds the memory that sorting takes."""
+"""Bytes that are counted at a time, which bounds the memory that sorting takes."""
 LARGEST_ORDER = 7
-"""An n-gram is packed into one int64, sign bit unused."""
+"""Bytes of an n-gram that fit into one int64 without its sign bit."""
 
 
 def gzip_bits_per_byte(data: bytes) -> float:
-    """Bits per byte of `gzip -9`. Raises UserError if there are no bytes."""
+    """Bits per byte of `gzip -9`. UserError: there are no bytes."""
     _not_empty("held-out", data)
     return 8 * len(gzip.compress(data, 9)) / len(data)
 
 
 def xz_bits_per_byte(data: bytes) -> float:
-    """Bits per byte of `xz -9`. Raises UserError if there are no bytes."""
+    """Bits per byte of `xz -9`. UserError: there are no bytes."""
     _not_empty("held-out", data)
     return 8 * len(lzma.compress(data, preset=9)) / len(data)
 
@@ -34,7 +35,7 @@ def xz_bits_per_byte(data: bytes) -> float:
 def ngram_bits_per_byte(train_chunks: Iterable[bytes], held_out: bytes, order: int = 5) -> float:
     """Cross-entropy, in bits per byte, of an n-gram model of `train_chunks` on `held_out`.
 
-    Raises UserError if either is empty or `order` is not between 1 and 7.
+    UserError: either is empty, or `order` is not between 1 and 7.
     """
     probabilities = ngram_probabilities(_first(train_chunks, TRAINING_BYTES), held_out, order)
     return float(-np.log2(probabilities).mean())
@@ -43,9 +44,9 @@ def ngram_bits_per_byte(train_chunks: Iterable[bytes], held_out: bytes, order: i
 def ngram_probabilities(training: bytes, held_out: bytes, order: int) -> np.ndarray:
     """Probability that the model gives to each byte of `held_out`: float64[bytes].
 
-    Witten-Bell interpolation of orders 1 to `order`, starting from p = 1/256 (Chen & Goodman 1998,
-    §2.5): with N(h c) the count of byte c after history h, N(h) the count of h, T(h) the number
-    of different bytes after h, and h' the history without its oldest byte,
+    It is the Witten-Bell interpolation of orders 1 to `order`, starting from p = 1/256 (Chen &
+    Goodman 1998, §2.5). N(h c) is the count of byte c after history h, N(h) the count of h, T(h)
+    the number of different bytes after h, and h' the history without its oldest byte:
 
         p(c | h) = (N(h c) + T(h) p(c | h')) / (N(h) + T(h)),  and p(c | h') if h is new.
 
@@ -55,10 +56,10 @@ def ngram_probabilities(training: bytes, held_out: bytes, order: int) -> np.ndar
         raise UserError(f"order is {order}: an n-gram has 1 to {LARGEST_ORDER} bytes")
     _not_empty("training", training)
     _not_empty("held-out", held_out)
-    asked = _grams(held_out, order)
-    probabilities = np.full(len(asked), 1 / 256)
+    queries = _grams(held_out, order)
+    probabilities = np.full(len(queries), 1 / 256)
     for n, (grams, counts) in enumerate(_count(training, order), start=1):
-        probabilities = _interpolate(grams, counts, asked & _mask(n), probabilities)
+        probabilities = _interpolate(grams, counts, queries & _mask(n), probabilities)
     return probabilities
 
 
@@ -68,12 +69,13 @@ def _not_empty(what: str, data: bytes) -> None:
 
 
 def _first(chunks: Iterable[bytes], limit: int) -> bytes:
-    kept = bytearray()
+    """The first `limit` bytes of the chunks. Later chunks are not read."""
+    text = bytearray()
     for chunk in chunks:
-        kept += chunk[: limit - len(kept)]
-        if len(kept) == limit:
+        text += chunk[: limit - len(text)]
+        if len(text) == limit:
             break
-    return bytes(kept)
+    return bytes(text)
 
 
 def _mask(n: int) -> int:
@@ -82,7 +84,10 @@ def _mask(n: int) -> int:
 
 
 def _grams(data: bytes, order: int) -> np.ndarray:
-    """Each byte with the order - 1 before it, packed, the oldest uppermost: int64[bytes]."""
+    """Each byte with the order - 1 bytes before it, packed: int64[bytes].
+
+    The oldest byte is in the highest bits, so that sorting brings equal histories together.
+    """
     grams = np.zeros(len(data), np.int64)
     padded = np.frombuffer(bytes(order - 1) + data, np.uint8)
     for i in range(order):
@@ -104,6 +109,7 @@ def _count(training: bytes, order: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _count_piece(training: bytes, begin: int, order: int) -> tuple[np.ndarray, np.ndarray]:
     """The n-grams that end in one piece of the text, sorted, and how often each does there."""
+    # The piece is read with the bytes before it, whose own n-grams are then cut off.
     context = max(0, begin - order + 1)
     grams = _grams(training[context : begin + PIECE], order)[begin - context :]
     return np.unique(grams, return_counts=True)
@@ -123,19 +129,22 @@ def _starts(ordered: np.ndarray) -> np.ndarray:
 
 
 def _interpolate(
-    grams: np.ndarray, counts: np.ndarray, asked: np.ndarray, lower: np.ndarray
+    grams: np.ndarray, counts: np.ndarray, queries: np.ndarray, lower: np.ndarray
 ) -> np.ndarray:
-    """p(c | h) for each n-gram `asked`, from `lower` = p(c | h')."""
+    """p(c | h) for each n-gram h c in `queries`, from `lower` = p(c | h')."""
+    # Shifting out the last byte leaves the history. Sorted n-grams have equal histories in a row.
     starts = _starts(grams >> 8)
     histories = (grams >> 8)[starts]
-    seen = np.add.reduceat(counts, starts)
-    types = np.diff(starts, append=len(grams))
-    count = _find(grams, counts, asked)
-    total, kinds = (_find(histories, values, asked >> 8) for values in (seen, types))
-    return np.where(total > 0, (count + kinds * lower) / np.maximum(total + kinds, 1), lower)
+    history_counts = np.add.reduceat(counts, starts)
+    history_types = np.diff(starts, append=len(grams))
+    n_hc = _find(grams, counts, queries)
+    n_h = _find(histories, history_counts, queries >> 8)
+    t_h = _find(histories, history_types, queries >> 8)
+    # The maximum avoids 0 / 0 for new histories, where `lower` is taken.
+    return np.where(n_h > 0, (n_hc + t_h * lower) / np.maximum(n_h + t_h, 1), lower)
 
 
-def _find(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """values[i] where keys[i] == asked, and 0 where no key is."""
-    at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-    return np.where(keys[at] == asked, values[at], 0)
+def _find(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """values[i] for a query that equals keys[i], and 0 for one that equals no key."""
+    index = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[index] == queries, values[index], 0)

@@ -1,4 +1,8 @@
-"""The cache folder: entries that appear whole or not at all, and that notice damage."""
+"""The cache folder: entries that appear whole or not at all, and whose damage is noticed.
+
+An entry is a folder of files. It is written under a temporary name and renamed, so that a killed
+process leaves no half entry. meta.json holds a checksum of every file, and begins with its own.
+"""
 
 import contextlib
 import errno
@@ -19,14 +23,16 @@ from moe_jax.data.documents import digest
 META = "meta.json"
 TEMPORARY = "tmp-"
 STALE_SECONDS = 24 * 3600
-"""A temporary folder that nobody has written to for so long belongs to a process that is gone."""
+"""A temporary folder without a write for so long belongs to a process that is gone."""
 CHECKED_BLOCK = 64 << 10
+"""Bytes that are read at one place of a file for its checksum."""
 CHECKED_BLOCKS = 4096
-"""Files up to 256 MiB are checked whole, longer ones at this many places: a start stays quick."""
+"""Places at which a file is read. Files up to 256 MiB are read whole, longer ones in part, so that
+a start stays quick."""
 
 
 def cache_folder(setting: str) -> Path:
-    """The folder named by --data.cache, or its default."""
+    """The folder that --data.cache names. Unset, $XDG_CACHE_HOME/moe_jax or ~/.cache/moe_jax."""
     if setting:
         return Path(setting).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -35,24 +41,24 @@ def cache_folder(setting: str) -> Path:
 
 @contextmanager
 def usable(folder: Path) -> Iterator[None]:
-    """Makes the folder; turns operating-system errors inside the block into a UserError."""
+    """Makes the folder, and turns operating-system errors inside the block into a UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise UserError(
-            f"cannot use the cache folder {folder}: {error.strerror or error}; make room for it, "
-            "or name another with --data.cache"
+            f"cannot use the cache folder {folder}: {error.strerror or error} (make room for it, "
+            "or name another with --data.cache)"
         ) from error
 
 
 def entry(
     folder: Path, build: Callable[[Path], dict[str, Any]], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What `build` said about the files in `folder`; built first if missing or damaged.
+    """The description of the entry `folder`, which is built first if it is missing or damaged.
 
-    `build` writes files into the folder it is given and returns a JSON-serialisable description.
-    Another process may build the same entry meanwhile: the first to finish wins.
+    `build` writes files into the folder that it gets and returns a JSON-serialisable description.
+    Another process may build the same entry at the same time. The first to finish wins.
     """
     description = _verified(folder)
     if description is not None:
@@ -79,12 +85,14 @@ def _appearing(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        # Before the rename: else a power failure could leave a renamed folder of empty files.
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
         try:
             temporary.rename(folder)
         except OSError as error:
-            # Another process finished first; what it wrote is the same.
+            # Another process finished first. It wrote the same, because an entry's name is a hash
+            # of everything that the entry is made from.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     finally:
@@ -92,6 +100,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
+    # Path.open cannot open folders, and a folder has to be synced as well.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -100,14 +109,16 @@ def _sync(path: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    grave = folder.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
-    # Missing: another process discards it at this moment.
+    # Renamed before it is removed: another process never sees a half removed entry.
+    discarded = folder.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    # It is missing if another process discards it at this moment.
     with contextlib.suppress(FileNotFoundError):
-        folder.rename(grave)
-    shutil.rmtree(grave, ignore_errors=True)
+        folder.rename(discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
 
 
 def _remove_stale(cache: Path) -> None:
+    # is_dir, because HashIndex has temporary files of the same prefix.
     for folder in filter(Path.is_dir, cache.glob(TEMPORARY + "*")):
         with contextlib.suppress(FileNotFoundError):
             latest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
@@ -124,8 +135,8 @@ def _write_meta(folder: Path, description: dict[str, Any]) -> None:
 def _verified(folder: Path) -> dict[str, Any] | None:
     """The description of an entry, or None if the entry is missing or damaged."""
     try:
-        own, text = (folder / META).read_text().splitlines()
-        if own != digest(text):
+        text_digest, text = (folder / META).read_text().splitlines()
+        if text_digest != digest(text):
             return None
         meta = json.loads(text)
         for name, (size, expected) in meta["files"].items():
@@ -138,10 +149,13 @@ def _verified(folder: Path) -> dict[str, Any] | None:
 
 
 def checksum(path: Path) -> str:
-    """blake2b of a file, or of evenly spaced blocks of it if it is long."""
+    """blake2b of a file, or of evenly spaced blocks of it if it is long.
+
+    The size is compared separately (_verified), so that a cut file is always noticed.
+    """
     state = hashlib.blake2b(digest_size=16)
     count = -(-path.stat().st_size // CHECKED_BLOCK)
-    step = max(1.0, count / CHECKED_BLOCKS)
+    step = max(1.0, count / CHECKED_BLOCKS)  # in blocks, and no whole number for a long file
     with path.open("rb") as file:
         for i in range(min(count, CHECKED_BLOCKS)):
             file.seek(int(i * step) * CHECKED_BLOCK)
@@ -152,8 +166,8 @@ def checksum(path: Path) -> str:
 class HashIndex:
     """Remembers content hashes, so that a start need not read everything again.
 
-    Like git's index: what is recorded with a hash (size, times, inode) is unchanged, so is the
-    content.
+    It trusts a file's state as git's index does: if size, times and inode are those recorded with
+    the hash, the content is unchanged. `corpus` names the corpus whose hashes these are.
     """
 
     def __init__(self, cache: Path, corpus: str):
@@ -173,7 +187,10 @@ class HashIndex:
         return known[-1]
 
     def save(self) -> None:
-        """Writes the index if it has changed. Without it the next start is slower, not wrong."""
+        """Writes the index if it has changed.
+
+        Errors are ignored: without the index the next start is slower, not wrong.
+        """
         if self._used == self._known:
             return
         temporary = self._path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")

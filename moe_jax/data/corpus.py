@@ -1,4 +1,4 @@
-"""Where text comes from: `stdlib`, `files:GLOB` or `hf:NAME`."""
+"""The corpus that data.source names: `stdlib`, `files:GLOB` or `hf:NAME`."""
 
 from moe_jax.base.errors import UserError
 from moe_jax.data.documents import Corpus, Document, sample, split
@@ -11,8 +11,8 @@ __all__ = ["Corpus", "Document", "open_corpus", "sample", "split"]
 def open_corpus(source: str, text_field: str = "text") -> Corpus:
     """Opens a corpus without reading its text.
 
-    `text_field` is the column that holds the text, for `hf:` only. Raises UserError if the source
-    is unknown, matches nothing, holds no text or cannot be read.
+    `text_field` is the column that holds the text, for `hf:` only. UserError: the source is
+    unknown, matches nothing, holds no text or cannot be read.
     """
     kind, _, argument = source.partition(":")
     if source == "stdlib":

@@ -1,4 +1,4 @@
-"""What a corpus is, how it splits into training and validation, and how it is sampled."""
+"""Corpora of documents, their split into training and validation, and samples of their text."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -11,16 +11,16 @@ import numpy as np
 from moe_jax.base.errors import UserError
 
 SAMPLE_BYTES = 8 << 20
-"""Most text that a tokenizer is trained on."""
+"""Largest size of the text that a tokenizer is trained on."""
 EXCERPT_BYTES = 4 << 10
-"""Unit of that sample: short, so that it comes from many documents."""
+"""Size of one excerpt in that text: short, so that excerpts come from many documents."""
 
 
 class Document(NamedTuple):
-    """A document or, where it is too long to hold, a piece of one.
+    """A document, or a piece of one that is too long for memory.
 
-    Consecutive ones with the same name are the pieces of one document, in order. `replaced`: so
-    far, bytes of it that are no valid UTF-8 became U+FFFD.
+    Consecutive ones with the same name are the pieces of one document, in order. `replaced`: this
+    piece or an earlier one had bytes that are no valid UTF-8, which became U+FFFD.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Corpus(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Name of document `index`: unique, the same on every machine; it decides the split."""
+        """Name of document `index`, unique and the same on every machine. It decides the split."""
 
     @abstractmethod
     def read(self, index: int) -> Iterator[Document]:
-        """The pieces of document `index`; at least one, even if it is empty."""
+        """The pieces of document `index`: at least one, even if the document is empty."""
 
     @abstractmethod
     def excerpt(self, index: int, start: int, size: int) -> str:
@@ -50,11 +50,11 @@ class Corpus(ABC):
 
     @abstractmethod
     def fingerprint(self, cache: Path) -> str:
-        """Hash of all names and contents; `cache` is where content hashes may be remembered."""
+        """Hash of all names and contents. Content hashes may be remembered in `cache`."""
 
 
 def digest(*parts: str) -> str:
-    """Hash of a sequence of strings: blake2b, 128 bits, hexadecimal."""
+    """Hash of a sequence of strings: 128 bits of blake2b, in hexadecimal."""
     return digest_all(parts)
 
 
@@ -62,7 +62,9 @@ def digest_all(parts: Iterable[str]) -> str:
     """`digest` of strings that need not be in memory together."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
+        # File names that are no UTF-8 reach Python with surrogates for their bytes.
         data = part.encode("utf-8", "surrogateescape")
+        # With the lengths, ("ab", "c") and ("a", "bc") differ.
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
     return state.hexdigest()
@@ -71,17 +73,19 @@ def digest_all(parts: Iterable[str]) -> str:
 def split(corpus: Corpus, validation_fraction: float) -> np.ndarray:
     """Which documents are held out: bool[documents].
 
-    A document is held out if the hash of its name, seen as a number in [0, 1), is below the
-    fraction: adding documents moves none of the others. The lowest and the highest hash make sure
-    that neither side is empty. Raises UserError if fewer than two documents have any text.
+    A document is held out if the hash of its name, as a number in [0, 1), is below the fraction.
+    Adding documents therefore moves none of the others. The document with the lowest hash is always
+    held out and the one with the highest never, so that neither side is empty. UserError: fewer
+    than two documents have any text.
     """
     filled = np.flatnonzero(corpus.sizes > 0)
     if filled.size < 2:
         raise UserError(
             f"the corpus has {filled.size} non-empty document: validation text is split off by "
-            "file, so at least two are needed; add one or cut it into several (--data.source)"
+            "file, so at least two are needed (add one, or cut it into several: --data.source)"
         )
     names = map(corpus.name, range(len(corpus.sizes)))
+    # 13 hexadecimal digits are 52 bits, which a float64 holds exactly.
     hashes = np.array([int(digest(name)[:13], 16) / 16**13 for name in names])
     held_out = hashes < validation_fraction
     held_out[filled[np.argmin(hashes[filled])]] = True
@@ -90,13 +94,17 @@ def split(corpus: Corpus, validation_fraction: float) -> np.ndarray:
 
 
 def sample(corpus: Corpus, documents: np.ndarray, limit: int = SAMPLE_BYTES) -> Iterator[str]:
-    """At most `limit` bytes of the documents (indices): all, or excerpts at even distances."""
+    """At most `limit` bytes of text: all, or excerpts at even distances.
+
+    `documents`: int[documents], their indices in the corpus.
+    """
     ends = np.cumsum(corpus.sizes[documents])
     if ends[-1] <= limit:
         for index in documents:
             yield from (piece.text for piece in corpus.read(index))
         return
     count = max(1, limit // EXCERPT_BYTES)
+    # Positions in all documents joined: a long document gives more excerpts than a short one.
     for position in (int(ends[-1]) * i // count for i in range(count)):
         at = int(np.searchsorted(ends, position, side="right"))
         index = int(documents[at])

@@ -1,4 +1,4 @@
-"""Corpora made of files, streamed so that a file may be larger than memory."""
+"""Corpora of files, read in pieces, so that a file may be larger than memory."""
 
 import codecs
 import glob
@@ -18,15 +18,16 @@ from moe_jax.data.cache import HashIndex
 from moe_jax.data.documents import Corpus, Document, digest
 
 PIECE_BYTES = 1 << 20
-"""Size of the pieces in which a file is read: several fill one batch of the tokenizer."""
+"""Size of the pieces in which a file is read. Several fill one batch of the tokenizer."""
 SETTLED_SECONDS = 2
-"""A file changed more recently may change again within one tick of its file system's clock."""
+"""Age from which a file's time stamps are trusted. A younger file may change again within one tick
+of its file system's clock, which leaves the time stamps as they are."""
 
 
 class FileCorpus(Corpus):
-    """The files `names`, relative to the folder `root`; sorted, one document each.
+    """The files `names`, relative to the folder `root`, sorted, one document each.
 
-    Raises UserError naming the file if one cannot be read.
+    UserError: a file cannot be read. The message names it.
     """
 
     def __init__(self, root: Path, names: Iterable[str]):
@@ -47,6 +48,7 @@ class FileCorpus(Corpus):
     def excerpt(self, index: int, start: int, size: int) -> str:
         with readable(self.root / self.names[index]) as path, path.open("rb") as file:
             file.seek(start)
+            # "ignore" drops characters that the excerpt's ends cut in two.
             return file.read(size).decode("utf-8", "ignore")
 
     def fingerprint(self, cache: Path) -> str:
@@ -68,7 +70,8 @@ def _stat(path: Path) -> os.stat_result:
 def _hash(index: HashIndex, root: Path, name: str, stat: os.stat_result) -> str:
     if time.time() - max(stat.st_mtime, stat.st_ctime) < SETTLED_SECONDS:
         return content_hash(root / name)
-    state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    # ctime, because a program may set mtime back. The inode changes if another file takes the name.
+    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     return index.hash(name, state, lambda: content_hash(root / name))
 
 
@@ -85,7 +88,8 @@ def readable(path: Path) -> Iterator[Path]:
         yield path
     except OSError as error:
         raise UserError(
-            f"cannot read {path}: {error.strerror}; make it readable or leave it out of data.source"
+            f"cannot read {path}: {error.strerror} (make it readable, or leave it out of "
+            "data.source)"
         ) from error
 
 
@@ -95,6 +99,7 @@ def stdlib_corpus() -> FileCorpus:
     skipped = {"site-packages", "dist-packages", "__pycache__"}
     names = []
     for folder, folders, files in os.walk(root):
+        # Changed in place: os.walk then does not enter the others.
         folders[:] = [name for name in folders if name not in skipped]
         relative = Path(folder).relative_to(root)
         names += [(relative / name).as_posix() for name in files if name.endswith(".py")]
@@ -106,7 +111,7 @@ def glob_corpus(pattern: str) -> FileCorpus:
 
     Names are relative to the longest part of the path that has no wildcard.
     """
-    here = glob.escape(os.getcwd())  # a wildcard only where the user wrote one
+    here = glob.escape(os.getcwd())  # the folder's own name may have wildcards, such as [1]
     absolute = os.path.normpath(os.path.join(here, os.path.expanduser(pattern)))
     root = Path(absolute).parent
     while glob.has_magic(str(root)):
@@ -128,23 +133,25 @@ def _checked(corpus: FileCorpus, source: str) -> FileCorpus:
 
 
 def pieces(blocks: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
-    """Decodes blocks of UTF-8, which may end anywhere, into pieces (text, replaced).
+    """Decodes blocks of UTF-8 into pieces (text, replaced).
 
-    Joined, the texts are what decoding everything at once with errors="replace" gives; `replaced`
-    tells whether that was needed so far. Pieces end where lines do, if there are lines. At least
-    one piece comes out.
+    A block may end anywhere, also inside a character. Joined, the texts are what decoding
+    everything at once with errors="replace" gives. `replaced`: a byte was replaced in this piece or
+    an earlier one. Pieces end where lines do, if there are lines. At least one piece comes out.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    held, first = "", True
+    rest = ""  # decoded text that is not yet in a piece
+    count = 0
     for block in blocks:
-        cut = _line_end(held)
+        cut = _line_end(rest)
         if cut:
-            yield held[:cut], decoder.errors == "replace"
-            held, first = held[cut:], False
-        held += _decode(decoder, block)
-    held += _decode(decoder, b"", final=True)
-    if held or first:
-        yield held, decoder.errors == "replace"
+            yield rest[:cut], decoder.errors == "replace"
+            rest = rest[cut:]
+            count += 1
+        rest += _decode(decoder, block)
+    rest += _decode(decoder, b"", final=True)
+    if rest or count == 0:
+        yield rest, decoder.errors == "replace"
 
 
 def _decode(decoder: codecs.IncrementalDecoder, block: bytes, final: bool = False) -> str:
@@ -152,6 +159,8 @@ def _decode(decoder: codecs.IncrementalDecoder, block: bytes, final: bool = Fals
     try:
         return decoder.decode(block, final)
     except UnicodeDecodeError:
+        # A decoder that has raised keeps the bytes that were pending before this block, so the
+        # block can be decoded again. The decoder's mode also records that it was needed.
         decoder.errors = "replace"
         return decoder.decode(block, final)
 
@@ -159,8 +168,8 @@ def _decode(decoder: codecs.IncrementalDecoder, block: bytes, final: bool = Fals
 def _line_end(text: str) -> int:
     """Where to cut: before the last newlines, or else the last space, or else at the end.
 
-    The tokenizer never joins what precedes a newline with it, so that a cut there leaves the
-    tokens as they are.
+    No token contains both a newline and the text before it (tokenizer.PATTERN), so a cut before
+    newlines does not change the tokens.
     """
     end = len(text[: text.rfind("\n") + 1].rstrip("\r\n"))
     return end or max(text.rfind(" "), 0) or len(text)

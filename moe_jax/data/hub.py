@@ -1,4 +1,4 @@
-"""Corpora from the Hugging Face hub, or from a local folder in one of its formats."""
+"""Corpora of the Hugging Face hub, or of a local folder in one of its formats."""
 
 import os
 from collections.abc import Iterator
@@ -15,16 +15,17 @@ from moe_jax.data.documents import Corpus, Document, digest_all
 class HubCorpus(Corpus):
     """The rows of a data set's train split, one document each, named by their number.
 
-    Rows come memory-mapped from Arrow files; a missing text counts as empty. Raises UserError if
-    the data set cannot be loaded or has no such column of strings.
+    Rows are memory-mapped from Arrow files. A missing text counts as empty. UserError: the data set
+    cannot be loaded, or it has no such column of strings.
     """
 
     def __init__(self, source: str, text_field: str):
         dataset = _load(source)
         import pyarrow.compute  # comes with datasets, so only after _load has found it
 
-        self._identity = source, text_field, dataset._fingerprint
+        self._identity = (source, text_field, dataset._fingerprint)
         self._column = _text_column(dataset, source, text_field)
+        # Arrow counts the bytes of all rows without making Python strings.
         lengths = pyarrow.compute.binary_length(self._column)  # pyright: ignore
         self.sizes = lengths.fill_null(0).to_numpy().astype(np.int64)
         if not self.sizes.any():
@@ -41,7 +42,8 @@ class HubCorpus(Corpus):
         return data[start : start + size].decode("utf-8", "ignore")
 
     def fingerprint(self, cache: Path) -> str:
-        # The library's own fingerprint depends on the machine, a hash of the rows does not.
+        # The library's own fingerprint depends on the machine, so it only tells whether the hash
+        # of the rows that this machine remembers is still right.
         *name, version = self._identity
         index = HashIndex(cache, f"hf:{name}")
         content = index.hash("train", [version], self._content_hash)
@@ -63,14 +65,14 @@ def _load(source: str) -> Any:
         raise UserError(
             f"data.source 'hf:{source}' needs a further package: pip install 'moe_jax[hf]'"
         ) from error
-    failures = OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError  # pyright: ignore
+    DatasetsError = datasets.exceptions.DatasetsError  # pyright: ignore
     try:
         return datasets.load_dataset(os.path.expanduser(source), split="train")
-    except failures as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(str(error).split())  # the library's messages have several lines
         raise UserError(
-            f"cannot load data.source 'hf:{source}': {reason}; check the name (it needs a train "
-            "split) and the network, or name a local folder"
+            f"cannot load data.source 'hf:{source}': {reason} (check the network and the name, "
+            "whose data set needs a train split, or name a local folder)"
         ) from error
 
 

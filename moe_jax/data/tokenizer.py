@@ -12,7 +12,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.data.documents import digest
 
 SPECIALS = 2
-"""The last two ids of a tokenizer of ours are bos and eos. No text is ever encoded as one."""
+"""The last two ids of a tokenizer made here are bos and eos. No text is ever encoded as one."""
 
 PATTERN = "|".join(
     (
@@ -21,19 +21,19 @@ PATTERN = "|".join(
         r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word and what stands before it: " the", ".join", "_name"
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}]+",  # operators and punctuation
-        r"[^\S\r\n]+(?!\S)|\s+",  # other white space, less the blank that goes to a word
+        r"[^\S\r\n]+(?!\S)|\s+",  # other white space, without the blank that goes to a word
     )
 )
-"""Pieces that no token crosses: GPT-4's, but for indentation, which is code's own."""
+"""Pieces that no token crosses: GPT-4's, except that a newline takes the indentation after it."""
 
 
 class Tokenizer:
     """Text to ids and back: decode(encode(text)) == text for every valid Unicode text.
 
     `kind`: `bytes` or `bpe:N`, as in DataConfig.tokenizer.
-    `vocabulary` (V): every id is below it; BPE trained on little text leaves some ids unused.
+    `vocabulary` (V): every id is below it. BPE trained on little text leaves some ids unused.
     `bos`, `eos`: ids that open and close a document.
-    `byte_lengths`: int64[V], UTF-8 bytes that a token stands for, 0 for specials and unused ids.
+    `byte_lengths`: int64[V], UTF-8 bytes that a token stands for, 0 for special and unused ids.
     `fingerprint`: hash of everything that decides the ids.
     """
 
@@ -46,9 +46,11 @@ class Tokenizer:
         eos: int | None = None,
         silent: Sequence[int] = (),
     ):
-        """`bos`, `eos` where they are not the last two ids; `silent`: ids that have a name in the
-        model and stand for no text, as the special tokens of a model from elsewhere."""
-        self.kind, self.vocabulary, self._model = kind, vocabulary, model
+        """`bos`, `eos`: None for the last two ids. `silent`: ids that stand for no text although
+        the model has a string for them, such as the special tokens of a published model."""
+        self.kind = kind
+        self.vocabulary = vocabulary
+        self._model = model
         self.bos = vocabulary - 2 if bos is None else bos
         self.eos = vocabulary - 1 if eos is None else eos
         self._silent = sorted(silent)
@@ -66,52 +68,68 @@ class Tokenizer:
         return [np.array(code.ids, np.int32) for code in self._model.encode_batch_fast(list(texts))]
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text that ids stand for; bytes that are no UTF-8 become U+FFFD."""
+        """The text that ids stand for. Bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
-        """The bytes that ids stand for: none for specials, nor for ids outside the vocabulary."""
+        """The bytes that ids stand for: none for special ids and ids outside the vocabulary."""
+        # A list and not an iterator, because NumPy would make a single object of an iterator.
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
         known = ids[(ids >= 0) & (ids < self.vocabulary)]
         return b"".join([self._bytes[i] for i in known.tolist()])
 
     def to_json(self) -> str:
-        """Everything, as text for a checkpoint."""
+        """The whole tokenizer as text, for a checkpoint."""
         model = None if self._model is None else json.loads(self._model.to_str())
         fields = {"kind": self.kind, "vocabulary": self.vocabulary, "model": model}
+        # Defaults are left out, so that the fingerprints of most tokenizers, which name cache
+        # entries, do not depend on these fields.
         if (self.bos, self.eos) != (self.vocabulary - 2, self.vocabulary - 1) or self._silent:
             fields |= {"bos": self.bos, "eos": self.eos, "silent": self._silent}
         return json.dumps(fields)
 
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
-        """The tokenizer whose `to_json` is `text`; UserError if it is none."""
+        """The tokenizer whose `to_json` is `text`. UserError: the text is no such JSON."""
         try:
             fields = json.loads(text)
-            kind, vocabulary, model = fields["kind"], fields["vocabulary"], fields["model"]
+            kind = fields["kind"]
+            vocabulary = fields["vocabulary"]
+            model = fields["model"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"this is no stored tokenizer ({text[:40]!r}…): restore the file or train anew"
             ) from error
         loaded = tokenizers.Tokenizer.from_str(json.dumps(model)) if model else None
-        ends = fields.get("bos"), fields.get("eos")
-        return Tokenizer(kind, vocabulary, loaded, *ends, silent=fields.get("silent", ()))
+        return Tokenizer(
+            kind,
+            vocabulary,
+            loaded,
+            bos=fields.get("bos"),
+            eos=fields.get("eos"),
+            silent=fields.get("silent", ()),
+        )
 
     @cached_property
     def fingerprint(self) -> str:
+        """Hash of `to_json`."""
         return digest(self.to_json())
 
 
 def make_tokenizer(
     kind: str, texts: Iterable[str], say: Callable[[str], None] = print
 ) -> Tokenizer:
-    """`bytes`, which needs no training, or `bpe:N` trained on `texts` (streamed)."""
+    """The tokenizer of a kind: `bytes`, or `bpe:N` trained on `texts`, which are streamed.
+
+    `bytes` needs no training and ignores `texts`.
+    """
     if kind == "bytes":
         return Tokenizer(kind, 256 + SPECIALS)
     vocabulary = int(kind.removeprefix("bpe:"))
     say(f"training the tokenizer {kind}")
     model = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    # Without its own regex and its leading blank ByteLevel only maps bytes to characters.
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])  # type: ignore
     model.decoder = decoders.ByteLevel()  # type: ignore
@@ -122,7 +140,8 @@ def make_tokenizer(
 def _trainer(vocabulary: int) -> trainers.BpeTrainer:
     return trainers.BpeTrainer(
         vocab_size=vocabulary - SPECIALS,
-        min_frequency=2,  # a pair seen once is no pattern
+        min_frequency=2,  # a pair that occurs once is no pattern
+        # All 256 bytes, so that every text can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -131,7 +150,7 @@ def _trainer(vocabulary: int) -> trainers.BpeTrainer:
 def _byte_strings(
     model: tokenizers.Tokenizer | None, vocabulary: int, silent: frozenset[int] = frozenset()
 ) -> list[bytes]:
-    """The bytes that each id stands for; empty for specials and unused ids."""
+    """The bytes that each id stands for: none for special and unused ids."""
     if model is None:
         return [bytes([i]) for i in range(256)] + [b""] * SPECIALS
     strings = [b""] * vocabulary

@@ -1,4 +1,4 @@
-"""A corpus as two memory-mapped arrays of tokens, made once and kept in the cache folder."""
+"""A corpus as memory-mapped arrays of tokens, made once and stored in the cache folder."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ Utf8 = bytes  # TokenArray has a field named `bytes`
 class TokenArray:
     """Documents one after another, each stored as [bos, tokens…, eos].
 
-    `tokens`: uint16 or uint32 [tokens], memory-mapped.
+    `tokens`: uint16 or uint32 [tokens], memory-mapped, so the corpus may be larger than memory.
     `starts`: int64[documents], index of each document's bos.
     `bytes`: UTF-8 bytes of text that the tokens stand for.
     """
@@ -40,7 +40,7 @@ class TokenArray:
     tokenizer: Tokenizer
 
     def chunks(self, tokens: int = 1 << 20) -> Iterator[Utf8]:
-        """The text of all documents as UTF-8, so many tokens at a time."""
+        """The text of all documents as UTF-8, decoded `tokens` tokens at a time."""
         for start in range(0, len(self.tokens), tokens):
             yield self.tokenizer.decode_bytes(self.tokens[start : start + tokens])
 
@@ -48,10 +48,10 @@ class TokenArray:
         """The first `limit` tokens, or all if there are fewer."""
         if len(self.tokens) <= limit:
             return self
-        kept = self.tokens[:limit]
-        lengths = self.tokenizer.byte_lengths[kept]
+        tokens = self.tokens[:limit]
+        lengths = self.tokenizer.byte_lengths[tokens]
         starts = self.starts[self.starts < limit]
-        return TokenArray(kept, starts, int(lengths.sum()), self.tokenizer)
+        return TokenArray(tokens, starts, int(lengths.sum()), self.tokenizer)
 
     def text(self) -> Utf8:
         """The text of all documents, with nothing between them, as UTF-8."""
@@ -62,10 +62,10 @@ class TokenArray:
 class TokenData:
     """A tokenised corpus.
 
-    `validation` is cut to data.validation_tokens; `stats` counts the whole splits.
-    `fingerprint`: hash of the corpus, its split and the tokenizer: equal ones mean equal tokens.
-    `stats`: {"train" and "validation": {"documents", "bytes", "tokens"}, "replaced": documents
-    that had bytes which are no valid UTF-8}.
+    `validation`: the held-out split, cut to data.validation_tokens.
+    `fingerprint`: hash of the corpus, its split and the tokenizer. Equal ones mean equal tokens.
+    `stats`: counts of the whole splits, {"train" and "validation": {"documents", "bytes",
+    "tokens"}, "replaced": documents that had bytes which are no valid UTF-8}.
     """
 
     train: TokenArray
@@ -80,15 +80,16 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     say: Callable[[str], None] = print,
 ) -> TokenData:
-    """The tokens of a corpus: from the cache, or else made now and kept there.
+    """The tokens of a corpus, from the cache, or else made now and stored there.
 
-    `tokenizer`: the one to use (a resumed run hands in its own); without it, one of the kind
-    `config.tokenizer` is trained on the training documents. Raises UserError if the corpus or the
-    cache folder cannot be used.
+    `tokenizer`: the one to use, as a continued run has its own. Without it, one of the kind
+    `config.tokenizer` is trained on the training documents. UserError: the corpus or the cache
+    folder cannot be used.
     """
     cache = cache_folder(config.cache)
     corpus = open_corpus(config.source, config.text_field)
     with usable(cache):
+        # Two keys, because the tokenizer is itself made from the content. Tokens depend on both.
         content = digest(VERSION, corpus.fingerprint(cache), repr(config.validation_fraction))
         if tokenizer is None:
             tokenizer = _trained(config, corpus, cache, content, say)
@@ -104,14 +105,18 @@ def prepare(
 def _trained(
     config: DataConfig, corpus: Corpus, cache: Path, content: str, say: Callable[[str], None]
 ) -> Tokenizer:
-    """A tokenizer of the configured kind, from the cache or trained on the training documents."""
+    """A tokenizer of the configured kind, from the cache, or trained on the training documents.
+
+    Held-out documents are left out: a tokenizer that knows them would flatter the evaluation.
+    """
     if config.tokenizer == "bytes":
         return make_tokenizer("bytes", ())
 
     def build(folder: Path) -> dict[str, Any]:
         held_out = split(corpus, config.validation_fraction)
-        made = make_tokenizer(config.tokenizer, sample(corpus, np.flatnonzero(~held_out)), say)
-        (folder / "tokenizer.json").write_text(made.to_json())
+        texts = sample(corpus, np.flatnonzero(~held_out))
+        trained = make_tokenizer(config.tokenizer, texts, say)
+        (folder / "tokenizer.json").write_text(trained.to_json())
         return {}
 
     folder = cache / f"tokenizer-{digest(content, config.tokenizer)}"
@@ -134,9 +139,9 @@ def _tokenise(
     with progress("tokenising", int(corpus.sizes.sum())) as advance:
         for name, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
             documents = (corpus.read(int(index)) for index in np.flatnonzero(chosen))
-            written = write_split(folder, name, chain.from_iterable(documents), tokenizer, advance)
-            stats["replaced"] += written.pop("replaced")
-            stats[name] = written
+            counts = write_split(folder, name, chain.from_iterable(documents), tokenizer, advance)
+            stats["replaced"] += counts.pop("replaced")
+            stats[name] = counts
     _report(stats, perf_counter() - began, say)
     return stats
 

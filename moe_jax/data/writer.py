@@ -21,9 +21,10 @@ def write_split(
     tokenizer: Tokenizer,
     advance: Callable[[int], None],
 ) -> dict[str, int]:
-    """Encodes documents into the files of split `name`; `advance` hears of bytes as they are done.
+    """Encodes documents into the files of the split `name`.
 
-    Returns how many {"documents", "bytes", "tokens", "replaced"} there were.
+    Returns the counts {"documents", "bytes", "tokens", "replaced"}. `advance` is called with the
+    number of bytes done since its last call.
     """
     with (folder / f"{name}.tokens").open("wb") as file:
         writer = _Writer(file, tokenizer)
@@ -51,29 +52,36 @@ def _token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
+    """Groups documents (or pieces of them) until each group has enough text to encode at once."""
+    batch = []
+    size = 0
     for document in documents:
         batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
 class _Writer:
-    """Puts bos before and eos after each document, whose pieces come one after another."""
+    """Writes documents as [bos, tokens…, eos]. The pieces of one come one after another."""
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer):
+        # An array of int64, which takes a fifth of a list's memory where documents are many.
         self.starts = array("q")
-        self.bytes = self._tokens = 0
-        self._file, self._tokenizer = file, tokenizer
+        self.bytes = 0
+        self._tokens = 0
+        self._file = file
+        self._tokenizer = tokenizer
         self._dtype = _token_dtype(tokenizer)
         self._document: str | None = None
         self._replaced: set[str] = set()
 
     def add(self, document: Document, ids: np.ndarray) -> None:
+        """Writes the ids of a document or of its next piece."""
         if document.name != self._document:
             self.end()
             self._document = document.name
@@ -89,6 +97,7 @@ class _Writer:
             self._put(np.array([self._tokenizer.eos]))
 
     def counts(self) -> dict[str, int]:
+        """Documents, bytes of text, tokens, and documents with replaced bytes so far."""
         return {
             "documents": len(self.starts),
             "bytes": self.bytes,

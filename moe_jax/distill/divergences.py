@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from moe_jax.config.distill import Kind, check_divergence
+from moe_jax.config.distill import DivergenceKind, check_divergence
 
 Entries = Float[Array, "*batch V"]
 
@@ -20,7 +20,7 @@ Entries = Float[Array, "*batch V"]
 class Divergence(NamedTuple):
     """Which divergence. `mix` is jsd's b or the skew ones' l; the others ignore it."""
 
-    kind: Kind = "forward"
+    kind: DivergenceKind = "forward"
     mix: float = 0.5
 
     def checked(self) -> "Divergence":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Lock
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moe_jax.base.errors import UserError
-from moe_jax.config import require
+from moe_jax.config import OnMiss, require
 from moe_jax.moe.experts import expert_output
 from moe_jax.placement.files import ExpertFiles
 from moe_jax.placement.memory import Expert, Held, Memory, device_memory, host_memory
@@ -32,9 +32,6 @@ READERS = 4
 
 
 Arrived = dict[int, "Future[Held]"]
-OnMiss = Literal["copy", "compute", "cheaper"]
-"""What is done with an expert that is in host memory: copy it to the device; compute there where it
-is; or whichever was faster when the store was made, for as many tokens."""
 
 
 def _done(call: Callable[..., Held], *arguments: Any) -> "Future[Held]":

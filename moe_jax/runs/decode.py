@@ -6,9 +6,9 @@ trunk.safetensors, and, written last, model.json: configuration, tokenizer and s
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,51 +17,18 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from moe_jax.base.files import disk_errors, write_atomically
-from moe_jax.config import ModelConfig, TrainConfig, from_dict, parse_bytes, require
+from moe_jax.config import DecodePlacement, ModelConfig, TrainConfig, from_dict, require
+from moe_jax.config.checks import parse_bytes
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.moe.module import RouterBias
 from moe_jax.placement.decode import TieredDecoder, save_experts
 from moe_jax.placement.files import ExpertFiles, Layer, write_experts
 from moe_jax.placement.policy import make_policy
-from moe_jax.placement.store import ExpertStore, OnMiss
+from moe_jax.placement.store import ExpertStore
 from moe_jax.runs.load import load_run, newest_step
 from moe_jax.train.engines.tiered.trunk import without_experts
 
 TRUNK, MODEL, LOW_BIT = "trunk.safetensors", "model.json", "low-bit"
-
-
-@dataclass(frozen=True)
-class DecodePlacement:
-    """Where the routed experts live while a model decodes. Sizes are like 2GB, 512MB, 1.5GiB or
-    plain bytes; none of them changes a result (on_miss, on an accelerator, its last bits)."""
-
-    device_budget: str = ""
-    """Device memory for the routed experts; the others come from below when they are needed.
-    Unset: all of them."""
-    host_budget: str = ""
-    """Host memory for those that left the device; the disk has all."""
-    policy: str = "successor"
-    """Who stays: lru, lfu, decayed_lfu, lfru or successor."""
-    look_ahead: int = -1
-    """Experts fetched on the next layer's own prediction; -1: one for each text."""
-    on_miss: OnMiss = "copy"
-    """An expert in host memory is copied to the device, or computed with where it is, or whichever
-    is cheaper for its number of tokens."""
-    dtype: Literal["", "bfloat16", "float16", "float32"] = ""
-    """What the routed experts are rounded to, on disk and in memory: bfloat16 takes half of
-    float32's bytes. THIS CHANGES RESULTS, the same way under every budget; unset: not rounded."""
-    low_bit_share: float = 0.0
-    """An absent expert below this share of every token's weight is read as its 8-bit copy. THIS
-    CHANGES RESULTS; 0: never."""
-
-    def __post_init__(self) -> None:
-        for name in ("device_budget", "host_budget"):
-            if getattr(self, name):
-                parse_bytes(f"placement.{name}", getattr(self, name))
-        require(
-            0 <= self.low_bit_share <= 1,
-            f"placement.low_bit_share is {self.low_bit_share}: it must lie between 0 and 1",
-        )
 
 
 def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False) -> Path:
@@ -141,7 +108,7 @@ class Decodable(NamedTuple):
 def load_decodable(folder: Path) -> Decodable:
     """The trunk of a prepared run, in memory."""
     about = json.loads((folder / MODEL).read_text())
-    config = from_dict(about["config"])
+    config = from_dict(TrainConfig, about["config"])
     parameters, router = [], []
     with safe_open(folder / TRUNK, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)

@@ -99,7 +99,7 @@ def load_run(out: str | Path) -> Trained:
         extra = checkpoints.peek(say)
         if extra is None:
             raise UserError(f"{out}/checkpoints holds no complete checkpoint")
-        engine = engine_of(from_dict(extra["config"]))
+        engine = engine_of(from_dict(TrainConfig, extra["config"]))
         here = SingleDeviceSharding(jax.devices()[0])
         restored = checkpoints.restore(with_sharding(engine.abstract_state(), here), say)
     finally:

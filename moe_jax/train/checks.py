@@ -10,18 +10,11 @@ from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
 from moe_jax.base.machine import require_memory, require_space
 from moe_jax.base.result import output_folder
-from moe_jax.config import TrainConfig, fields, from_dict
+from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
 from moe_jax.moe.implementation import implementation
 from moe_jax.train.engine import Engine
 from moe_jax.train.state import abstract_state, tree_bytes
 from moe_jax.train.task import Task
-
-MAY_DIFFER = (
-    *("out", "samples", "evaluate_every", "data.cache", "checkpoint."),
-    *(f"placement.{name}" for name in ("device_", "host_", "policy", "direct", "folder")),
-    "distill.teacher",  # may have moved: Task.fingerprint is compared instead
-)
-"""Settings that a continued run may change: none of them touches the training."""
 
 
 def check(engine: Engine, task: Task) -> Path:
@@ -65,20 +58,19 @@ def check_kernels(config: TrainConfig) -> None:
 
 def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
     """Raises UserError if a setting that matters differs from the run in `out`."""
-    old = from_dict(saved)
+    old = from_dict(TrainConfig, saved)
     if old.placement.tiered != config.placement.tiered:
         raise UserError(
             f"{out} holds a run {'with' if old.placement.tiered else 'without'} "
             "placement.device_budget: it may be given another one, but tiers cannot be turned on "
             "or off, choose another --out"
         )
-    before = fields(old)
-    for name, value in fields(config).items():
-        old = before[name]
-        if old != value and not name.startswith(MAY_DIFFER):
+    before = settings_that_must_match(old)
+    for name, value in settings_that_must_match(config).items():
+        if before[name] != value:
             raise UserError(
-                f"{out} holds a run with {name}={old}, not {value}: choose another --out, or "
-                "remove that folder to start over"
+                f"{out} holds a run with {name}={before[name]}, not {value}: choose another --out, "
+                "or remove that folder to start over"
             )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_jax.config import TrainConfig
-from moe_jax.data.batches import Beside
+from moe_jax.data.batches import WindowArrays
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData
 from moe_jax.model.count import train_flops_per_token
@@ -48,7 +48,7 @@ class Task:
         return ()
 
     @property
-    def beside(self) -> Beside | None:
+    def beside(self) -> WindowArrays | None:
         """Further arrays for each window of the training text."""
         return None
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.base.console import say
-from moe_jax.data.batches import Beside
+from moe_jax.data.batches import WindowArrays
 from moe_jax.data.cache import cache_folder, usable
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData
@@ -39,7 +39,7 @@ class TeacherTask(Task):
 
     teacher: Teacher
     cache: TeacherCache | None = None
-    """Beside the windows of the training text. None: the teacher reads every batch."""
+    """WindowArrays the windows of the training text. None: the teacher reads every batch."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -58,9 +58,9 @@ class TeacherTask(Task):
     def prepare(self, data: TokenData) -> Task:
         """With the teacher's cache made (or gone on with) where the settings want one."""
         settings = self.config.distill
-        if settings.kept is None:
+        if settings.cache_contents is None:
             return self
-        kind, count = settings.kept
+        kind, count = settings.cache_contents
         length = self.config.data.length
         seen = self.config.steps * self.config.batch * length
         tokens = len(data.train.tokens)
@@ -92,7 +92,7 @@ class TeacherTask(Task):
         return () if self.cache is not None else ([states],)
 
     @property
-    def beside(self) -> Beside | None:
+    def beside(self) -> WindowArrays | None:
         return self.cache
 
     def abstract_batch(self, batch: Batch) -> Batch:

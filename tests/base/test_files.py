@@ -32,11 +32,11 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
 )
 def test_disk_errors_are_one_line_that_names_the_folder(tmp_path, error):
     with (
-        pytest.raises(UserError, match=f"cannot write in {tmp_path}") as told,
+        pytest.raises(UserError, match=f"cannot write in {tmp_path}") as refused,
         disk_errors(tmp_path),
     ):
         raise error
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("error", [ValueError("shape"), FileNotFoundError(errno.ENOENT, "gone")])

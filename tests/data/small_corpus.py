@@ -1,4 +1,4 @@
-"""A corpus of a few files with everything that is awkward about text, and prepare() for it."""
+"""A corpus of a few files with awkward texts, and prepare() for it."""
 
 from pathlib import Path
 
@@ -20,10 +20,12 @@ def quiet(line: str) -> None:
 
 
 class Prepare:
-    """Calls prepare() on a folder and keeps what it said."""
+    """Calls prepare() on a folder and records the lines that it prints."""
 
     def __init__(self, folder: Path, cache: Path):
-        self.folder, self.cache, self.said = folder, cache, []
+        self.folder = folder
+        self.cache = cache
+        self.said: list[str] = []
 
     def config(self, **settings) -> DataConfig:
         source = f"files:{self.folder}/**/*"

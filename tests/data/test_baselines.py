@@ -66,7 +66,8 @@ def test_more_context_helps():
 
 
 def test_counting_in_pieces_changes_nothing(monkeypatch):
-    training, held_out = bytes(range(97, 105)) * 9 + b"abcabca", b"abcdefgabca"
+    training = bytes(range(97, 105)) * 9 + b"abcabca"
+    held_out = b"abcdefgabca"
     whole = ngram_probabilities(training, held_out, 5)
     for size in (1, 3, 10):
         monkeypatch.setattr(baselines, "PIECE", size)

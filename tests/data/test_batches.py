@@ -17,10 +17,10 @@ BYTES = make_tokenizer("bytes", ())
 
 
 def array_of(*texts: str) -> TokenArray:
-    found = [[BYTES.bos, *BYTES.encode(text).tolist(), BYTES.eos] for text in texts]
-    starts = np.cumsum([0, *map(len, found)])[:-1]
+    documents = [[BYTES.bos, *BYTES.encode(text).tolist(), BYTES.eos] for text in texts]
+    starts = np.cumsum([0, *map(len, documents)])[:-1]
     size = sum(len(text.encode()) for text in texts)
-    return TokenArray(np.concatenate(found).astype(np.uint16), starts, size, BYTES)
+    return TokenArray(np.concatenate(documents).astype(np.uint16), starts, size, BYTES)
 
 
 def counting(tokens: int) -> TokenArray:
@@ -34,7 +34,9 @@ def take(iterator, count: int) -> list[dict[str, np.ndarray]]:
 def test_a_window_by_hand():
     array = array_of("ab", "", "c")  # bos a b eos | bos eos | bos c eos
     (batch,) = validation_batches(array, length=5, batch=2, ahead=1)
-    a, b, c, bos, eos = *b"abc", BYTES.bos, BYTES.eos
+    a, b, c = b"abc"
+    bos = BYTES.bos
+    eos = BYTES.eos
     assert batch["tokens"].tolist() == [
         [bos, a, b, eos, bos, eos, bos],
         [eos, bos, c, eos, 0, 0, 0],
@@ -52,10 +54,11 @@ def test_a_window_by_hand():
 )
 def test_every_byte_is_predicted_once(texts: list[str], length: int, batch: int, ahead: int):
     array = array_of(*texts)
-    predicted, ended = 0, 0
-    for found in validation_batches(array, length, batch, ahead):
-        assert found["tokens"].shape == (batch, length + 1 + ahead)
-        targets, mask = shifted_targets(found["tokens"], found["segments"], length, 1)
+    predicted = 0
+    ended = 0
+    for windows in validation_batches(array, length, batch, ahead):
+        assert windows["tokens"].shape == (batch, length + 1 + ahead)
+        targets, mask = shifted_targets(windows["tokens"], windows["segments"], length, 1)
         predicted += (BYTES.byte_lengths[targets] * mask).sum()
         ended += ((targets == BYTES.eos) & mask).sum()
         assert not ((targets == BYTES.bos) & mask).any()
@@ -122,9 +125,9 @@ def test_resume_is_exact(consumed: int):
     resumed = fresh()
     next(resumed)  # whatever it has read ahead must not show
     resumed.set_state(state)
-    for expected, found in zip(take(running, 8), take(resumed, 8), strict=True):
-        np.testing.assert_array_equal(found["tokens"], expected["tokens"])
-        np.testing.assert_array_equal(found["segments"], expected["segments"])
+    for expected, actual in zip(take(running, 8), take(resumed, 8), strict=True):
+        np.testing.assert_array_equal(actual["tokens"], expected["tokens"])
+        np.testing.assert_array_equal(actual["segments"], expected["segments"])
     assert len(json.dumps(state)) < 100
 
 
@@ -136,8 +139,8 @@ def test_processes_share_the_global_batch(make):
         take(make(counting(333), 10, 6, process_index=p, process_count=3, **seed), 5)
         for p in range(3)
     ]
-    for expected, *found in zip(whole, *parts, strict=True):
-        rows = np.concatenate([part["tokens"] for part in found])
+    for expected, *shares in zip(whole, *parts, strict=True):
+        rows = np.concatenate([part["tokens"] for part in shares])
         np.testing.assert_array_equal(rows, expected["tokens"])
 
 

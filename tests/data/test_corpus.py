@@ -84,19 +84,19 @@ def test_broken_links_and_folders_are_no_files(folder: Path):
 @given(st.binary(max_size=60) | st.text(max_size=40).map(str.encode), st.integers(1, 9))
 def test_pieces_join_to_the_decoded_bytes(data: bytes, size: int):
     blocks = [data[i : i + size] for i in range(0, len(data), size)]
-    found = list(pieces(blocks))
+    decoded = list(pieces(blocks))
     text = data.decode("utf-8", "replace")
-    assert "".join(piece for piece, _ in found) == text
+    assert "".join(piece for piece, _ in decoded) == text
     try:
         data.decode()
-        assert not found[-1][1]
+        assert not decoded[-1][1]
     except UnicodeDecodeError:
-        assert found[-1][1]
+        assert decoded[-1][1]
 
 
 def test_pieces_end_before_newlines():
-    found = [text for text, _ in pieces([b"ab\n\n", b"  cd\ne", b"f"])]
-    assert found == ["ab", "\n\n  cd", "\nef"]
+    decoded = [text for text, _ in pieces([b"ab\n\n", b"  cd\ne", b"f"])]
+    assert decoded == ["ab", "\n\n  cd", "\nef"]
 
 
 def test_a_replacement_character_in_the_text_is_no_damage():
@@ -146,7 +146,8 @@ def test_sample_is_even_and_bounded(tmp_path: Path):
 
 def test_changed_content_of_the_same_size_is_noticed(folder: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(files, "SETTLED_SECONDS", 0)  # trust even the youngest time stamps
-    path, pattern = folder / "d.txt", f"files:{folder}/**/*"
+    path = folder / "d.txt"
+    pattern = f"files:{folder}/**/*"
     before = open_corpus(pattern).fingerprint(tmp_path)
     stat = path.stat()
     time.sleep(0.02)  # a tick of the file system's clock

@@ -20,18 +20,19 @@ from tests.data.small_corpus import TEXTS, Prepare, quiet
 def documents(array: TokenArray) -> list[str]:
     """The text of each document, with its frame checked."""
     bounds = [*array.starts.tolist(), len(array.tokens)]
-    found = [array.tokens[a:b] for a, b in pairwise(bounds)]
-    assert all(ids[0] == array.tokenizer.bos and ids[-1] == array.tokenizer.eos for ids in found)
-    return [array.tokenizer.decode(ids) for ids in found]
+    framed = [array.tokens[a:b] for a, b in pairwise(bounds)]
+    assert all(ids[0] == array.tokenizer.bos and ids[-1] == array.tokenizer.eos for ids in framed)
+    return [array.tokenizer.decode(ids) for ids in framed]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe:300"])
 def test_every_document_is_on_one_side_unchanged(prepared: Prepare, kind: str):
     data = prepared(tokenizer=kind)
-    train, validation = documents(data.train), documents(data.validation)
+    train = documents(data.train)
+    validation = documents(data.validation)
     assert sorted(train + validation) == sorted(TEXTS.values())
-    for array, found in ((data.train, train), (data.validation, validation)):
-        assert array.text() == "".join(found).encode()
+    for array, texts in ((data.train, train), (data.validation, validation)):
+        assert array.text() == "".join(texts).encode()
         assert b"".join(array.chunks(7)) == array.text()
         assert array.bytes == len(array.text())
 
@@ -162,7 +163,7 @@ def test_full_disk(prepared: Prepare, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(cache, "_sync", full)
-    with pytest.raises(UserError, match=r"No space left on device; .*--data\.cache"):
+    with pytest.raises(UserError, match=r"No space left on device \(.*--data\.cache"):
         prepared()
     assert list(prepared.cache.glob("t*")) == []  # neither entries nor temporary folders
 
@@ -207,7 +208,8 @@ def test_default_cache_folder(monkeypatch, name: str, expected: str):
 
 
 def test_only_the_first_held_out_tokens_are_evaluated(prepared: Prepare):
-    whole, cut = prepared().validation, prepared(validation_tokens=20).validation
+    whole = prepared().validation
+    cut = prepared(validation_tokens=20).validation
     assert len(cut.tokens) == 20
     assert whole.text().startswith(cut.text())
     assert cut.bytes == len(cut.text()) < whole.bytes

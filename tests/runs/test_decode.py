@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from moe_jax.base.errors import UserError
+from moe_jax.config import DecodePlacement
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.placement.files import ExpertFiles
 from moe_jax.runs import decode as decoding
-from moe_jax.runs.decode import DecodePlacement, open_decoder, prepare_decoding
+from moe_jax.runs.decode import open_decoder, prepare_decoding
 from moe_jax.runs.load import load_run
 
 SETTINGS = {"count": 6, "vocabulary": 258, "temperature": 1.0}

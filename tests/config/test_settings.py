@@ -1,21 +1,20 @@
-import dataclasses
+"""Settings that are impossible, alone or together, in every config class."""
 
 import pytest
 
 from moe_jax.base.errors import UserError
 from moe_jax.config import (
     AttentionConfig,
+    CheckpointConfig,
     DataConfig,
+    DecodePlacement,
+    DistillConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
     PlacementConfig,
     TrainConfig,
-    fields,
-    from_dict,
-    parse_bytes,
 )
-from moe_jax.config.presets import PRESETS, PUBLISHED
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,20 @@ from moe_jax.config.presets import PRESETS, PUBLISHED
             lambda: TrainConfig(batch=6, optim=OptimConfig(accumulation=4)),
             "accumulation=4 does not divide batch=6",
         ),
+        (lambda: OptimConfig(beta2=1.0), "optim.beta2 is 1.0: it must lie in [0, 1)"),
+        (lambda: CheckpointConfig(keep=1), "checkpoint.keep is 1: it must be at least 2"),
+        (lambda: DistillConfig(alpha=2), "distill.alpha is 2: it must lie between 0 and 1"),
+        (lambda: DistillConfig(upcycle_noise=-1), "upcycle_noise is -1: it must not be negative"),
+        (lambda: DistillConfig(upcycle_noise=0.1), "upcycle_noise=0.1 needs distill.upcycle"),
+        (lambda: DistillConfig(cache="top:0"), "distill.cache 'top:0' is unknown"),
+        (
+            lambda: DistillConfig(cache="top:3", kind="reverse"),
+            "distill.cache=top:3 gives the forward divergence only",
+        ),
+        (lambda: DecodePlacement(low_bit_share=2), "placement.low_bit_share is 2: it must lie"),
         (lambda: TrainConfig(steps=0), "steps is 0"),
+        (lambda: TrainConfig(seed=-1), "seed is -1: it must not be negative"),
+        (lambda: TrainConfig(distill=DistillConfig(alpha=0.5)), "need a teacher: set distill."),
         (
             lambda: PlacementConfig(device_budget="2 fish"),
             "placement.device_budget '2 fish' is no size: write it like 2GB",
@@ -74,54 +86,3 @@ def test_impossible_settings_are_one_line_with_the_value(make, message):
         make()
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_carry_their_names_and_survive_a_checkpoint(name):
-    config = PRESETS[name]
-    assert config.preset == name
-    assert from_dict(dataclasses.asdict(config)) == config
-    assert config.model.vocabulary is not None
-
-
-def test_every_published_preset_has_figures():
-    assert set(PRESETS) - set(PUBLISHED) == {"tiny", "small"}
-
-
-def test_the_vocabulary_comes_from_the_tokenizer_unless_set():
-    assert TrainConfig(data=DataConfig(tokenizer="bytes")).model.vocabulary == 258
-    config = TrainConfig(data=DataConfig(tokenizer="bpe:512"), model=ModelConfig(vocabulary=1024))
-    assert config.model.vocabulary == 1024
-
-
-def test_fields_are_flat_and_dotted():
-    assert fields(TrainConfig())["model.moe.experts"] == TrainConfig().model.moe.experts
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("4096", 4096),
-        ("2GB", 2 * 10**9),
-        ("512 mb", 512 * 10**6),
-        ("1.5GiB", 3 * 2**29),
-        ("64k", 64_000),
-        ("8Ki", 8192),
-        (".5kB", 500),
-        ("0", 0),
-    ],
-)
-def test_sizes_in_bytes(text, size):
-    assert parse_bytes("x", text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "2i", "-1GB", "1e9", "2 G B", "1,5GB", "3PB", "nan"])
-def test_what_is_no_size_is_named(text):
-    with pytest.raises(UserError, match=r"^--x '.*' is no size: write it like 2GB"):
-        parse_bytes("--x", text)
-
-
-def test_a_config_saved_before_there_were_tiers_can_be_read():
-    saved = dataclasses.asdict(TrainConfig())
-    del saved["placement"]
-    assert from_dict(saved) == TrainConfig()

@@ -1,0 +1,54 @@
+"""Settings of attention."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_jax.base.errors import require
+from moe_jax.config.checks import not_negative, positive
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention (`gqa`) or multi-head latent attention (`mla`, DeepSeek-V2 §2.1)."""
+
+    kind: Literal["gqa", "mla"] = "gqa"
+    """Kind of attention. A help text below that begins with a kind is for that kind alone."""
+    heads: int = 4
+    """Query heads (H)."""
+    kv_heads: int = 2
+    """gqa: key/value heads. Each serves heads / kv_heads query heads."""
+    head_dim: int = 64
+    """gqa: width of one head."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """gqa: RMSNorm of queries and keys.
+    `head` normalises each head by itself (Qwen3), `full` all heads together (OLMoE)."""
+    q_rank: int = 0
+    """mla: rank of the query compression. 0 projects queries directly (DeepSeek-V2-Lite)."""
+    kv_rank: int = 64
+    """mla: rank of the key/value compression. The KV cache stores the compressed form."""
+    nope_dim: int = 32
+    """mla: width of a head's part without rotary position."""
+    rope_dim: int = 32
+    """mla: width of the rotary part. All heads share its key."""
+    v_dim: int = 32
+    """mla: width of a head's value."""
+
+    def __post_init__(self) -> None:
+        owner = "model.attention"
+        positive(owner, self, "heads")
+        if self.kind == "gqa":
+            positive(owner, self, "kv_heads", "head_dim")
+            require(
+                self.heads % self.kv_heads == 0,
+                f"{owner}.heads={self.heads} is not divisible by kv_heads={self.kv_heads}: "
+                "each key/value head serves the same number of query heads",
+            )
+        else:
+            positive(owner, self, "kv_rank", "nope_dim", "rope_dim", "v_dim")
+            not_negative(owner, self, "q_rank")
+        name = "head_dim" if self.kind == "gqa" else "rope_dim"
+        rotary = getattr(self, name)
+        require(
+            rotary % 2 == 0,
+            f"{owner}.{name}={rotary} is odd: rotary embedding rotates pairs, so it must be even",
+        )

@@ -1,0 +1,91 @@
+"""Configs as dictionaries: flat with dotted names, and back from the dictionary in a checkpoint.
+
+Everything here reads the dataclasses' own fields and type hints. A new config class or field needs
+no change in this file.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from moe_jax.base.errors import UserError
+
+Settings = TypeVar("Settings")
+
+MAY_DIFFER: Mapping[str, Any] = MappingProxyType({"may_differ_on_resume": True})
+"""`metadata` of a field that a continued run may change, because it does not touch the training.
+
+On a field that holds another config it covers that whole config.
+"""
+
+
+def fields(settings: Any) -> dict[str, Any]:
+    """Every field of a nested dataclass instance: dotted name -> value."""
+    return _flat(settings, lambda field: True)
+
+
+def settings_that_must_match(settings: Any) -> dict[str, Any]:
+    """The fields, as `fields` gives them, without those that a continued run may change."""
+    return _flat(settings, lambda field: not field.metadata.get("may_differ_on_resume", False))
+
+
+def _flat(settings: Any, wanted: Callable[[dataclasses.Field], bool]) -> dict[str, Any]:
+    flat = {}
+    for field in filter(wanted, dataclasses.fields(settings)):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = _flat(value, wanted)
+            flat |= {f"{field.name}.{name}": leaf for name, leaf in inner.items()}
+        else:
+            flat[field.name] = value
+    return flat
+
+
+def from_dict(settings: type[Settings], saved: Mapping[str, Any]) -> Settings:
+    """The instance of `settings` that `dataclasses.asdict` turned into `saved`.
+
+    A field that `saved` lacks takes its default. UserError: `saved` has a field that the class
+    lacks, or a value that the class does not accept. Either means that another version wrote it.
+    """
+    return _decode(settings, saved, "")
+
+
+def _decode(settings: type[Settings], saved: Mapping[str, Any], prefix: str) -> Settings:
+    hints = get_type_hints(settings)
+    values = {}
+    for name, value in saved.items():
+        if name not in hints:
+            raise _outdated(f"its setting {prefix}{name} no longer exists")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            assert isinstance(hint, type)
+            values[name] = _decode(hint, value, f"{prefix}{name}.")
+        elif _fits(value, hint):
+            values[name] = value
+        else:
+            raise _outdated(f"its setting {prefix}{name} has the value {value!r}")
+    try:
+        return settings(**values)
+    except UserError as error:
+        raise _outdated(str(error)) from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is one that the type hint allows."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is float:
+        # A default such as `scale: float = 2` is written as an int.
+        return type(value) in (int, float)
+    # By type(), because bool is a subclass of int.
+    return type(value) is (NoneType if hint is None else hint)
+
+
+def _outdated(problem: str) -> UserError:
+    return UserError(
+        f"the checkpoint is from an older version of moe_jax: {problem}. Choose another --out, "
+        "or use that version"
+    )

@@ -20,9 +20,9 @@ from moe_jax.adversarial import controls, generative, perturb
 from moe_jax.config import ModelConfig, require
 from moe_jax.data.batches import shifted_targets
 from moe_jax.distill import losses as distill
-from moe_jax.distill.chunked import Columns, Readout, divergence, make_columns
+from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import read, readout, split_model
+from moe_jax.distill.teacher import lazy_forward, lazy_logits, split_model
 from moe_jax.model.attention import document_context
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterStats
@@ -74,10 +74,10 @@ class PerturbConfig:
 class _Pass(NamedTuple):
     """The student's reading of a batch; N = B·L."""
 
-    student: Readout
+    student: LazyLogits
     targets: Int[Array, "N"]
     valid: Bool[Array, "N"]
-    columns: Columns
+    columns: VocabularyChunks
     stats: RouterStats | None
 
     def losses(self, loss: Array, normaliser: Array) -> Losses:
@@ -95,9 +95,9 @@ def _pass(
     require(model.config.mtp_depth == 0, "these objectives do not support multi-token prediction")
     attention = document_context(model.config, batch["segments"][:, :length])
     hidden, _, stats = model.hidden(batch["tokens"][:, :length], attention, key=key)
-    student = readout(model, hidden)
+    student = lazy_logits(model, hidden)
     targets, valid = shifted_targets(batch["tokens"], batch["segments"], length, 1)
-    columns = make_columns([student], temperature=t)
+    columns = vocabulary_chunks([student], temperature=t)
     return _Pass(student, targets.reshape(-1), valid.reshape(-1), columns, stats)
 
 
@@ -140,7 +140,7 @@ def guess_objective(alpha: float, teacher: ModelConfig) -> Objective:
     ) -> Losses:
         found = _pass(model, batch, length, key)
         tokens, segments = batch["tokens"][:, :length], batch["segments"][:, :length]
-        taught = read(nnx.merge(graph, *state), tokens, segments)
+        taught = lazy_forward(nnx.merge(graph, *state), tokens, segments)
         values = (1 - alpha) * distill.cross_entropy(found.student, found.targets, found.columns)
         values += alpha * controls.guess_and_uniform(found.student, taught, found.columns)
         return found.losses(distill.total(values, found.valid, normalisers[0]), normalisers[0])
@@ -169,8 +169,8 @@ def perturbed_objective(settings: PerturbConfig, teacher: ModelConfig) -> Object
         def total(values: Array) -> Array:
             return distill.total(values, found.valid, normalisers[0])
 
-        def taught(student: Readout, tokens: Array) -> Array:
-            outputs = [read(frozen, tokens, segments)]
+        def taught(student: LazyLogits, tokens: Array) -> Array:
+            outputs = [lazy_forward(frozen, tokens, segments)]
             return total(divergence(student, outputs, found.columns, Divergence()))
 
         loss = settings.alpha * taught(found.student, tokens)
@@ -192,9 +192,9 @@ def _without_gradient(model: Transformer) -> Transformer:
     return nnx.merge(graph, jax.lax.stop_gradient(state))
 
 
-def _read_shifted(model: Transformer, tokens: Array, segments: Array, shift: Array) -> Readout:
+def _read_shifted(model: Transformer, tokens: Array, segments: Array, shift: Array) -> LazyLogits:
     attention = document_context(model.config, segments)
-    return readout(model, model.hidden(tokens, attention, shift=shift)[0])
+    return lazy_logits(model, model.hidden(tokens, attention, shift=shift)[0])
 
 
 def _shifted(
@@ -204,11 +204,11 @@ def _shifted(
     tokens: Array,
     segments: Array,
     key: Array,
-    taught: Callable[[Readout, Array], Array],
+    taught: Callable[[LazyLogits, Array], Array],
 ) -> Array:
     """KL(q(x) ‖ q(x + shift)), q(x) without dropout and without gradient."""
     fixed = _without_gradient(model)
-    clean, embedded = read(fixed, tokens, segments), fixed.embed(tokens)
+    clean, embedded = lazy_forward(fixed, tokens, segments), fixed.embed(tokens)
     valid, count = found.valid, jnp.maximum(found.valid.sum(), 1)
 
     def apart(model: Transformer, shift: Array) -> Array:
@@ -231,7 +231,7 @@ def _swapped(
     tokens: Array,
     segments: Array,
     key: Array,
-    taught: Callable[[Readout, Array], Array],
+    taught: Callable[[LazyLogits, Array], Array],
 ) -> Array:
     """The divergence from the teacher where both read the text with some tokens swapped."""
     if settings.kind == "random_swaps":
@@ -247,7 +247,7 @@ def _swapped(
         other = perturb.adversarial_swaps(
             gradient, table, tokens, settings.swaps, settings.swap_vocabulary
         )
-    return taught(read(model, other, segments), other)
+    return taught(lazy_forward(model, other, segments), other)
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def policy_objective(settings: GenerativeConfig, start: ModelConfig) -> Objectiv
         loss = generative.policy_loss(log_q, old, batch[ADVANTAGE], own, settings.clip)
         if settings.anchor:
             tokens, segments = batch["tokens"][:, :length], batch["segments"][:, :length]
-            first = read(nnx.merge(graph, *state), tokens, segments)
+            first = lazy_forward(nnx.merge(graph, *state), tokens, segments)
             apart = divergence(found.student, [first], found.columns, Divergence("reverse"))
             loss += settings.anchor * distill.total(apart, own.reshape(-1), own.sum())
         return found.losses(loss, normalisers[0])

@@ -16,9 +16,9 @@ from moe_jax.config import ModelConfig, require
 from moe_jax.config.distill import DistillConfig
 from moe_jax.data.batches import shifted_targets
 from moe_jax.distill import losses as distill
-from moe_jax.distill.chunked import Columns, Readout, divergence, make_columns
+from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import read, readout, split_model
+from moe_jax.distill.teacher import lazy_forward, lazy_logits, split_model
 from moe_jax.model.attention import document_context
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
@@ -51,12 +51,12 @@ def online_objective(
     ) -> Losses:
         tokens, segments = batch["tokens"][:, :length], batch["segments"][:, :length]
         outputs = [
-            read(nnx.merge(graph, *state), tokens, segments)
+            lazy_forward(nnx.merge(graph, *state), tokens, segments)
             for graph, state in zip(graphs, states, strict=True)
         ]
 
-        def apart(student: Readout, log_z: Array) -> Array:
-            columns = make_columns(
+        def apart(student: LazyLogits, log_z: Array) -> Array:
+            columns = vocabulary_chunks(
                 [student, *outputs], vocabulary, settings.chunk, settings.temperature
             )
             return divergence(student, outputs, columns, kind, weights)
@@ -78,7 +78,7 @@ def cached_objective(settings: DistillConfig) -> Objective:
     ) -> Losses:
         tokens = batch["teacher_tokens"].reshape(-1, batch["teacher_tokens"].shape[-1])
 
-        def apart(student: Readout, log_z: Array) -> Array:
+        def apart(student: LazyLogits, log_z: Array) -> Array:
             columns = _columns(student, settings)
             if "teacher_log_p" not in batch:
                 shared = log_z if settings.temperature == 1 else None
@@ -91,8 +91,8 @@ def cached_objective(settings: DistillConfig) -> Objective:
     return objective
 
 
-def _columns(student: Readout, settings: DistillConfig) -> Columns:
-    return make_columns([student], None, settings.chunk, settings.temperature)
+def _columns(student: LazyLogits, settings: DistillConfig) -> VocabularyChunks:
+    return vocabulary_chunks([student], None, settings.chunk, settings.temperature)
 
 
 def _losses(
@@ -102,7 +102,7 @@ def _losses(
     normalisers: list[Array],
     key: Array | None,
     settings: DistillConfig,
-    apart: Callable[[Readout, Array], Array],
+    apart: Callable[[LazyLogits, Array], Array],
 ) -> Losses:
     """(1 - alpha) CE + alpha t² divergence over the valid targets; the student's own tokens have no
     cross_entropy and no multi-token prediction, which would only confirm them. `apart`(student, its
@@ -113,7 +113,7 @@ def _losses(
     if depth and key is not None:
         key, mtp_key = jax.random.split(key)
     hidden, _, stats = model.hidden(tokens[:, :length], attention, key=key)
-    student = readout(model, hidden)
+    student = lazy_logits(model, hidden)
     targets, valid = (a.reshape(-1) for a in shifted_targets(tokens, segments, length, 1))
     given = valid & ~batch[OWN][:, :length].reshape(-1) if OWN in batch else valid
     columns = _columns(student, settings)

@@ -14,7 +14,7 @@ from moe_jax.data.tokenizer import make_tokenizer
 from moe_jax.data.tokens import TokenArray
 from moe_jax.distill import losses
 from moe_jax.distill.cache import CacheConfig, build_cache
-from moe_jax.distill.chunked import Readout, make_columns
+from moe_jax.distill.chunked import LazyLogits, vocabulary_chunks
 from moe_jax.distill.teacher import Teacher, split_model
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterBias
@@ -115,7 +115,7 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
         build(tmp_path / "cut", say=killed)
     said = []
     resumed = build(tmp_path / "cut", say=said.append)
-    assert said[-1] == "teacher: 1 of 1 parts"
+    assert said[-1] == "teacher: 1 of 1 shards"
     for shard in whole.shards():
         assert whole.path(shard).read_bytes() == resumed.path(shard).read_bytes()
     again = []
@@ -186,11 +186,11 @@ def test_what_a_student_learns_from_each_cache():
     p = softmax(2 * rng.normal(size=(1, 40)))
     tokens = jnp.asarray(np.argsort(-p)[:, :4])
     log_p = jnp.asarray(np.log(np.take_along_axis(p, tokens, -1)), jnp.float32)
-    columns = make_columns([Readout(jnp.zeros((1, 40)), jnp.eye(40))])
+    chunks = vocabulary_chunks([LazyLogits(jnp.zeros((1, 40)), jnp.eye(40))])
     begin = jnp.asarray(4 * rng.normal(size=(1, 40)), jnp.float32)
 
     def tail(z):
-        return losses.top_k_tail(Readout(z, jnp.eye(40)), tokens, log_p, columns).sum()
+        return losses.top_k_tail(LazyLogits(z, jnp.eye(40)), tokens, log_p, chunks).sum()
 
     def renormalised(z):
         log_q = jax.nn.log_softmax(jnp.take_along_axis(z, tokens, -1))

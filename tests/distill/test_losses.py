@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.base.errors import UserError
 from moe_jax.distill import losses
-from moe_jax.distill.chunked import Readout, divergence, make_columns
+from moe_jax.distill.chunked import LazyLogits, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
 from tests.distill import formulas
 
@@ -26,10 +26,10 @@ KINDS = [
 ]
 
 
-def readout(seed, width=D, rows=V, spread=1.0):
+def lazy_logits(seed, width=D, rows=V, spread=1.0):
     rng = np.random.default_rng(seed)
     hidden, table = rng.normal(size=(N, width)), rng.normal(size=(rows, width))
-    return Readout(*(jnp.asarray(spread * a, jnp.float32) for a in (hidden, table)))
+    return LazyLogits(*(jnp.asarray(spread * a, jnp.float32) for a in (hidden, table)))
 
 
 def logits(of, temperature=1.0):
@@ -37,24 +37,24 @@ def logits(of, temperature=1.0):
 
 
 def from_logits(z):
-    """A readout whose hidden state is the logits, so that its gradient is theirs."""
+    """A lazy_logits whose hidden state is the logits, so that its gradient is theirs."""
     z = jnp.asarray(z, jnp.float32)
-    return Readout(z, jnp.eye(z.shape[-1]))
+    return LazyLogits(z, jnp.eye(z.shape[-1]))
 
 
-STUDENT, TEACHER = readout(0), readout(1, width=5)
+STUDENT, TEACHER = lazy_logits(0), lazy_logits(1, width=5)
 TARGETS = jnp.asarray(np.random.default_rng(2).integers(0, V, N))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(("kind", "mix"), KINDS)
 def test_value_and_gradient_are_the_formula(kind, mix, temperature):
-    columns = make_columns([STUDENT, TEACHER], chunk=16, temperature=temperature)
+    chunks = vocabulary_chunks([STUDENT, TEACHER], size=16, temperature=temperature)
     p, q = (formulas.softmax(logits(of, temperature)) for of in (TEACHER, STUDENT))
     upstream = np.linspace(0.5, 2, N)
 
     def loss(student):
-        values = divergence(student, [TEACHER], columns, Divergence(kind, mix))
+        values = divergence(student, [TEACHER], chunks, Divergence(kind, mix))
         return jnp.sum(values * upstream), values
 
     (_, values), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(STUDENT)
@@ -67,8 +67,8 @@ def test_value_and_gradient_are_the_formula(kind, mix, temperature):
 
 @pytest.mark.parametrize("chunk", [1, 16, 53, 4096])
 def test_chunks_do_not_show(chunk):
-    columns = make_columns([STUDENT, TEACHER], chunk=chunk)
-    found = jax.jit(lambda s: divergence(s, [TEACHER], columns, Divergence()))(STUDENT)
+    chunks = vocabulary_chunks([STUDENT, TEACHER], size=chunk)
+    found = jax.jit(lambda s: divergence(s, [TEACHER], chunks, Divergence()))(STUDENT)
     p, q = (formulas.softmax(logits(of)) for of in (TEACHER, STUDENT))
     np.testing.assert_allclose(found, formulas.kl(p, q), rtol=1e-4)
 
@@ -78,10 +78,10 @@ def test_chunks_do_not_show(chunk):
 def test_generalised_jsd_is_continuous_at_its_ends(near, end, step):
     """Value and gradient; unscaled, both vanish at the ends while KL does not."""
     p_z, q_z = logits(TEACHER) / 3, logits(STUDENT) / 3
-    columns = make_columns([from_logits(p_z)], chunk=16)
+    chunks = vocabulary_chunks([from_logits(p_z)], size=16)
 
     def loss(z, kind):
-        return divergence(from_logits(z), [from_logits(p_z)], columns, kind).sum()
+        return divergence(from_logits(z), [from_logits(p_z)], chunks, kind).sum()
 
     mix = abs(near - step)
     if near and step == 1e-7:
@@ -97,11 +97,11 @@ def test_generalised_jsd_is_continuous_at_its_ends(near, end, step):
 @pytest.mark.parametrize(("kind", "mix"), KINDS)
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_identical_models_give_zero_and_no_gradient(kind, mix, spread):
-    same = readout(3, spread=spread)
-    columns = make_columns([same], chunk=16)
+    same = lazy_logits(3, spread=spread)
+    chunks = vocabulary_chunks([same], size=16)
 
     def loss(student):
-        return divergence(student, [same], columns, Divergence(kind, mix)).sum()
+        return divergence(student, [same], chunks, Divergence(kind, mix)).sum()
 
     found, gradient = jax.value_and_grad(loss)(same)
     assert abs(float(found)) < 1e-4
@@ -115,10 +115,10 @@ def test_extreme_logits_stay_finite(kind, mix):
     z = np.zeros((2, 6), np.float32)
     z[0, 0], z[1, 1] = 200, 200
     teacher, student = from_logits(z), from_logits(z[::-1].copy())
-    columns = make_columns([teacher])
+    chunks = vocabulary_chunks([teacher])
 
     def loss(student):
-        return divergence(student, [teacher], columns, Divergence(kind, mix)).sum()
+        return divergence(student, [teacher], chunks, Divergence(kind, mix)).sum()
 
     found, gradient = jax.value_and_grad(loss)(student)
     assert np.isfinite(found)
@@ -128,36 +128,34 @@ def test_extreme_logits_stay_finite(kind, mix):
 
 def test_skew_gradient_is_bounded_where_forward_kl_is_a_cliff():
     teacher, student = from_logits([[0.0, 50.0]]), from_logits([[50.0, 0.0]])
-    columns = make_columns([teacher])
-    value = divergence(student, [teacher], columns, Divergence("skew_forward", 0.1))
+    chunks = vocabulary_chunks([teacher])
+    value = divergence(student, [teacher], chunks, Divergence("skew_forward", 0.1))
     assert float(value[0]) <= np.log(10) + 1e-4
-    assert float(divergence(student, [teacher], columns, Divergence())[0]) > 49
+    assert float(divergence(student, [teacher], chunks, Divergence())[0]) > 49
 
 
 def test_mixture_with_cross_entropy_and_temperature():
     """(1-a)·CE at temperature 1 + a·t²·KL at t."""
     t, alpha = 2.0, 0.7
-    columns = make_columns([STUDENT, TEACHER], chunk=16, temperature=t)
-    found = losses.distillation(
-        STUDENT, [TEACHER], TARGETS, columns, kind=Divergence(), alpha=alpha
-    )
+    chunks = vocabulary_chunks([STUDENT, TEACHER], size=16, temperature=t)
+    found = losses.distillation(STUDENT, [TEACHER], TARGETS, chunks, kind=Divergence(), alpha=alpha)
     ce = -np.log(formulas.softmax(logits(STUDENT))[np.arange(N), TARGETS])
     apart = formulas.kl(*(formulas.softmax(logits(of, t)) for of in (TEACHER, STUDENT)))
     np.testing.assert_allclose(found, (1 - alpha) * ce + alpha * t * t * apart, rtol=1e-4)
 
 
 def test_cross_entropy_gradient_is_q_minus_one_hot():
-    columns = make_columns([STUDENT], chunk=16)
-    gradient = jax.grad(lambda s: losses.cross_entropy(s, TARGETS, columns).sum())(STUDENT)
+    chunks = vocabulary_chunks([STUDENT], size=16)
+    gradient = jax.grad(lambda s: losses.cross_entropy(s, TARGETS, chunks).sum())(STUDENT)
     dz = formulas.softmax(logits(STUDENT)) - np.eye(V)[TARGETS]
     np.testing.assert_allclose(gradient.hidden, dz @ STUDENT.table, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(gradient.table, dz.T @ STUDENT.hidden, rtol=1e-3, atol=1e-4)
 
 
 def test_several_teachers_are_the_mixture_of_their_probabilities():
-    other, weights = readout(4, width=3), [0.25, 0.75]
-    columns = make_columns([STUDENT, TEACHER, other], chunk=16)
-    found = divergence(STUDENT, [TEACHER, other], columns, Divergence("reverse"), weights)
+    other, weights = lazy_logits(4, width=3), [0.25, 0.75]
+    chunks = vocabulary_chunks([STUDENT, TEACHER, other], size=16)
+    found = divergence(STUDENT, [TEACHER, other], chunks, Divergence("reverse"), weights)
     one, two, q = (formulas.softmax(logits(of)) for of in (TEACHER, other, STUDENT))
     np.testing.assert_allclose(found, formulas.kl(q, 0.25 * one + 0.75 * two), rtol=1e-4)
 
@@ -165,16 +163,16 @@ def test_several_teachers_are_the_mixture_of_their_probabilities():
 def test_the_teacher_is_not_dropped():
     """KD that lost its teacher's data would be a silent no-op: another teacher must give another
     gradient, and the teacher itself must get none."""
-    columns = make_columns([STUDENT, TEACHER], chunk=16)
+    chunks = vocabulary_chunks([STUDENT, TEACHER], size=16)
 
     def loss(student, teacher, alpha=1.0):
         values = losses.distillation(
-            student, [teacher], TARGETS, columns, kind=Divergence(), alpha=alpha
+            student, [teacher], TARGETS, chunks, kind=Divergence(), alpha=alpha
         )
         return values.sum()
 
     to_student, to_teacher = jax.grad(loss, argnums=(0, 1))(STUDENT, TEACHER)
-    elsewhere = jax.grad(loss)(STUDENT, readout(9, width=5))
+    elsewhere = jax.grad(loss)(STUDENT, lazy_logits(9, width=5))
     assert float(jnp.linalg.norm(to_student.hidden)) > 0.1
     assert float(jnp.linalg.norm(to_student.hidden - elsewhere.hidden)) > 0.1
     assert not any(leaf.any() for leaf in to_teacher)
@@ -184,19 +182,19 @@ def test_the_teacher_is_not_dropped():
 
 def test_positions_are_compared_without_a_shift():
     """A student equal to its teacher has no loss; one that is a position late or early has."""
-    columns = make_columns([STUDENT], chunk=16)
+    chunks = vocabulary_chunks([STUDENT], size=16)
     for shift, zero in ((0, True), (1, False), (-1, False)):
-        late = Readout(jnp.roll(STUDENT.hidden, shift, axis=0), STUDENT.table)
-        found = divergence(late, [STUDENT], columns, Divergence())
+        late = LazyLogits(jnp.roll(STUDENT.hidden, shift, axis=0), STUDENT.table)
+        found = divergence(late, [STUDENT], chunks, Divergence())
         assert bool(jnp.all(found < 1e-4)) == zero
 
 
 def test_masked_positions_have_neither_value_nor_gradient():
-    columns = make_columns([STUDENT, TEACHER], chunk=16)
+    chunks = vocabulary_chunks([STUDENT, TEACHER], size=16)
     mask = jnp.arange(N) % 3 != 0
 
     def loss(student, mask):
-        values = divergence(student, [TEACHER], columns, Divergence())
+        values = divergence(student, [TEACHER], chunks, Divergence())
         return losses.total(values, mask, mask.sum())
 
     found, gradient = jax.value_and_grad(loss)(STUDENT, mask)
@@ -211,8 +209,8 @@ def test_masked_positions_have_neither_value_nor_gradient():
 
 def test_micro_batches_of_uneven_masks_add_up():
     """With the whole batch's count as normaliser; averaging the parts' means gives another loss."""
-    columns = make_columns([STUDENT, TEACHER], chunk=16)
-    values = divergence(STUDENT, [TEACHER], columns, Divergence())
+    chunks = vocabulary_chunks([STUDENT, TEACHER], size=16)
+    values = divergence(STUDENT, [TEACHER], chunks, Divergence())
     mask = jnp.asarray([True, True, True, True, False, False, True])
     whole = losses.total(values, mask, mask.sum())
     parts = [losses.total(values[s], mask[s], mask.sum()) for s in (slice(0, 4), slice(4, 7))]
@@ -223,10 +221,10 @@ def test_micro_batches_of_uneven_masks_add_up():
 
 def test_the_loss_does_not_grow_with_the_vocabulary_or_the_batch():
     """`batchmean` over [B, T, V] would multiply it by T."""
-    columns = make_columns([STUDENT, TEACHER], chunk=16)
-    twice = [Readout(jnp.tile(of.hidden, (2, 1)), of.table) for of in (STUDENT, TEACHER)]
-    once = divergence(STUDENT, [TEACHER], columns, Divergence())
-    again = divergence(twice[0], twice[1:], columns, Divergence())
+    chunks = vocabulary_chunks([STUDENT, TEACHER], size=16)
+    twice = [LazyLogits(jnp.tile(of.hidden, (2, 1)), of.table) for of in (STUDENT, TEACHER)]
+    once = divergence(STUDENT, [TEACHER], chunks, Divergence())
+    again = divergence(twice[0], twice[1:], chunks, Divergence())
     mean, mean_again = (losses.total(x, jnp.ones(len(x), bool), len(x)) for x in (once, again))
     np.testing.assert_allclose(mean, mean_again, rtol=1e-5)
 
@@ -244,10 +242,10 @@ def test_top_k_without_the_tail_lets_the_student_waste_its_mass():
     p = jnp.asarray([[0.5, 0.3, 0.1, 0.06, 0.04]])
     log_p, tokens = jnp.log(p[:, :2]), jnp.asarray([[0, 1]])
     wasteful = jnp.log(jnp.asarray([[0.05, 0.03, 0.9, 0.01, 0.01]]))
-    columns = make_columns([from_logits(wasteful)])
+    chunks = vocabulary_chunks([from_logits(wasteful)])
 
     def with_tail(z):
-        return losses.top_k_tail(from_logits(z), tokens, log_p, columns).sum()
+        return losses.top_k_tail(from_logits(z), tokens, log_p, chunks).sum()
 
     def renormalised(z):
         return renormalised_top_k(z, tokens, log_p).sum()
@@ -260,7 +258,7 @@ def test_top_k_without_the_tail_lets_the_student_waste_its_mass():
 
 def test_top_k_with_tail_is_kl_of_the_merged_distributions():
     k = 6
-    columns = make_columns([STUDENT, TEACHER], chunk=16)
+    chunks = vocabulary_chunks([STUDENT, TEACHER], size=16)
     p, q = (formulas.softmax(logits(of)) for of in (TEACHER, STUDENT))
     tokens = np.argsort(-p, axis=-1)[:, :k]
 
@@ -269,7 +267,7 @@ def test_top_k_with_tail_is_kl_of_the_merged_distributions():
         return np.concatenate([head, 1 - head.sum(-1, keepdims=True)], -1)
 
     log_p = jnp.asarray(np.log(merged(p)[:, :k]), jnp.float32)
-    loss = lambda s: losses.top_k_tail(s, jnp.asarray(tokens), log_p, columns)  # noqa: E731
+    loss = lambda s: losses.top_k_tail(s, jnp.asarray(tokens), log_p, chunks)  # noqa: E731
     np.testing.assert_allclose(loss(STUDENT), formulas.kl(merged(p), merged(q)), rtol=1e-3)
     np.testing.assert_allclose(loss(TEACHER), 0, atol=1e-4)
     # dz = q - p on the K tokens, q · (1 - p_tail / q_tail) on each of the others.
@@ -284,10 +282,10 @@ def test_top_k_of_a_student_that_lost_its_tail_still_has_a_gradient():
     """float32 has 1 - sum q_k = 0 here, whose logarithm gives nothing back."""
     teacher, z = jnp.asarray([[0.4, 0.3, 0.3]]), jnp.asarray([[30.0, 30.0, 0.0]])
     log_p, tokens = jnp.log(teacher[:, :2]), jnp.asarray([[0, 1]])
-    columns = make_columns([from_logits(z)])
+    chunks = vocabulary_chunks([from_logits(z)])
 
     def loss(z):
-        return losses.top_k_tail(from_logits(z), tokens, log_p, columns).sum()
+        return losses.top_k_tail(from_logits(z), tokens, log_p, chunks).sum()
 
     np.testing.assert_allclose(jax.grad(loss)(z), formulas.softmax(z) - teacher, atol=1e-5)
 
@@ -296,11 +294,11 @@ def test_sampled_loss_is_unbiased():
     """Over every pair of samples with its probability, its mean gradient is exactly q - p."""
     p = np.array([0.6, 0.3, 0.1])
     student = from_logits([[0.2, -0.4, 1.0]])
-    columns = make_columns([student])
+    chunks = vocabulary_chunks([student])
     mean = np.zeros(3)
     for one in range(3):
         for two in range(3):
-            gradient = jax.grad(lambda s, pair: losses.sampled(s, pair, columns).sum())(
+            gradient = jax.grad(lambda s, pair: losses.sampled(s, pair, chunks).sum())(
                 student, jnp.asarray([[one, two]])
             )
             mean += p[one] * p[two] * np.asarray(gradient.hidden[0])
@@ -313,17 +311,17 @@ def test_the_logits_are_never_materialised(part):
     [N, V] array, of which a plain implementation needs several."""
     n, width, rows = 2048, 32, 16384
     shape = jax.ShapeDtypeStruct
-    student = Readout(shape((n, width), jnp.float32), shape((rows, width), jnp.float32))
+    student = LazyLogits(shape((n, width), jnp.float32), shape((rows, width), jnp.float32))
     ids = shape((n, 12), jnp.int32)
-    columns = make_columns([student], chunk=512)
+    chunks = vocabulary_chunks([student], size=512)
 
     def loss(student, teacher, ids):
         if part == "sampled":
-            return losses.sampled(student, ids, columns).sum()
+            return losses.sampled(student, ids, chunks).sum()
         if part == "top_k":
-            return losses.top_k_tail(student, ids, jnp.full(ids.shape, -3.0), columns).sum()
+            return losses.top_k_tail(student, ids, jnp.full(ids.shape, -3.0), chunks).sum()
         kind = Divergence("jsd", 0.3)
-        values = losses.distillation(student, [teacher], ids[:, 0], columns, kind=kind, alpha=0.5)
+        values = losses.distillation(student, [teacher], ids[:, 0], chunks, kind=kind, alpha=0.5)
         return values.sum()
 
     compiled = jax.jit(jax.grad(loss)).lower(student, student, ids).compile()
@@ -332,9 +330,9 @@ def test_the_logits_are_never_materialised(part):
 
 
 def test_padding_rows_of_either_table_do_not_count():
-    padded = Readout(STUDENT.hidden, jnp.concatenate([STUDENT.table, 9 * jnp.ones((5, D))]))
-    plain = make_columns([STUDENT, TEACHER], chunk=16)
-    cut = make_columns([padded, TEACHER], vocabulary=V, chunk=16)
+    padded = LazyLogits(STUDENT.hidden, jnp.concatenate([STUDENT.table, 9 * jnp.ones((5, D))]))
+    plain = vocabulary_chunks([STUDENT, TEACHER], size=16)
+    cut = vocabulary_chunks([padded, TEACHER], vocabulary=V, size=16)
     expected = divergence(STUDENT, [TEACHER], plain, Divergence())
     np.testing.assert_allclose(
         divergence(padded, [TEACHER], cut, Divergence()), expected, rtol=1e-5
@@ -362,14 +360,14 @@ def test_router_match():
 
 
 def test_bad_settings_are_one_line():
-    other = readout(1, rows=V + 3)
-    columns = make_columns([STUDENT])
+    other = lazy_logits(1, rows=V + 3)
+    chunks = vocabulary_chunks([STUDENT])
     cases = [
-        (lambda: make_columns([STUDENT, other]), "output tables have .* rows"),
-        (lambda: make_columns([STUDENT], vocabulary=V + 1), "exceeds a table"),
-        (lambda: make_columns([STUDENT], temperature=0), "temperature is 0"),
-        (lambda: divergence(STUDENT, [], columns, Divergence()), "at least one teacher"),
-        (lambda: divergence(STUDENT, [STUDENT], columns, Divergence("kl")), "'kl' is unknown"),  # pyright: ignore
+        (lambda: vocabulary_chunks([STUDENT, other]), "output tables have .* rows"),
+        (lambda: vocabulary_chunks([STUDENT], vocabulary=V + 1), "exceeds a table"),
+        (lambda: vocabulary_chunks([STUDENT], temperature=0), "temperature is 0"),
+        (lambda: divergence(STUDENT, [], chunks, Divergence()), "at least one teacher"),
+        (lambda: divergence(STUDENT, [STUDENT], chunks, Divergence("kl")), "'kl' is unknown"),  # pyright: ignore
         (lambda: Divergence("skew_forward", 0.0).checked(), "needs 0 < mix"),
         (lambda: losses.hidden_match(jnp.ones((2, 3)), jnp.ones((2, 4))), "give a projection"),
         (lambda: losses.router_match(jnp.ones((2, 3)), jnp.ones((2, 4))), "cannot be compared"),
@@ -378,4 +376,4 @@ def test_bad_settings_are_one_line():
         with pytest.raises(UserError, match=message):
             call()
     with pytest.raises(UserError, match="sum to 1"):
-        divergence(STUDENT, [STUDENT], columns, Divergence(), [0.5])
+        divergence(STUDENT, [STUDENT], chunks, Divergence(), [0.5])

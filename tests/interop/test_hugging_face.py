@@ -19,8 +19,9 @@ from safetensors.numpy import save_file
 
 from moe_jax.base.errors import UserError
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.interop import gguf, huggingface
-from moe_jax.interop.huggingface import load, read
+from moe_jax.interop import gguf
+from moe_jax.interop.hugging_face import folder as model_folder
+from moe_jax.interop.hugging_face import load, read
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterBias
 from tests.interop import folder as small
@@ -105,7 +106,7 @@ def test_small_models_agree_with_transformers(tmp_path, kind, tied):
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(given).eval()
     model.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert (tmp_path / huggingface.INDEX).exists()
+    assert (tmp_path / model_folder.INDEX).exists()
     config, parameters, _ = load(tmp_path)
     ids = np.random.default_rng(1).integers(0, config.vocabulary, (2, 24))
     with torch.no_grad():
@@ -360,7 +361,7 @@ def test_hostile_headers_are_refused_without_memory(tmp_path, name):
 def test_an_index_may_not_lead_out_of_the_folder(tmp_path, place):
     small.write(tmp_path, shards=2)
     (tmp_path.parent / "secret.safetensors").write_bytes(b"")
-    change_json(tmp_path / huggingface.INDEX, {"weight_map": {NAME: place}})
+    change_json(tmp_path / model_folder.INDEX, {"weight_map": {NAME: place}})
     with pytest.raises(UserError, match="no safetensors file of this folder"):
         read(tmp_path)
 
@@ -381,7 +382,7 @@ def test_json_that_is_none_or_too_long(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"config\.json") as caught:
             read(tmp_path)
         assert "\n" not in str(caught.value)
-    monkeypatch.setattr(huggingface, "MOST_JSON_BYTES", 1 << 20)
+    monkeypatch.setattr(model_folder, "MOST_JSON_BYTES", 1 << 20)
     path.write_bytes(b" " * (1 << 21))
     with pytest.raises(UserError, match="more than 1 MiB"):
         read(tmp_path)

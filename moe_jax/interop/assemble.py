@@ -11,7 +11,7 @@ from flax import nnx
 
 from moe_jax.base.errors import UserError
 from moe_jax.config import ModelConfig
-from moe_jax.interop.names import Format, index_length, places, tensor_names
+from moe_jax.interop.names import Format, index_length, indices, tensor_names
 from moe_jax.model.transformer import Transformer
 
 
@@ -99,7 +99,7 @@ def _pieces(
         axes = index_length(format, parameter)
         own = shape[axes:]
         transposed = axes > 0 and len(own) >= 2
-        for index in places(format, parameter, shape):
+        for index in indices(format, parameter, shape):
             names = tensor_names(format, parameter, index, dense_layers)
             wanted = own
             if transposed:

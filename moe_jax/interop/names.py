@@ -107,14 +107,16 @@ def place_of(format: Format, name: str, dense_layers: int) -> Place | None:
         stack = "dense" if numbers[0] < dense_layers else "sparse"
     if stack == "sparse":
         numbers[0] -= dense_layers
-    match = _rows_by_template(format, stack).get(re.sub(NUMBER, "#", name))
-    if match is None:
+    template = re.sub(NUMBER, "#", name)
+    match = _rows_by_template(format, stack).get(template)
+    # A name that has a "#" of its own lacks a number.
+    if match is None or template.count("#") != len(numbers):
         return None
     parameter, part = match
     return Place(parameter, tuple(numbers), part)
 
 
-def places(format: Format, parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def indices(format: Format, parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Every index of a parameter of this shape for which a file has tensors of its own."""
     return np.ndindex(shape[: index_length(format, parameter)])
 

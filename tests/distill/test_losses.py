@@ -13,7 +13,10 @@ from moe_jax.distill.chunked import LazyLogits, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
 from tests.distill import formulas
 
-N, D, V = 7, 9, 53  # no power of two, and the last chunk of 16 is cut
+# Sizes are no powers of two, and the last chunk of 16 tokens overlaps with the one before.
+N = 7
+D = 9
+V = 53
 KINDS = [
     ("forward", 0.5),
     ("reverse", 0.5),
@@ -28,7 +31,8 @@ KINDS = [
 
 def lazy_logits(seed, width=D, rows=V, spread=1.0):
     rng = np.random.default_rng(seed)
-    hidden, table = rng.normal(size=(N, width)), rng.normal(size=(rows, width))
+    hidden = rng.normal(size=(N, width))
+    table = rng.normal(size=(rows, width))
     return LazyLogits(*(jnp.asarray(spread * a, jnp.float32) for a in (hidden, table)))
 
 
@@ -42,7 +46,8 @@ def from_logits(z):
     return LazyLogits(z, jnp.eye(z.shape[-1]))
 
 
-STUDENT, TEACHER = lazy_logits(0), lazy_logits(1, width=5)
+STUDENT = lazy_logits(0)
+TEACHER = lazy_logits(1, width=5)
 TARGETS = jnp.asarray(np.random.default_rng(2).integers(0, V, N))
 
 
@@ -68,16 +73,17 @@ def test_value_and_gradient_are_the_formula(kind, mix, temperature):
 @pytest.mark.parametrize("chunk", [1, 16, 53, 4096])
 def test_chunks_do_not_show(chunk):
     chunks = vocabulary_chunks([STUDENT, TEACHER], size=chunk)
-    found = jax.jit(lambda s: divergence(s, [TEACHER], chunks, Divergence()))(STUDENT)
+    actual = jax.jit(lambda s: divergence(s, [TEACHER], chunks, Divergence()))(STUDENT)
     p, q = (formulas.softmax(logits(of)) for of in (TEACHER, STUDENT))
-    np.testing.assert_allclose(found, formulas.kl(p, q), rtol=1e-4)
+    np.testing.assert_allclose(actual, formulas.kl(p, q), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("near", "end"), [(0.0, "forward"), (1.0, "reverse")])
 @pytest.mark.parametrize("step", [0.0, 1e-7, 1e-5])
 def test_generalised_jsd_is_continuous_at_its_ends(near, end, step):
     """Value and gradient; unscaled, both vanish at the ends while KL does not."""
-    p_z, q_z = logits(TEACHER) / 3, logits(STUDENT) / 3
+    p_z = logits(TEACHER) / 3
+    q_z = logits(STUDENT) / 3
     chunks = vocabulary_chunks([from_logits(p_z)], size=16)
 
     def loss(z, kind):
@@ -87,11 +93,11 @@ def test_generalised_jsd_is_continuous_at_its_ends(near, end, step):
     if near and step == 1e-7:
         mix = float(np.nextafter(np.float32(1), np.float32(0)))
     z = jnp.asarray(q_z, jnp.float32)
-    found = jax.value_and_grad(loss)(z, Divergence("jsd", mix))
+    actual = jax.value_and_grad(loss)(z, Divergence("jsd", mix))
     expected = jax.value_and_grad(loss)(z, Divergence(end))
     # It differs from its limit by a factor 1 + O(b · largest p/q), here 1e-5 · 1e3.
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-2)
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-2)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "mix"), KINDS)
@@ -103,8 +109,8 @@ def test_identical_models_give_zero_and_no_gradient(kind, mix, spread):
     def loss(student):
         return divergence(student, [same], chunks, Divergence(kind, mix)).sum()
 
-    found, gradient = jax.value_and_grad(loss)(same)
-    assert abs(float(found)) < 1e-4
+    actual, gradient = jax.value_and_grad(loss)(same)
+    assert abs(float(actual)) < 1e-4
     largest = max(float(jnp.abs(leaf).max()) for leaf in gradient)
     assert largest < 1e-3 * spread
 
@@ -113,21 +119,24 @@ def test_identical_models_give_zero_and_no_gradient(kind, mix, spread):
 def test_extreme_logits_stay_finite(kind, mix):
     """Probabilities that underflow float32 on either side."""
     z = np.zeros((2, 6), np.float32)
-    z[0, 0], z[1, 1] = 200, 200
-    teacher, student = from_logits(z), from_logits(z[::-1].copy())
+    z[0, 0] = 200
+    z[1, 1] = 200
+    teacher = from_logits(z)
+    student = from_logits(z[::-1].copy())
     chunks = vocabulary_chunks([teacher])
 
     def loss(student):
         return divergence(student, [teacher], chunks, Divergence(kind, mix)).sum()
 
-    found, gradient = jax.value_and_grad(loss)(student)
-    assert np.isfinite(found)
-    assert found > 0.9
+    actual, gradient = jax.value_and_grad(loss)(student)
+    assert np.isfinite(actual)
+    assert actual > 0.9
     assert all(np.isfinite(leaf).all() for leaf in gradient)
 
 
 def test_skew_gradient_is_bounded_where_forward_kl_is_a_cliff():
-    teacher, student = from_logits([[0.0, 50.0]]), from_logits([[50.0, 0.0]])
+    teacher = from_logits([[0.0, 50.0]])
+    student = from_logits([[50.0, 0.0]])
     chunks = vocabulary_chunks([teacher])
     value = divergence(student, [teacher], chunks, Divergence("skew_forward", 0.1))
     assert float(value[0]) <= np.log(10) + 1e-4
@@ -136,12 +145,13 @@ def test_skew_gradient_is_bounded_where_forward_kl_is_a_cliff():
 
 def test_mixture_with_cross_entropy_and_temperature():
     """(1-a)·CE at temperature 1 + a·t²·KL at t."""
-    t, alpha = 2.0, 0.7
+    t = 2.0
+    alpha = 0.7
     chunks = vocabulary_chunks([STUDENT, TEACHER], size=16, temperature=t)
-    found = losses.distillation(STUDENT, [TEACHER], TARGETS, chunks, kind=Divergence(), alpha=alpha)
+    actual = losses.distillation(STUDENT, [TEACHER], TARGETS, chunks, kind=Divergence(), alpha=alpha)
     ce = -np.log(formulas.softmax(logits(STUDENT))[np.arange(N), TARGETS])
-    apart = formulas.kl(*(formulas.softmax(logits(of, t)) for of in (TEACHER, STUDENT)))
-    np.testing.assert_allclose(found, (1 - alpha) * ce + alpha * t * t * apart, rtol=1e-4)
+    from_teacher = formulas.kl(*(formulas.softmax(logits(of, t)) for of in (TEACHER, STUDENT)))
+    np.testing.assert_allclose(actual, (1 - alpha) * ce + alpha * t * t * from_teacher, rtol=1e-4)
 
 
 def test_cross_entropy_gradient_is_q_minus_one_hot():
@@ -153,11 +163,12 @@ def test_cross_entropy_gradient_is_q_minus_one_hot():
 
 
 def test_several_teachers_are_the_mixture_of_their_probabilities():
-    other, weights = lazy_logits(4, width=3), [0.25, 0.75]
+    other = lazy_logits(4, width=3)
+    weights = [0.25, 0.75]
     chunks = vocabulary_chunks([STUDENT, TEACHER, other], size=16)
-    found = divergence(STUDENT, [TEACHER, other], chunks, Divergence("reverse"), weights)
+    actual = divergence(STUDENT, [TEACHER, other], chunks, Divergence("reverse"), weights)
     one, two, q = (formulas.softmax(logits(of)) for of in (TEACHER, other, STUDENT))
-    np.testing.assert_allclose(found, formulas.kl(q, 0.25 * one + 0.75 * two), rtol=1e-4)
+    np.testing.assert_allclose(actual, formulas.kl(q, 0.25 * one + 0.75 * two), rtol=1e-4)
 
 
 def test_the_teacher_is_not_dropped():
@@ -185,8 +196,8 @@ def test_positions_are_compared_without_a_shift():
     chunks = vocabulary_chunks([STUDENT], size=16)
     for shift, zero in ((0, True), (1, False), (-1, False)):
         late = LazyLogits(jnp.roll(STUDENT.hidden, shift, axis=0), STUDENT.table)
-        found = divergence(late, [STUDENT], chunks, Divergence())
-        assert bool(jnp.all(found < 1e-4)) == zero
+        actual = divergence(late, [STUDENT], chunks, Divergence())
+        assert bool(jnp.all(actual < 1e-4)) == zero
 
 
 def test_masked_positions_have_neither_value_nor_gradient():
@@ -197,13 +208,13 @@ def test_masked_positions_have_neither_value_nor_gradient():
         values = divergence(student, [TEACHER], chunks, Divergence())
         return losses.total(values, mask, mask.sum())
 
-    found, gradient = jax.value_and_grad(loss)(STUDENT, mask)
-    kept = [
+    actual, gradient = jax.value_and_grad(loss)(STUDENT, mask)
+    unmasked = [
         TEACHER._replace(hidden=TEACHER.hidden[mask]),
         STUDENT._replace(hidden=STUDENT.hidden[mask]),
     ]
-    expected = formulas.kl(*(formulas.softmax(logits(of)) for of in kept)).mean()
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    expected = formulas.kl(*(formulas.softmax(logits(of)) for of in unmasked)).mean()
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
     assert not gradient.hidden[~mask].any()
 
 
@@ -232,7 +243,8 @@ def test_the_loss_does_not_grow_with_the_vocabulary_or_the_batch():
 def renormalised_top_k(student, tokens, log_p):
     """The defect: both distributions normalised over the teacher's K tokens."""
     z = jnp.take_along_axis(student @ jnp.eye(student.shape[-1]), tokens, axis=-1)
-    log_p, log_q = jax.nn.log_softmax(log_p), jax.nn.log_softmax(z)
+    log_p = jax.nn.log_softmax(log_p)
+    log_q = jax.nn.log_softmax(z)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
@@ -240,7 +252,8 @@ def test_top_k_without_the_tail_lets_the_student_waste_its_mass():
     """The student's mass outside the K tokens costs nothing when renormalised; with the tail, it
     costs what it must, and the gradient takes it back."""
     p = jnp.asarray([[0.5, 0.3, 0.1, 0.06, 0.04]])
-    log_p, tokens = jnp.log(p[:, :2]), jnp.asarray([[0, 1]])
+    log_p = jnp.log(p[:, :2])
+    tokens = jnp.asarray([[0, 1]])
     wasteful = jnp.log(jnp.asarray([[0.05, 0.03, 0.9, 0.01, 0.01]]))
     chunks = vocabulary_chunks([from_logits(wasteful)])
 
@@ -271,7 +284,8 @@ def test_top_k_with_tail_is_kl_of_the_merged_distributions():
     np.testing.assert_allclose(loss(STUDENT), formulas.kl(merged(p), merged(q)), rtol=1e-3)
     np.testing.assert_allclose(loss(TEACHER), 0, atol=1e-4)
     # dz = q - p on the K tokens, q · (1 - p_tail / q_tail) on each of the others.
-    mp, mq = merged(p), merged(q)
+    mp = merged(p)
+    mq = merged(q)
     dz = q * (1 - mp[:, -1:] / mq[:, -1:])
     np.put_along_axis(dz, tokens, np.take_along_axis(q - p, tokens, -1), -1)
     gradient = jax.grad(lambda s: loss(s).sum())(STUDENT)
@@ -280,8 +294,10 @@ def test_top_k_with_tail_is_kl_of_the_merged_distributions():
 
 def test_top_k_of_a_student_that_lost_its_tail_still_has_a_gradient():
     """float32 has 1 - sum q_k = 0 here, whose logarithm gives nothing back."""
-    teacher, z = jnp.asarray([[0.4, 0.3, 0.3]]), jnp.asarray([[30.0, 30.0, 0.0]])
-    log_p, tokens = jnp.log(teacher[:, :2]), jnp.asarray([[0, 1]])
+    teacher = jnp.asarray([[0.4, 0.3, 0.3]])
+    z = jnp.asarray([[30.0, 30.0, 0.0]])
+    log_p = jnp.log(teacher[:, :2])
+    tokens = jnp.asarray([[0, 1]])
     chunks = vocabulary_chunks([from_logits(z)])
 
     def loss(z):
@@ -309,7 +325,9 @@ def test_sampled_loss_is_unbiased():
 def test_the_logits_are_never_materialised(part):
     """Neither forward nor backward: the compiled program's temporary memory stays below one
     [N, V] array, of which a plain implementation needs several."""
-    n, width, rows = 2048, 32, 16384
+    n = 2048
+    width = 32
+    rows = 16384
     shape = jax.ShapeDtypeStruct
     student = LazyLogits(shape((n, width), jnp.float32), shape((rows, width), jnp.float32))
     ids = shape((n, 12), jnp.int32)
@@ -341,9 +359,11 @@ def test_padding_rows_of_either_table_do_not_count():
 
 def test_hidden_match():
     rng = np.random.default_rng(5)
-    x, y, w = rng.normal(size=(N, 4)), rng.normal(size=(N, 3)), rng.normal(size=(4, 3))
-    found = losses.hidden_match(jnp.asarray(x), jnp.asarray(y), jnp.asarray(w))
-    np.testing.assert_allclose(found, ((x @ w - y) ** 2).mean(-1), rtol=1e-5)
+    x = rng.normal(size=(N, 4))
+    y = rng.normal(size=(N, 3))
+    w = rng.normal(size=(4, 3))
+    actual = losses.hidden_match(jnp.asarray(x), jnp.asarray(y), jnp.asarray(w))
+    np.testing.assert_allclose(actual, ((x @ w - y) ** 2).mean(-1), rtol=1e-5)
     gradient = jax.grad(lambda x: losses.hidden_match(x, jnp.asarray(y), jnp.asarray(w)).sum())
     np.testing.assert_allclose(
         gradient(jnp.asarray(x)), 2 / 3 * (x @ w - y) @ w.T, rtol=1e-4, atol=1e-5
@@ -352,9 +372,10 @@ def test_hidden_match():
 
 def test_router_match():
     z, t = np.random.default_rng(6).normal(size=(2, N, 8))
-    p, q = formulas.softmax(t), formulas.softmax(z)
-    found = losses.router_match(jnp.asarray(z), jnp.asarray(t))
-    np.testing.assert_allclose(found, formulas.kl(p, q), rtol=1e-5)
+    p = formulas.softmax(t)
+    q = formulas.softmax(z)
+    actual = losses.router_match(jnp.asarray(z), jnp.asarray(t))
+    np.testing.assert_allclose(actual, formulas.kl(p, q), rtol=1e-5)
     gradient = jax.grad(lambda z: losses.router_match(z, jnp.asarray(t)).sum())(jnp.asarray(z))
     np.testing.assert_allclose(gradient, q - p, rtol=1e-4, atol=1e-6)
 

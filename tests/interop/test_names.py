@@ -8,7 +8,7 @@ import pytest
 from moe_jax.base.errors import UserError
 from moe_jax.config import AttentionConfig, MoEConfig
 from moe_jax.interop.assemble import abstract_parameters, arrays_by_name
-from moe_jax.interop.names import STACKS, Place, place_of, places, tensor_names
+from moe_jax.interop.names import STACKS, Place, indices, place_of, tensor_names
 from tests.conftest import MLA, SMALL_MODEL
 
 EXPERTS = MoEConfig(experts=3, experts_per_token=2, expert_hidden=14, shared_experts=0)
@@ -26,7 +26,7 @@ FORMATS = ("gguf", "hugging_face")
 def every_tensor(format, model):
     """(place, name in a file) of all tensors of a model."""
     for parameter, leaf in arrays_by_name(abstract_parameters(model)).items():
-        for index in places(format, parameter, leaf.shape):
+        for index in indices(format, parameter, leaf.shape):
             names = tensor_names(format, parameter, index, model.dense_layers)
             for part, name in enumerate(names):
                 yield Place(parameter, index, part), name
@@ -64,8 +64,8 @@ def test_the_two_columns_are_those_of_the_gguf_library():
         ours = "blk.1." if stack else ""
         for row in rows:
             name = theirs + row.hugging_face.replace(".{expert}", "")
-            found = {table.get_name(name) for table in tables} - {None}
-            assert found == {ours + row.gguf}, row
+            names = {table.get_name(name) for table in tables} - {None}
+            assert names == {ours + row.gguf}, row
 
 
 def test_layers_of_a_file_are_numbered_through_both_stacks():
@@ -90,6 +90,7 @@ def test_layers_of_a_file_are_numbered_through_both_stacks():
         "blk.01.attn_q.weight",
         "blk.1.attn_q.bias",
         "blk.attn_q.weight",
+        "blk.#.attn_q.weight",
         "token_embd",
         "",
     ],

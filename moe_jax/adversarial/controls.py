@@ -9,11 +9,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from moe_jax.distill.chunked import NOTHING, Columns, Readout, fold, log_normaliser
+from moe_jax.distill.chunked import (
+    MASKED_LOGIT,
+    LazyLogits,
+    VocabularyChunks,
+    log_normaliser,
+    scan_chunks,
+)
 from moe_jax.distill.losses import cross_entropy, token_logit
 
 
-def uniform_cross_entropy(student: Readout, columns: Columns) -> Float[Array, "N"]:
+def uniform_cross_entropy(student: LazyLogits, columns: VocabularyChunks) -> Float[Array, "N"]:
     """-1/V sum_v log q_v = log Z - hidden · (mean row of the table): no logits are needed."""
     row = student.table[: columns.vocabulary].astype(jnp.float32).mean(axis=0)
     mean = student.hidden.astype(jnp.float32) @ row / columns.temperature
@@ -21,14 +27,16 @@ def uniform_cross_entropy(student: Readout, columns: Columns) -> Float[Array, "N
 
 
 def label_smoothing(
-    student: Readout, targets: Int[Array, "N"], columns: Columns, epsilon: float
+    student: LazyLogits, targets: Int[Array, "N"], columns: VocabularyChunks, epsilon: float
 ) -> Float[Array, "N"]:
     """(1 - epsilon) · CE + epsilon · uniform cross-entropy (arXiv:1512.00567, §7)."""
     sharp = cross_entropy(student, targets, columns)
     return (1 - epsilon) * sharp + epsilon * uniform_cross_entropy(student, columns)
 
 
-def best_guess(teacher: Readout, columns: Columns) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
+def best_guess(
+    teacher: LazyLogits, columns: VocabularyChunks
+) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
     """The teacher's most likely token and its probability; no gradient."""
 
     def better(found: tuple[Array, Array], index: Array) -> tuple[Array, Array]:
@@ -40,12 +48,14 @@ def best_guess(teacher: Readout, columns: Columns) -> tuple[Int[Array, "N"], Flo
         )
 
     rows = teacher.hidden.shape[0]
-    start = (jnp.zeros(rows, jnp.int32), jnp.full(rows, NOTHING, jnp.float32))
-    token, top = fold(columns, better, start)
+    start = (jnp.zeros(rows, jnp.int32), jnp.full(rows, MASKED_LOGIT, jnp.float32))
+    token, top = scan_chunks(columns, better, start)
     return token, lax.stop_gradient(jnp.exp(top - log_normaliser(teacher, columns)))
 
 
-def guess_and_uniform(student: Readout, teacher: Readout, columns: Columns) -> Float[Array, "N"]:
+def guess_and_uniform(
+    student: LazyLogits, teacher: LazyLogits, columns: VocabularyChunks
+) -> Float[Array, "N"]:
     """Cross-entropy with p' = p_max on the teacher's best token, (1 - p_max)/(V - 1) elsewhere."""
     token, p_max = best_guess(teacher, columns)
     log_q = token_logit(student, token) / columns.temperature - log_normaliser(student, columns)

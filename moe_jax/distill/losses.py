@@ -1,8 +1,8 @@
-"""What a student is trained on: mixtures of a divergence from its teacher and cross-entropy.
+"""Losses of a student: its divergence from the teacher, cross-entropy, and mixtures of both.
 
-Every function gives one value a position, in nats; `total` turns them into a loss. The teacher's
-position t and the student's position t have read the same tokens, so they are compared without a
-shift; only cross-entropy looks at the next token.
+Every function gives one value for each of N positions, in nats. `total` sums them to a loss. At
+position t, teacher and student have read the same tokens, so they are compared without a shift.
+Only cross-entropy looks at the next token.
 """
 
 from collections.abc import Sequence
@@ -13,48 +13,49 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.config import require
-from moe_jax.distill.chunked import Columns, Readout, divergence, log_normaliser
+from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, log_normaliser
 from moe_jax.distill.divergences import Divergence
 
 
 def total(
     values: Float[Array, "N"], mask: Bool[Array, "N"], normaliser: Float[Array, ""] | float
 ) -> Float[Array, ""]:
-    """sum of the values where the mask holds / normaliser.
+    """Sum of the values where the mask is true, divided by the normaliser.
 
     The normaliser counts the valid positions of the *whole* batch, over all micro-batches and
-    devices, so that parts add up; a mean over each part would not.
+    devices. Then the losses of parts add up to the whole loss, and means of parts would not.
     """
     return jnp.sum(jnp.where(mask, values, 0.0)) / normaliser
 
 
-def token_logit(of: Readout, tokens: Int[Array, "N"]) -> Float[Array, "N"]:
-    """One logit a position, without its neighbours."""
+def token_logit(of: LazyLogits, tokens: Int[Array, "N"]) -> Float[Array, "N"]:
+    """The logit of one token at each position, without the others."""
     rows = jnp.take(of.table, tokens, axis=0, mode="clip").astype(of.hidden.dtype)
     return jnp.einsum("nd,nd->n", of.hidden, rows, preferred_element_type=jnp.float32)
 
 
 def cross_entropy(
-    student: Readout,
+    student: LazyLogits,
     targets: Int[Array, "N"],
-    columns: Columns,
+    chunks: VocabularyChunks,
     log_z: Float[Array, "N"] | None = None,
 ) -> Float[Array, "N"]:
-    """-log softmax(student)[target], at temperature 1; `log_z`: its log_normaliser, if it is known.
+    """-log softmax(student)[target], at temperature 1 whatever the chunks' temperature is.
 
-    On text that the teacher wrote, it is sequence-level distillation (arXiv:1606.07947, eq. 6). On
-    the student's own text it would only confirm the student: use a divergence there.
+    `log_z` is the student's log_normaliser at temperature 1; it is computed if absent. On text that
+    the teacher wrote, this is sequence-level distillation (arXiv:1606.07947, eq. 6). On the
+    student's own text it would only confirm the student, so a divergence is used there.
     """
     if log_z is None:
-        log_z = log_normaliser(student, columns._replace(temperature=1.0))
+        log_z = log_normaliser(student, chunks._replace(temperature=1.0))
     return log_z - token_logit(student, targets)
 
 
 def distillation(
-    student: Readout,
-    teachers: Sequence[Readout],
+    student: LazyLogits,
+    teachers: Sequence[LazyLogits],
     targets: Int[Array, "N"],
-    columns: Columns,
+    chunks: VocabularyChunks,
     *,
     kind: Divergence,
     alpha: float,
@@ -67,59 +68,63 @@ def distillation(
     require(0 <= alpha <= 1, f"alpha is {alpha}: it must lie between 0 and 1")
     values = jnp.zeros(student.hidden.shape[0], jnp.float32)
     if alpha < 1:
-        values += (1 - alpha) * cross_entropy(student, targets, columns)
+        values += (1 - alpha) * cross_entropy(student, targets, chunks)
     if alpha > 0:
-        apart = divergence(student, teachers, columns, kind, weights)
-        values += alpha * columns.temperature**2 * apart
+        from_teacher = divergence(student, teachers, chunks, kind, weights)
+        values += alpha * chunks.temperature**2 * from_teacher
     return values
 
 
 def sampled(
-    student: Readout,
+    student: LazyLogits,
     samples: Int[Array, "N K"],
-    columns: Columns,
+    chunks: VocabularyChunks,
     log_z: Float[Array, "N"] | None = None,
 ) -> Float[Array, "N"]:
     """-1/K · sum_k log q(v_k) for v_k drawn from the teacher (arXiv:2503.16870, §4).
 
-    Its expectation is KL(p ‖ q) + H(p), and its gradient's is exactly q - p, whatever K. Samples
-    must have been drawn at the temperature of `columns`. `log_z`: log_normaliser(student, columns),
-    if it is known: it is nearly all of the cost.
+    Its expectation is KL(p ‖ q) + H(p). The expectation of its gradient is exactly q - p for
+    every K. The samples must have been drawn at the temperature of `chunks`. `log_z` is
+    log_normaliser(student, chunks), nearly all of the cost; it is computed if absent.
     """
     if log_z is None:
-        log_z = log_normaliser(student, columns)
-    return jnp.mean(log_z[:, None] - _picked(student, samples, columns), axis=-1)
+        log_z = log_normaliser(student, chunks)
+    return jnp.mean(log_z[:, None] - _picked(student, samples, chunks), axis=-1)
 
 
 def top_k_tail(
-    student: Readout,
+    student: LazyLogits,
     tokens: Int[Array, "N K"],
     log_p: Float[Array, "N K"],
-    columns: Columns,
+    chunks: VocabularyChunks,
 ) -> Float[Array, "N"]:
     """sum_k p_k log(p_k/q_k) + p_tail log(p_tail/q_tail) over the teacher's K best tokens.
 
-    Both are probabilities over the whole vocabulary, and all other tokens are one event. It is
-    KL(p ‖ q) after merging the tail, hence at most KL(p ‖ q) and 0 if p = q. (Renormalised over
-    the K instead, the student may put any mass on the other tokens for free.)
+    p and q are probabilities over the whole vocabulary, and all other tokens are one event, the
+    tail. The sum is KL(p ‖ q) after merging the tail: at most KL(p ‖ q), and 0 if p = q. If both
+    were normalised over the K tokens instead, mass on the others would cost the student nothing.
     """
     log_p = log_p.astype(jnp.float32)
-    picked = _picked(student, tokens, columns)
-    # The tail is summed by itself: as 1 - sum q_k it would vanish in float32, its gradient with it.
-    tail = log_normaliser(student, columns, without=tokens)
+    picked = _picked(student, tokens, chunks)
+    # The tail is a sum of its own. As 1 - sum q_k it would round to 0 in float32 for a confident
+    # student, and its gradient, too.
+    tail = log_normaliser(student, chunks, without=tokens)
     log_z = jnp.logaddexp(jax.nn.logsumexp(picked, axis=-1), tail)
-    inside = jnp.sum(jnp.exp(log_p) * (log_p - picked + log_z[:, None]), axis=-1)
+    best = jnp.sum(jnp.exp(log_p) * (log_p - picked + log_z[:, None]), axis=-1)
     p_tail = jnp.maximum(1 - jnp.exp(log_p).sum(axis=-1), 0.0)
-    return inside + p_tail * (jnp.log(jnp.maximum(p_tail, 1e-9)) - tail + log_z)
+    # The bound keeps 0 · log 0 from being NaN.
+    return best + p_tail * (jnp.log(jnp.maximum(p_tail, 1e-9)) - tail + log_z)
 
 
-def _picked(of: Readout, tokens: Int[Array, "N K"], columns: Columns) -> Float[Array, "N K"]:
-    """logits / temperature of K tokens a position; rows of the table are gathered for one k at a
-    time, because all of them would be [N, K, D]."""
+def _picked(
+    of: LazyLogits, tokens: Int[Array, "N K"], chunks: VocabularyChunks
+) -> Float[Array, "N K"]:
+    """logits / temperature of K tokens at each position."""
 
+    # One k at a time, and again in the backward pass: all gathered rows would be [N, K, D].
     @jax.checkpoint
     def one(tokens: Array) -> Array:
-        return token_logit(of, tokens) / columns.temperature
+        return token_logit(of, tokens) / chunks.temperature
 
     return lax.map(one, tokens.T).T
 
@@ -129,7 +134,7 @@ def hidden_match(
     teacher: Float[Array, "N D2"],
     projection: Float[Array, "D D2"] | None = None,
 ) -> Float[Array, "N"]:
-    """mean over D2 of (student · projection - teacher)² (FitNets, arXiv:1412.6550, eq. 3).
+    """Mean over D2 of (student · projection - teacher)² (FitNets, arXiv:1412.6550, eq. 3).
 
     UserError: the widths differ and no projection is given.
     """
@@ -138,8 +143,8 @@ def hidden_match(
         f"hidden widths {student.shape[-1]} and {teacher.shape[-1]} differ: give a projection",
     )
     mapped = student if projection is None else student @ projection
-    apart = mapped.astype(jnp.float32) - lax.stop_gradient(teacher).astype(jnp.float32)
-    return jnp.mean(apart * apart, axis=-1)
+    error = mapped.astype(jnp.float32) - lax.stop_gradient(teacher).astype(jnp.float32)
+    return jnp.mean(error * error, axis=-1)
 
 
 def router_match(student: Float[Array, "N E"], teacher: Float[Array, "N E"]) -> Float[Array, "N"]:

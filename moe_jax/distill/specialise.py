@@ -1,8 +1,8 @@
-"""What the experts of a mixture have become: who gets which tokens, and how alike they are.
+"""Specialisation of the experts of a mixture: which tokens they get, and how similar they are.
 
-Copies of one feed-forward that train side by side may stay copies. Two questions tell: does the
-router send different text to different experts (mutual information), and do they compute different
-things (cosines)?
+Copies of one feed-forward that train together may stay copies. Mutual information shows whether the
+router sends different text to different experts. Cosines show whether the experts compute different
+functions.
 """
 
 from itertools import combinations
@@ -29,7 +29,7 @@ class Specialisation(NamedTuple):
     class_nats: list[float]
     """mutual_information between a token's experts and the class of its text."""
     token_nats: list[float]
-    """The same with the token itself."""
+    """mutual_information between a token's experts and the token itself."""
     load_entropy: list[float]
     """normalised_entropy of the experts' loads."""
     weight_cosine: list[float]
@@ -41,29 +41,29 @@ class Specialisation(NamedTuple):
 def routing_table(
     experts: Int[np.ndarray, "N K"], classes: Int[np.ndarray, "N"], shape: tuple[int, int]
 ) -> Int[np.ndarray, "E C"]:
-    """How often expert e (of shape[0]) was chosen for a token of class c (of shape[1]). Expert
-    numbers from E on stand for nobody and do not count."""
+    """How often expert e (of shape[0]) was chosen for a token of class c (of shape[1])."""
     table = np.zeros(shape, np.int64)
-    pairs = experts, np.broadcast_to(classes[:, None], experts.shape)
-    chosen = experts < shape[0]
-    np.add.at(table, tuple(part[chosen] for part in pairs), 1)
+    columns = np.broadcast_to(classes[:, None], experts.shape)
+    chosen = experts < shape[0]  # the number E says that a choice went to no expert
+    # Not table[...] += 1, which counts a pair that occurs several times once.
+    np.add.at(table, (experts[chosen], columns[chosen]), 1)
     return table
 
 
 def mutual_information(table: Int[np.ndarray, "E C"]) -> float:
     """I = sum p(e, c) log(p(e, c) / (p(e) p(c))) of a table of counts, in nats.
 
-    0 if experts ignore the class; log C if each of C equally frequent classes has experts of its
-    own. From N independent counts it comes out too large by about (E-1)(C-1)/(2N) (Miller, 1955).
+    It is 0 if experts ignore the class, and log C if each of C equally frequent classes has experts
+    of its own. Estimated from N counts it is about (E-1)(C-1)/(2N) too large (Miller, 1955).
     """
     p = table / max(table.sum(), 1)
     expected = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
-    seen = p > 0
-    return float(np.sum(p[seen] * np.log(p[seen] / expected[seen])))
+    positive = p > 0  # 0 log 0 = 0
+    return float(np.sum(p[positive] * np.log(p[positive] / expected[positive])))
 
 
 def normalised_entropy(counts: Int[np.ndarray, "E"]) -> float:
-    """Entropy of counts / log E: 1 where all are equal, 0 where one has everything."""
+    """Entropy of counts / log E: 1 where all are equal, 0 where one expert has all tokens."""
     p = counts[counts > 0] / counts.sum()
     return float(-np.sum(p * np.log(p)) / np.log(len(counts)))
 
@@ -76,16 +76,19 @@ def mean_cosine(vectors: Float[np.ndarray, "E M"]) -> float:
 
 
 def weight_cosine(gate_up: Float[Array, "E D twoF"], down: Float[Array, "E F D"]) -> float:
-    """mean_cosine of the experts' matrices, the mean of the two. Hidden units have no order: two
-    experts that compute the same in another order look different, unless both began as copies."""
-    parts = [np.asarray(m, np.float64).reshape(len(m), -1) for m in (gate_up, down)]
-    return float(np.mean([mean_cosine(part) for part in parts]))
+    """The mean of both matrices' mean_cosine over the experts.
+
+    Experts with the same hidden units in another order compute the same function and look
+    different here. Only between experts that began as copies is a low cosine a difference.
+    """
+    vectors = [np.asarray(m, np.float64).reshape(len(m), -1) for m in (gate_up, down)]
+    return float(np.mean([mean_cosine(of) for of in vectors]))
 
 
 def output_cosine(
     gate_up: Float[Array, "E D twoF"], down: Float[Array, "E F D"], inputs: Float[Array, "N D"]
 ) -> float:
-    """mean_cosine of what the experts make of the same inputs; the order of hidden units does not
+    """mean_cosine of the experts' outputs for the same inputs. The order of hidden units does not
     matter."""
     hidden = swiglu(jnp.einsum("nd,edf->enf", inputs, gate_up))
     outputs = jnp.einsum("enf,efd->end", hidden, down)
@@ -99,45 +102,42 @@ def specialisation(
     tokens: Int[np.ndarray, "N L"],
     classes: Int[np.ndarray, "N"],
 ) -> Specialisation:
-    """Of a model that reads N texts, each of one class (its domain), in one batch.
+    """Specialisation in a model that reads N texts, each of one class (its domain), in one batch.
 
-    Outputs are compared on random inputs of the size that a block's norm gives them: a unit normal
+    Outputs are compared on random inputs of the size that a block's norm produces: a unit normal
     draw times the norm's scale. UserError: no mixture-of-experts block, or a single expert.
     """
     require(
         model.moe_layers > 0 and model.moe.experts > 1,
         "specialisation needs a model with at least two experts in a block",
     )
-    built = graph_of(model)
-    experts = np.asarray(_routed(parameters, router, jnp.asarray(tokens), graph=built))
+    graph = graph_of(model)
+    experts = np.asarray(_routed(parameters, router, jnp.asarray(tokens), graph=graph))
     blocks = nnx.to_pure_dict(parameters)["sparse"]["blocks"]
     probes = jax.random.normal(jax.random.key(0), (PROBES, model.width))
-    each = [np.repeat(classes, tokens.shape[1]), np.asarray(tokens).reshape(-1)]
-    sizes = [int(part.max()) + 1 for part in each]
-    rows = []
+    of_text = np.repeat(classes, tokens.shape[1])
+    of_token = np.asarray(tokens).reshape(-1)
+    measured = Specialisation([], [], [], [], [])
     for layer, chosen in enumerate(experts):
-        tables = [
-            routing_table(chosen.reshape(-1, chosen.shape[-1]), part, (model.moe.experts, size))
-            for part, size in zip(each, sizes, strict=True)
-        ]
-        gate_up, down = (blocks["moe"][name][layer] for name in ("gate_up", "down"))
+        chosen = chosen.reshape(-1, chosen.shape[-1])
+        by_class = routing_table(chosen, of_text, (model.moe.experts, int(of_text.max()) + 1))
+        by_token = routing_table(chosen, of_token, (model.moe.experts, int(of_token.max()) + 1))
+        gate_up = blocks["moe"]["gate_up"][layer]
+        down = blocks["moe"]["down"][layer]
         inputs = probes * blocks["feed_forward_norm"]["scale"][layer]
-        rows.append(
-            (
-                *(mutual_information(table) for table in tables),
-                normalised_entropy(tables[0].sum(1)),
-                weight_cosine(gate_up, down),
-                output_cosine(gate_up, down, inputs),
-            )
-        )
-    return Specialisation(*(list(column) for column in zip(*rows, strict=True)))
+        measured.class_nats.append(mutual_information(by_class))
+        measured.token_nats.append(mutual_information(by_token))
+        measured.load_entropy.append(normalised_entropy(by_class.sum(1)))
+        measured.weight_cosine.append(weight_cosine(gate_up, down))
+        measured.output_cosine.append(output_cosine(gate_up, down, inputs))
+    return measured
 
 
 @jax.jit(static_argnames="graph")
 def _routed(
     parameters: Any, router: Any, tokens: Int[Array, "N L"], *, graph: nnx.GraphDef
 ) -> Int[Array, "layers N L K"]:
-    built = nnx.merge(graph, parameters, router)
-    _, stats = built.hidden(tokens, jnp.ones_like(tokens))
+    model = nnx.merge(graph, parameters, router)
+    _, stats = model.hidden(tokens, jnp.ones_like(tokens))
     assert stats is not None
     return stats.experts

@@ -1,4 +1,4 @@
-"""A teacher: a frozen model with its tokenizer, read out position by position."""
+"""A teacher: a frozen model with its tokenizer, and the logits of a model at every position."""
 
 import hashlib
 from typing import Any, NamedTuple
@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from moe_jax.base.errors import UserError
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.distill.chunked import Readout
-from moe_jax.interop import gguf, huggingface
+from moe_jax.distill.chunked import LazyLogits
+from moe_jax.interop import gguf, hugging_face
 from moe_jax.model.abstract import abstract_states
 from moe_jax.model.transformer import Transformer
 
 
 class Teacher(NamedTuple):
-    """What distillation needs of a model that was trained before."""
+    """A trained model as distillation uses it."""
 
     model: ModelConfig
     parameters: Any
@@ -29,44 +29,46 @@ class Teacher(NamedTuple):
 
     @staticmethod
     def from_gguf(path: str) -> "Teacher":
-        """interop.gguf.load; errors as there."""
-        return Teacher._untrained_router(*gguf.load(path))
+        """The model in a GGUF file. Errors as interop.gguf.load."""
+        return Teacher._without_bias(*gguf.load(path))
 
     @staticmethod
     def from_folder(path: str) -> "Teacher":
-        """interop.huggingface.load; errors as there."""
-        return Teacher._untrained_router(*huggingface.load(path))
+        """The model in a folder of safetensors. Errors as interop.hugging_face.load."""
+        return Teacher._without_bias(*hugging_face.load(path))
 
     @staticmethod
-    def _untrained_router(config: ModelConfig, parameters: Any, tokenizer: Tokenizer) -> "Teacher":
-        """Models from elsewhere have no selection bias."""
+    def _without_bias(config: ModelConfig, parameters: Any, tokenizer: Tokenizer) -> "Teacher":
+        """Models of the supported formats have no selection bias, so theirs is 0."""
         router = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_states(config)[1])
         return Teacher(config, parameters, router, tokenizer)
 
     def fingerprint(self) -> str:
         """Hash of the architecture, every parameter and the tokenizer."""
-        state = hashlib.blake2b(digest_size=16)
-        state.update(f"{self.model}{self.tokenizer.fingerprint}".encode())
+        content = hashlib.blake2b(digest_size=16)
+        content.update(f"{self.model}{self.tokenizer.fingerprint}".encode())
         for leaf in jax.tree.leaves((self.parameters, self.router)):
-            state.update(np.asarray(leaf).tobytes())
-        return state.hexdigest()
+            content.update(np.asarray(leaf).tobytes())
+        return content.hexdigest()
 
 
-def readout(model: Transformer, hidden: Float[Array, "B L D"]) -> Readout:
-    """The logits of every position, not yet multiplied out; N = B·L."""
-    return Readout(model.norm(hidden).reshape(-1, hidden.shape[-1]), model.output_table())
+def lazy_logits(model: Transformer, hidden: Float[Array, "B L D"]) -> LazyLogits:
+    """As model.logits(hidden), but not multiplied out; N = B·L positions."""
+    return LazyLogits(model.norm(hidden).reshape(-1, hidden.shape[-1]), model.output_table())
 
 
-def read(model: Transformer, tokens: Int[Array, "B L"], segments: Int[Array, "B L"]) -> Readout:
-    """The model's readout of packed documents."""
-    return readout(model, model.hidden(tokens, segments)[0])
+def lazy_forward(
+    model: Transformer, tokens: Int[Array, "B L"], segments: Int[Array, "B L"]
+) -> LazyLogits:
+    """As model(tokens, segments), but the logits are not multiplied out."""
+    return lazy_logits(model, model.hidden(tokens, segments)[0])
 
 
 def require_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
-    """Probabilities can only be compared over the same tokens. UserError: they are not the same.
+    """UserError: the tokenizers differ. Probabilities can only be compared over the same tokens.
 
-    A string has many tokenisations, so that aligning two vocabularies by their longest common
-    tokens compares different events. Text is common ground: let the teacher write or choose it.
+    Aligning two vocabularies by their longest common tokens would compare different events, because
+    a string has many tokenisations. Text is what both share, so the teacher may write or choose it.
     """
     if student.fingerprint != teacher.fingerprint:
         raise UserError(

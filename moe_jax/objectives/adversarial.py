@@ -18,9 +18,9 @@ from moe_jax.adversarial import controls, perturb
 from moe_jax.base.initial import named_key
 from moe_jax.config import ModelConfig, require
 from moe_jax.distill import losses as distill
-from moe_jax.distill.chunked import Columns, Readout, divergence, make_columns
+from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import read, readout
+from moe_jax.distill.teacher import lazy_forward, lazy_logits
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.transformer import Transformer
 from moe_jax.objectives.base import Batch, Loss, Objective, Reading, forward, whole_batch
@@ -68,14 +68,14 @@ class Student:
     """The student's reading of a part, position by position. N = B·L."""
 
     reading: Reading
-    readout: Readout
+    logits: LazyLogits
     targets: Int[Array, "N"]
     valid: Bool[Array, "N"]
-    columns: Columns
+    chunks: VocabularyChunks
 
     def nats(self) -> Float[Array, "N"]:
         """The cross-entropy of each position, at temperature 1."""
-        return distill.cross_entropy(self.readout, self.targets, self.columns)
+        return distill.cross_entropy(self.logits, self.targets, self.chunks)
 
     def total(self, values: Float[Array, "N"]) -> Float[Array, ""]:
         """The sum over valid positions, divided by their number in the whole batch."""
@@ -88,10 +88,10 @@ class Student:
 
 def student_of(reading: Reading, temperature: float = 1.0) -> Student:
     """The reading with its targets and the walk over its vocabulary."""
-    student = reading.readout
+    student = reading.logits
     targets, valid = reading.targets()
-    columns = make_columns([student], temperature=temperature)
-    return Student(reading, student, targets, valid, columns)
+    chunks = vocabulary_chunks([student], temperature=temperature)
+    return Student(reading, student, targets, valid, chunks)
 
 
 def weighted(reading: Reading) -> Loss:
@@ -107,9 +107,7 @@ def smoothed_objective(epsilon: float) -> Objective:
 
     def objective(reading: Reading) -> Loss:
         student = student_of(reading)
-        values = controls.label_smoothing(
-            student.readout, student.targets, student.columns, epsilon
-        )
+        values = controls.label_smoothing(student.logits, student.targets, student.chunks, epsilon)
         return student.loss(student.total(values))
 
     return objective
@@ -122,9 +120,9 @@ def guess_objective(alpha: float, teacher: ModelConfig) -> Objective:
 
     def objective(reading: Reading, states: States) -> Loss:
         student = student_of(reading)
-        outputs = read(nnx.merge(graph, *states), reading.tokens, reading.segments)
+        outputs = lazy_forward(nnx.merge(graph, *states), reading.tokens, reading.segments)
         values = (1 - alpha) * student.nats()
-        values += alpha * controls.guess_and_uniform(student.readout, outputs, student.columns)
+        values += alpha * controls.guess_and_uniform(student.logits, outputs, student.chunks)
         return student.loss(student.total(values))
 
     return objective
@@ -140,11 +138,11 @@ def perturbed_objective(settings: PerturbConfig, teacher: ModelConfig) -> Object
         student = student_of(reading)
         frozen = nnx.merge(graph, *states)
 
-        def from_teacher(readout: Readout, tokens: Array) -> Array:
-            outputs = [read(frozen, tokens, reading.segments)]
-            return student.total(divergence(readout, outputs, student.columns, Divergence()))
+        def from_teacher(logits: LazyLogits, tokens: Array) -> Array:
+            outputs = [lazy_forward(frozen, tokens, reading.segments)]
+            return student.total(divergence(logits, outputs, student.chunks, Divergence()))
 
-        loss = settings.alpha * from_teacher(student.readout, reading.tokens)
+        loss = settings.alpha * from_teacher(student.logits, reading.tokens)
         loss += (1 - settings.alpha) * student.total(student.nats())
         if settings.kind != "none":
             added = _shifted if settings.kind in ("virtual", "random") else _swapped
@@ -162,26 +160,26 @@ def _without_gradient(model: Transformer) -> Transformer:
     return nnx.merge(graph, jax.lax.stop_gradient(state))
 
 
-def _read_shifted(model: Transformer, reading: Reading, shift: Array) -> Readout:
-    return readout(model, model.hidden(reading.tokens, reading.segments, shift=shift)[0])
+def _read_shifted(model: Transformer, reading: Reading, shift: Array) -> LazyLogits:
+    return lazy_logits(model, model.hidden(reading.tokens, reading.segments, shift=shift)[0])
 
 
 def _shifted(
     settings: PerturbConfig,
     student: Student,
     key: Array,
-    from_teacher: Callable[[Readout, Array], Array],
+    from_teacher: Callable[[LazyLogits, Array], Array],
 ) -> Array:
     """KL(q(x) ‖ q(x + shift)), q(x) without dropout and without gradient."""
     reading = student.reading
     fixed = _without_gradient(reading.model)
-    clean = read(fixed, reading.tokens, reading.segments)
+    clean = lazy_forward(fixed, reading.tokens, reading.segments)
     embedded = fixed.embed(reading.tokens)
     count = jnp.maximum(student.valid.sum(), 1)
 
     def distance(model: Transformer, shift: Array) -> Array:
         moved = _read_shifted(model, reading, shift)
-        values = divergence(moved, [clean], student.columns, Divergence())
+        values = divergence(moved, [clean], student.chunks, Divergence())
         return distill.total(values, student.valid, count)
 
     radius = perturb.radius_of(embedded, settings.size)
@@ -196,7 +194,7 @@ def _swapped(
     settings: PerturbConfig,
     student: Student,
     key: Array,
-    from_teacher: Callable[[Readout, Array], Array],
+    from_teacher: Callable[[LazyLogits, Array], Array],
 ) -> Array:
     """The divergence from the teacher where both read the text with some tokens swapped."""
     reading = student.reading
@@ -214,7 +212,7 @@ def _swapped(
         other = perturb.adversarial_swaps(
             gradient, table, tokens, settings.swaps, settings.swap_vocabulary
         )
-    return from_teacher(read(reading.model, other, reading.segments), other)
+    return from_teacher(lazy_forward(reading.model, other, reading.segments), other)
 
 
 def sequence_nats(model: Transformer, batch: Batch, length: int) -> Float[Array, "B"]:

@@ -17,8 +17,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.data.batches import shifted_targets
-from moe_jax.distill.chunked import Readout
-from moe_jax.distill.teacher import readout
+from moe_jax.distill.chunked import LazyLogits
+from moe_jax.distill.teacher import lazy_logits
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.layer import RouterStats
 
@@ -72,9 +72,9 @@ class Reading:
         return self.part.normalisers[0]
 
     @property
-    def readout(self) -> Readout:
+    def logits(self) -> LazyLogits:
         """The logits of every position, not yet multiplied out."""
-        return readout(self.model, self.hidden)
+        return lazy_logits(self.model, self.hidden)
 
     def targets(self) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
         """The next token of every position, and whether it lies in the same document."""

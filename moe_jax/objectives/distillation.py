@@ -14,9 +14,9 @@ from jax import Array
 
 from moe_jax.config import DistillConfig, ModelConfig, require
 from moe_jax.distill import losses as distill
-from moe_jax.distill.chunked import Columns, Readout, divergence, make_columns
+from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import read
+from moe_jax.distill.teacher import lazy_forward
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.objectives.base import OWN, Batch, Loss, Objective, Reading
@@ -39,15 +39,15 @@ def online_objective(
 
     def objective(reading: Reading, states: Sequence[States]) -> Loss:
         outputs = [
-            read(nnx.merge(graph, *state), reading.tokens, reading.segments)
+            lazy_forward(nnx.merge(graph, *state), reading.tokens, reading.segments)
             for graph, state in zip(graphs, states, strict=True)
         ]
 
-        def divergences(student: Readout, log_z: Array) -> Array:
-            columns = make_columns(
+        def divergences(student: LazyLogits, log_z: Array) -> Array:
+            chunks = vocabulary_chunks(
                 [student, *outputs], vocabulary, settings.chunk, settings.temperature
             )
-            return divergence(student, outputs, columns, kind, weights)
+            return divergence(student, outputs, chunks, kind, weights)
 
         return _mixture(reading, settings, divergences)
 
@@ -61,39 +61,39 @@ def cached_objective(settings: DistillConfig) -> Objective:
         batch = reading.batch
         tokens = batch["teacher_tokens"].reshape(-1, batch["teacher_tokens"].shape[-1])
 
-        def divergences(student: Readout, log_z: Array) -> Array:
-            columns = _columns(student, settings)
+        def divergences(student: LazyLogits, log_z: Array) -> Array:
+            chunks = _chunks(student, settings)
             if "teacher_log_p" not in batch:
                 # At temperature 1 the divergence has the cross-entropy's own normaliser.
                 shared = log_z if settings.temperature == 1 else None
-                return distill.sampled(student, tokens, columns, shared)
+                return distill.sampled(student, tokens, chunks, shared)
             log_p = batch["teacher_log_p"].reshape(tokens.shape)
-            return distill.top_k_tail(student, tokens, log_p, columns)
+            return distill.top_k_tail(student, tokens, log_p, chunks)
 
         return _mixture(reading, settings, divergences)
 
     return objective
 
 
-def _columns(student: Readout, settings: DistillConfig) -> Columns:
-    return make_columns([student], None, settings.chunk, settings.temperature)
+def _chunks(student: LazyLogits, settings: DistillConfig) -> VocabularyChunks:
+    return vocabulary_chunks([student], None, settings.chunk, settings.temperature)
 
 
 def _mixture(
-    reading: Reading, settings: DistillConfig, divergences: Callable[[Readout, Array], Array]
+    reading: Reading, settings: DistillConfig, divergences: Callable[[LazyLogits, Array], Array]
 ) -> Loss:
     """(1 - alpha) CE + alpha t² divergence over the valid targets.
 
-    `divergences` takes the student's readout and its log-normaliser at temperature 1, and gives a
+    `divergences` takes the student's logits and its log-normaliser at temperature 1, and gives a
     value a position. The student's own tokens have no cross-entropy: it would only confirm them.
     """
-    student = reading.readout
+    student = reading.logits
     targets, valid = reading.targets()
     own = reading.batch.get(OWN)
     given = valid if own is None else valid & ~own[:, : reading.length].reshape(-1)
-    columns = _columns(student, settings)
-    log_z = distill.log_normaliser(student, columns._replace(temperature=1.0))
-    nats = distill.cross_entropy(student, targets, columns, log_z)
+    chunks = _chunks(student, settings)
+    log_z = distill.log_normaliser(student, chunks._replace(temperature=1.0))
+    nats = distill.cross_entropy(student, targets, chunks, log_z)
     cross_entropy = distill.total(nats, given, reading.normaliser)
     loss = (1 - settings.alpha) * cross_entropy
     if settings.alpha > 0:

@@ -18,7 +18,7 @@ from moe_jax.config import ModelConfig, require
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import divergence
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import read
+from moe_jax.distill.teacher import lazy_forward
 from moe_jax.model.abstract import graph_of
 from moe_jax.objectives.adversarial import student_of
 from moe_jax.objectives.base import OWN, Loss, Objective, Reading
@@ -63,14 +63,14 @@ def policy_objective(settings: GenerativeConfig, start: ModelConfig) -> Objectiv
     def objective(reading: Reading, states: States) -> Loss:
         student = student_of(reading, settings.temperature)
         own = reading.batch[OWN][:, : reading.length]
-        log_q = distill.token_logit(student.readout, student.targets) / settings.temperature
-        log_q -= distill.log_normaliser(student.readout, student.columns)
+        log_q = distill.token_logit(student.logits, student.targets) / settings.temperature
+        log_q -= distill.log_normaliser(student.logits, student.chunks)
         log_q = log_q.reshape(own.shape)
         old = reading.batch.get("old_log_q", jax.lax.stop_gradient(log_q))
         loss = generative.policy_loss(log_q, old, reading.batch[ADVANTAGE], own, settings.clip)
         if settings.anchor:
-            first = read(nnx.merge(graph, *states), reading.tokens, reading.segments)
-            values = divergence(student.readout, [first], student.columns, Divergence("reverse"))
+            first = lazy_forward(nnx.merge(graph, *states), reading.tokens, reading.segments)
+            values = divergence(student.logits, [first], student.chunks, Divergence("reverse"))
             loss += settings.anchor * distill.total(values, own.reshape(-1), own.sum())
         return student.loss(loss)
 

@@ -8,7 +8,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.config import TrainConfig, require
 from moe_jax.distill.teacher import Teacher
 from moe_jax.interop.gguf import GET_SMOLLM2, SMOLLM2
-from moe_jax.interop.huggingface import HUB
+from moe_jax.interop.hugging_face import HUB
 from moe_jax.model.count import count_parameters
 from moe_jax.runs.load import load_run
 from moe_jax.train.task import Task

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from moe_jax.adversarial import controls
-from moe_jax.distill.chunked import Readout, make_columns
+from moe_jax.distill.chunked import LazyLogits, vocabulary_chunks
 from tests.distill.formulas import softmax
 
 N, D, V = 5, 4, 23
 RNG = np.random.default_rng(0)
 STUDENT, TEACHER = (
-    Readout(*(jnp.asarray(RNG.normal(size=(rows, D)), jnp.float32) for rows in (N, V)))
+    LazyLogits(*(jnp.asarray(RNG.normal(size=(rows, D)), jnp.float32) for rows in (N, V)))
     for _ in range(2)
 )
 TARGETS = jnp.asarray(RNG.integers(0, V, N))
@@ -23,7 +23,7 @@ def log_probabilities(of):
 
 @pytest.mark.parametrize("chunk", [7, 4096])
 def test_label_smoothing(chunk):
-    columns = make_columns([STUDENT], chunk=chunk)
+    columns = vocabulary_chunks([STUDENT], size=chunk)
     log_q = log_probabilities(STUDENT)
     target = 0.8 * np.eye(V)[TARGETS] + 0.2 / V
     found = controls.label_smoothing(STUDENT, TARGETS, columns, 0.2)
@@ -32,7 +32,7 @@ def test_label_smoothing(chunk):
 
 @pytest.mark.parametrize("chunk", [7, 4096])
 def test_best_guess_and_uniform(chunk):
-    columns = make_columns([STUDENT, TEACHER], chunk=chunk)
+    columns = vocabulary_chunks([STUDENT, TEACHER], size=chunk)
     p, log_q = np.exp(log_probabilities(TEACHER)), log_probabilities(STUDENT)
     token, p_max = controls.best_guess(TEACHER, columns)
     np.testing.assert_array_equal(token, p.argmax(-1))

@@ -14,7 +14,7 @@ from moe_jax.data.tokenizer import make_tokenizer
 from moe_jax.data.tokens import TokenArray
 from moe_jax.distill import losses
 from moe_jax.distill.cache import CacheConfig, build_cache
-from moe_jax.distill.chunked import Readout, make_columns
+from moe_jax.distill.chunked import LazyLogits, vocabulary_chunks
 from moe_jax.distill.teacher import Teacher
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.transformer import Transformer
@@ -40,7 +40,8 @@ def make_array(count=LENGTH * 21 + 1):
     return TokenArray(tokens, starts, count, TOKENIZER)
 
 
-TEACHER, ARRAY = make_teacher(), make_array()
+TEACHER = make_teacher()
+ARRAY = make_array()
 SAMPLED = CacheConfig(count=12, batch=4, shard=8)
 TOP_K = replace(SAMPLED, kind="top_k", count=5)
 
@@ -61,19 +62,22 @@ def probabilities(index):
 def test_top_k_holds_the_best_tokens_and_their_probabilities(tmp_path, index):
     cache = build(tmp_path, TOP_K)
     assert len(cache) == 21
-    found, p = cache[index], probabilities(index)
-    tokens = found["teacher_tokens"]
+    stored = cache[index]
+    p = probabilities(index)
+    tokens = stored["teacher_tokens"]
     np.testing.assert_array_equal(tokens, np.argsort(-p, axis=-1, kind="stable")[:, :5])
     expected = np.take_along_axis(p, tokens, -1)
     # float16 keeps a logarithm of size 8 to 0.4%.
-    np.testing.assert_allclose(np.exp(found["teacher_log_p"]), expected, rtol=1e-2)
+    np.testing.assert_allclose(np.exp(stored["teacher_log_p"]), expected, rtol=1e-2)
 
 
 def test_samples_follow_the_teacher(tmp_path):
     """Chi-square of 4,000 draws against the teacher's probabilities at one position."""
     cache = build(tmp_path, replace(SAMPLED, count=200, shard=4), array=make_array(5 * LENGTH))
-    p, count = probabilities(0), 200
-    total, freedom = 0.0, 0
+    p = probabilities(0)
+    count = 200
+    total = 0.0
+    freedom = 0
     for position in range(LENGTH):
         likely = p[position] > 0.02
         seen = np.bincount(cache[0]["teacher_tokens"][position], minlength=len(p[0]))
@@ -96,13 +100,14 @@ def test_no_sample_lies_beyond_the_tokenizer_and_draws_differ(tmp_path):
 
 def test_bytes_per_token(tmp_path):
     config = replace(SAMPLED, shard=32)
-    cache, said = build(tmp_path, config), []
+    cache = build(tmp_path, config)
+    lines = []
     size = sum(path.stat().st_size for path in cache.folder.iterdir())
     assert size / (21 * LENGTH) == pytest.approx(cache.bytes_per_token, abs=0.1)
     assert cache.bytes_per_token == pytest.approx(24, abs=0.1)
     assert build(tmp_path, replace(TOP_K, shard=32)).bytes_per_token == pytest.approx(22, abs=0.1)
-    build(tmp_path / "other", config, say=said.append)
-    assert "24.0 bytes each" in said[0]
+    build(tmp_path / "other", config, say=lines.append)
+    assert "24.0 bytes each" in lines[0]
 
 
 def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
@@ -114,9 +119,9 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cut", say=killed)
-    said = []
-    resumed = build(tmp_path / "cut", say=said.append)
-    assert said[-1] == "teacher: 1 of 1 parts"
+    lines = []
+    resumed = build(tmp_path / "cut", say=lines.append)
+    assert lines[-1] == "teacher: 1 of 1 shards"
     for shard in whole.shards():
         assert whole.path(shard).read_bytes() == resumed.path(shard).read_bytes()
     again = []
@@ -187,11 +192,11 @@ def test_what_a_student_learns_from_each_cache():
     p = softmax(2 * rng.normal(size=(1, 40)))
     tokens = jnp.asarray(np.argsort(-p)[:, :4])
     log_p = jnp.asarray(np.log(np.take_along_axis(p, tokens, -1)), jnp.float32)
-    columns = make_columns([Readout(jnp.zeros((1, 40)), jnp.eye(40))])
+    chunks = vocabulary_chunks([LazyLogits(jnp.zeros((1, 40)), jnp.eye(40))])
     begin = jnp.asarray(4 * rng.normal(size=(1, 40)), jnp.float32)
 
     def tail(z):
-        return losses.top_k_tail(Readout(z, jnp.eye(40)), tokens, log_p, columns).sum()
+        return losses.top_k_tail(LazyLogits(z, jnp.eye(40)), tokens, log_p, chunks).sum()
 
     def renormalised(z):
         log_q = jax.nn.log_softmax(jnp.take_along_axis(z, tokens, -1))
@@ -204,9 +209,9 @@ def test_what_a_student_learns_from_each_cache():
             z = step(z)
         return float(kl(p, softmax(z))[0]), float(np.take_along_axis(softmax(z), tokens, -1).sum())
 
-    kept = float(np.take_along_axis(p, tokens, -1).sum())
+    teacher_mass = float(np.take_along_axis(p, tokens, -1).sum())
     tail_kl, tail_mass = learned(tail)
     wrong_kl, wrong_mass = learned(renormalised)
-    assert abs(tail_mass - kept) < 0.01
-    assert abs(wrong_mass - kept) > 0.2
+    assert abs(tail_mass - teacher_mass) < 0.01
+    assert abs(wrong_mass - teacher_mass) > 0.2
     assert tail_kl < 0.6 * wrong_kl

@@ -53,15 +53,15 @@ def test_cosines_of_copies_opposites_and_reordered_units():
     gate_up = jax.random.normal(jax.random.key(0), (3, 4, 12))
     down = jax.random.normal(jax.random.key(1), (3, 6, 4))
     inputs = jax.random.normal(jax.random.key(2), (16, 4))
-    copies = jnp.repeat(gate_up[:1], 2, 0), jnp.repeat(down[:1], 2, 0)
+    copies = [jnp.repeat(gate_up[:1], 2, 0), jnp.repeat(down[:1], 2, 0)]
     assert specialise.weight_cosine(*copies) == pytest.approx(1)
     assert specialise.output_cosine(*copies, inputs) == pytest.approx(1)
-    opposite = copies[0], jnp.stack([down[0], -down[0]])
+    opposite = [copies[0], jnp.stack([down[0], -down[0]])]
     assert specialise.weight_cosine(*opposite) == pytest.approx(0)  # (1 - 1) / 2
     assert specialise.output_cosine(*opposite, inputs) == pytest.approx(-1)
     order = np.array([3, 1, 5, 0, 2, 4])  # the same function with its units in another order
-    moved = gate_up[0][:, np.concatenate([order, 6 + order])], down[0][order]
-    same = jnp.stack([gate_up[0], moved[0]]), jnp.stack([down[0], moved[1]])
+    moved = [gate_up[0][:, np.concatenate([order, 6 + order])], down[0][order]]
+    same = [jnp.stack([gate_up[0], moved[0]]), jnp.stack([down[0], moved[1]])]
     assert specialise.output_cosine(*same, inputs) == pytest.approx(1, abs=1e-6)
     assert specialise.weight_cosine(*same) < 0.9
 
@@ -86,16 +86,17 @@ def test_of_upcycled_models():
     of the same text do not."""
     rng = np.random.default_rng(0)
     text = rng.integers(0, 61, (4, 32))
-    found = measured(UpcycleConfig(experts=4), np.concatenate([text, text]))
-    assert [len(values) for values in found] == [3] * 5
-    np.testing.assert_allclose(found.weight_cosine, 1, atol=1e-6)
-    np.testing.assert_allclose(found.output_cosine, 1, atol=1e-6)
-    np.testing.assert_allclose(found.class_nats, 0, atol=1e-9)
-    assert min(found.token_nats) > 0.1  # the first block's router sees little but the token
-    low, high = rng.integers(0, 5, (4, 32)), rng.integers(30, 35, (4, 32))
-    apart = measured(UpcycleConfig(experts=4, reinitialised=0.5), np.concatenate([low, high]))
-    assert min(apart.class_nats) > 0.01
-    assert max(apart.output_cosine) < 0.95
+    copies = measured(UpcycleConfig(experts=4), np.concatenate([text, text]))
+    assert [len(values) for values in copies] == [3] * 5
+    np.testing.assert_allclose(copies.weight_cosine, 1, atol=1e-6)
+    np.testing.assert_allclose(copies.output_cosine, 1, atol=1e-6)
+    np.testing.assert_allclose(copies.class_nats, 0, atol=1e-9)
+    assert min(copies.token_nats) > 0.1  # the first block's router sees little but the token
+    low = rng.integers(0, 5, (4, 32))
+    high = rng.integers(30, 35, (4, 32))
+    disturbed = measured(UpcycleConfig(experts=4, reinitialised=0.5), np.concatenate([low, high]))
+    assert min(disturbed.class_nats) > 0.01
+    assert max(disturbed.output_cosine) < 0.95
 
 
 def test_a_dense_model_is_refused():

@@ -6,7 +6,11 @@ import gguf
 import numpy as np
 import pytest
 
-WIDTH, HIDDEN, HEADS, KV_HEADS, LAYERS = 32, 64, 4, 2, 2
+WIDTH = 32
+HIDDEN = 64
+HEADS = 4
+KV_HEADS = 2
+LAYERS = 2
 HEAD_DIM = {"llama": 16, "qwen3": 128}
 """transformers takes 128 for every qwen3 file."""
 MERGES = ["Ġ t", "h e", "Ġt he", "i n"]
@@ -25,7 +29,8 @@ def tokens() -> list[str]:
 def tensors(architecture: str, tied: bool) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     head_dim = HEAD_DIM[architecture]
-    queries, keys = HEADS * head_dim, KV_HEADS * head_dim
+    queries = HEADS * head_dim
+    keys = KV_HEADS * head_dim
     shapes = {"token_embd": (len(tokens()), WIDTH), "output_norm": (WIDTH,)}
     if not tied:
         shapes["output"] = (len(tokens()), WIDTH)

@@ -11,7 +11,15 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tests import oracle
 
-WIDTH, HIDDEN, EXPERT, HEADS, KV_HEADS, HEAD_DIM, LAYERS, EXPERTS = 24, 40, 20, 4, 2, 8, 2, 4
+WIDTH = 24
+HIDDEN = 40
+EXPERT = 20
+HEADS = 4
+KV_HEADS = 2
+HEAD_DIM = 8
+LAYERS = 2
+EXPERTS = 4
+KINDS = ("llama", "qwen3", "qwen3_moe")
 MERGES = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n")]
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -19,11 +27,11 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 def write_tokenizer(path: Path) -> int:
     """Bytes, four merges and two special tokens; returns the number of tokens."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in MERGES)]
-    made = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, MERGES))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<|end|>", "<|start|>"])
-    made.save(str(path))
+    tokenizer = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>", "<|start|>"])
+    tokenizer.save(str(path))
     return len(tokens) + 2
 
 
@@ -55,15 +63,15 @@ def config(kind: str, tied: bool, vocabulary: int) -> dict:
 
 
 def shapes(kind: str, tied: bool, rows: int) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {
+    result: dict[str, tuple[int, ...]] = {
         "model.embed_tokens": (rows, WIDTH),
         "model.norm": (WIDTH,),
     }
     if not tied:
-        found["lm_head"] = (rows, WIDTH)
+        result["lm_head"] = (rows, WIDTH)
     for i in range(LAYERS):
         here = f"model.layers.{i}"
-        found |= {
+        result |= {
             f"{here}.input_layernorm": (WIDTH,),
             f"{here}.post_attention_layernorm": (WIDTH,),
             f"{here}.self_attn.q_proj": (HEADS * HEAD_DIM, WIDTH),
@@ -72,15 +80,15 @@ def shapes(kind: str, tied: bool, rows: int) -> dict[str, tuple[int, ...]]:
             f"{here}.self_attn.o_proj": (WIDTH, HEADS * HEAD_DIM),
         }
         if kind != "llama":
-            found |= {f"{here}.self_attn.{n}_norm": (HEAD_DIM,) for n in "qk"}
+            result |= {f"{here}.self_attn.{n}_norm": (HEAD_DIM,) for n in "qk"}
         sparse = kind == "qwen3_moe" and i > 0
         places = [(f"{here}.mlp.experts.{e}", EXPERT) for e in range(EXPERTS)]
         for place, hidden in places if sparse else [(f"{here}.mlp", HIDDEN)]:
-            found |= {f"{place}.{n}_proj": (hidden, WIDTH) for n in ("gate", "up")}
-            found[f"{place}.down_proj"] = (WIDTH, hidden)
+            result |= {f"{place}.{n}_proj": (hidden, WIDTH) for n in ("gate", "up")}
+            result[f"{place}.down_proj"] = (WIDTH, hidden)
         if sparse:
-            found[f"{here}.mlp.gate"] = (EXPERTS, WIDTH)
-    return found
+            result[f"{here}.mlp.gate"] = (EXPERTS, WIDTH)
+    return result
 
 
 def write(
@@ -118,6 +126,11 @@ def write(
     return {name: a.astype(np.float64) for name, a in tensors.items()}
 
 
+def change_json(path: Path, change: dict) -> None:
+    """Replaces fields of a JSON object."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
 def logits(tensors: dict[str, np.ndarray], kind: str, ids: np.ndarray) -> np.ndarray:
     """[L, V] for one document, written from the published description of the models."""
     w = {name.removesuffix(".weight"): a for name, a in tensors.items()}
@@ -131,7 +144,8 @@ def logits(tensors: dict[str, np.ndarray], kind: str, ids: np.ndarray) -> np.nda
         if kind != "llama":
             q = oracle.rms_norm(q, 1e-5) * w[f"{here}.self_attn.q_norm"]
             k = oracle.rms_norm(k, 1e-5) * w[f"{here}.self_attn.k_norm"]
-        q, k = oracle.rotate(q, 5000.0), oracle.rotate(k, 5000.0)
+        q = oracle.rotate(q, 5000.0)
+        k = oracle.rotate(k, 5000.0)
         mixed = oracle.attention(q, k, v, np.zeros(len(ids)))
         x = x + mixed.reshape(len(ids), -1) @ w[f"{here}.self_attn.o_proj"].T
         h = oracle.rms_norm(x, 1e-5) * w[f"{here}.post_attention_layernorm"]

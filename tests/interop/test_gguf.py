@@ -1,4 +1,4 @@
-"""GGUF files: ours against what was written, and files that lie."""
+"""GGUF files: what was written is read, and malicious files are refused."""
 
 import importlib.util
 import struct
@@ -225,7 +225,8 @@ def test_hostile_headers_are_refused_without_memory(tmp_path, name):
 
 
 def test_tensors_that_share_their_bytes_cannot_multiply_the_memory(tmp_path):
-    count, length = 1000, 4096
+    count = 1000
+    length = 4096
     infos = b"".join(
         struct.pack("<Q", 4) + b"%04d" % i + struct.pack("<IQIQ", 1, length, 0, 0)
         for i in range(count)

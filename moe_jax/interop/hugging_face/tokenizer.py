@@ -9,39 +9,41 @@ from tokenizers import pre_tokenizers
 from moe_jax.base.errors import UserError
 from moe_jax.data.tokenizer import Tokenizer
 
-CUTTERS = ("Sequence", "Split", "Digits", "ByteLevel")
-"""Kinds of pre-tokenizer that leave every byte in its place."""
+LOSSLESS_STEPS = ("Sequence", "Split", "Digits", "ByteLevel")
+"""Kinds of pre-tokenizer that drop no byte and add none."""
 PROBE = "  Näïve\tcafé — 日本語 🙂\r\n\n\tdef f(x): return x + 1234567  # 'tis\u00a0x "
-"""Text that a tokenizer which loses anything usually loses something of."""
+"""A tokenizer that loses any text usually loses a part of this one."""
+MOST_IDS = 1 << 31
 
 
 def read_tokenizer(fields: dict[str, Any], rows: int, bos: Any, eos: Any) -> Tokenizer:
-    """Our Tokenizer with the file's tokens, merges and cuts; `rows` of the embedding, which may be
-    more than there are tokens. Without a bos, eos opens documents too.
+    """Our Tokenizer with the file's tokens, merges and pre-tokenizer.
 
-    Ours lose nothing (but for bytes that a vocabulary lacks, such as SmolLM2's for some control
-    characters) and never write a special token for a text: the file's normaliser (Unicode
-    NFC), special tokens and template are left out. UserError: another kind of tokenizer, or parts
-    that do not fit each other or the embedding.
+    `rows` of the embedding may be more than there are tokens. Without a bos, eos opens documents,
+    too. Our tokenizers lose nothing and never write a special token for a text. So the file's
+    normaliser (Unicode NFC), its special tokens and its template are left out. (Bytes that a
+    vocabulary lacks are lost all the same, such as SmolLM2's for some control characters.)
+
+    UserError: another kind of tokenizer, or parts that do not fit each other or the embedding.
     """
     model = fields.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or not _byte_level(fields):
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not _is_byte_level(fields):
         raise UserError("tokenizer.json is no byte-level BPE: use a model that has one")
     normaliser = fields.get("normalizer")
     if normaliser is not None and normaliser != {"type": "NFC"}:
         raise UserError("tokenizer.json changes the text (its normalizer): only NFC is supported")
-    added = _added(fields)
-    vocabulary = _vocabulary(model, added, rows)
-    for name, end in (("bos", bos), ("eos", eos)):
-        if (name == "eos" or end is not None) and not _is_id(end, vocabulary):
-            raise UserError(f"{name}_token_id is {end!r}: it must be one of {vocabulary} tokens")
-    kept = {token: i for token, i in model["vocab"].items() if i not in added}
+    special = _special_ids(fields)
+    vocabulary = _vocabulary(model, special, rows)
+    if bos is not None:
+        _require_token("bos", bos, vocabulary)
+    _require_token("eos", eos, vocabulary)
+    tokens = {token: i for token, i in model["vocab"].items() if i not in special}
     try:
-        found = tokenizers.Tokenizer.from_str(json.dumps(_plain(fields, model, kept)))
-        ends = eos if bos is None else bos, eos
-        tokenizer = Tokenizer(f"bpe:{vocabulary}", vocabulary, found, *ends)
+        inner = tokenizers.Tokenizer.from_str(json.dumps(_plain(fields, model, tokens)))
+        opening = eos if bos is None else bos
+        tokenizer = Tokenizer(f"bpe:{vocabulary}", vocabulary, inner, opening, eos)
         same = tokenizer.decode(tokenizer.encode(PROBE)) == PROBE
-    except Exception as error:  # what the library raises has no type of its own
+    except Exception as error:  # the library's own errors have no narrower type
         reason = " ".join(str(error).split())
         raise UserError(f"tokenizer.json cannot be used: {reason}") from error
     if not same:
@@ -50,7 +52,7 @@ def read_tokenizer(fields: dict[str, Any], rows: int, bos: Any, eos: Any) -> Tok
 
 
 def _plain(fields: dict[str, Any], model: dict[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
-    """tokenizer.json with nothing but the model and the cuts before it."""
+    """tokenizer.json with only the model and its pre-tokenizer."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -62,49 +64,56 @@ def _plain(fields: dict[str, Any], model: dict[str, Any], vocab: dict[str, int])
         "decoder": {
             "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True
         },
+        # Dropout, a training-time option, would make encoding random.
         "model": {**model, "vocab": vocab, "dropout": None, "unk_token": None},
     }  # fmt: skip
 
 
-def _byte_level(fields: dict[str, Any]) -> bool:
-    """Whether the text is cut into pieces and these are written as bytes, with nothing added."""
+def _is_byte_level(fields: dict[str, Any]) -> bool:
+    """Whether the text is split into pieces and these are written as bytes, with nothing added."""
     first: Any = fields.get("pre_tokenizer")
     steps: Any = first.get("pretokenizers", [first]) if isinstance(first, dict) else None
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         return False
     kinds = [step.get("type") for step in steps]
-    whole = not any(s.get("behavior") == "Removed" or s.get("add_prefix_space") for s in steps)
-    return whole and "ByteLevel" in kinds and all(kind in CUTTERS for kind in kinds)
+    lossy = any(s.get("behavior") == "Removed" or s.get("add_prefix_space") for s in steps)
+    return not lossy and "ByteLevel" in kinds and all(kind in LOSSLESS_STEPS for kind in kinds)
 
 
-def _added(fields: dict[str, Any]) -> set[int]:
+def _special_ids(fields: dict[str, Any]) -> set[int]:
     """Ids of special tokens, which stand for no text."""
     entries = fields.get("added_tokens") or []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError("tokenizer.json: added_tokens is no list of objects")
     ids = [entry.get("id") for entry in entries]
-    if not all(_is_id(i, 1 << 31) for i in ids):
+    if not all(_is_id(i, MOST_IDS) for i in ids):
         raise UserError("tokenizer.json: an added token has no id")
     return set(ids)
 
 
-def _vocabulary(model: dict[str, Any], added: set[int], rows: int) -> int:
+def _vocabulary(model: dict[str, Any], special: set[int], rows: int) -> int:
     """Number of ids. UserError: they exceed the embedding's rows, or the model's tokens are not
     different strings of bytes."""
     vocab = model.get("vocab")
-    if not isinstance(vocab, dict) or not all(_is_id(i, 1 << 31) for i in vocab.values()):
+    if not isinstance(vocab, dict) or not all(_is_id(i, MOST_IDS) for i in vocab.values()):
         raise UserError("tokenizer.json: the model's vocab does not map tokens to ids")
-    count = max({*vocab.values(), *added}, default=-1) + 1
+    count = max({*vocab.values(), *special}, default=-1) + 1
     if count > rows or len(set(vocab.values())) != len(vocab):
         raise UserError(
             f"tokenizer.json has {len(vocab)} tokens with ids up to {count - 1} for {rows} rows of "
             "the embedding"
         )
-    texts = {token for token, i in vocab.items() if i not in added}
+    # A byte-level vocabulary writes each byte as one of 256 printable characters.
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    texts = {token for token, i in vocab.items() if i not in special}
     if not all(alphabet.issuperset(text) for text in texts):
         raise UserError("tokenizer.json is no byte-level BPE: use a model that has one")
     return count
+
+
+def _require_token(name: str, value: Any, vocabulary: int) -> None:
+    if not _is_id(value, vocabulary):
+        raise UserError(f"{name}_token_id is {value!r}: it must be one of {vocabulary} tokens")
 
 
 def _is_id(value: Any, below: int) -> bool:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_kernels.experts import api, mixture
+from moe_kernels.experts import grouped, launches, mixture
 from moe_kernels.experts.reference import mixture as reference
 from moe_kernels.experts.shapes import tiles, using
 
@@ -118,14 +118,14 @@ def test_one_grouped_product(gathered):
     real = np.asarray(plan.assignment) < experts.size
     token = np.where(real, np.asarray(plan.assignment) // 2, 0)
     rows = x if gathered else jnp.asarray(np.asarray(x)[token])
-    found = np.asarray(api.grouped(rows, gate_up, plan, gathered))[real]
+    found = np.asarray(grouped(rows, gate_up, plan, gathered))[real]
     owner = np.repeat(np.asarray(plan.block_expert), plan.block_rows)
     expected = np.einsum("rd,rdf->rf", np.asarray(x)[token], np.asarray(gate_up)[owner])[real]
     assert_close("rows", found, expected, jnp.float32)
 
 
 def test_persistent_programs_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(api, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(launches, "multiprocessors", lambda: 3)
     experts = jnp.asarray(some_experts(40, 2, 3))
     inputs, d_out = make_inputs((40, 34, 20, 3), experts, jnp.float32)
     plan = make_plan(experts, 3)

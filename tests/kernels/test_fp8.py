@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moe_kernels.experts import reference as exact
-from moe_kernels.experts_fp8 import api, mixture, reference
+from moe_kernels.experts_fp8 import launches, mixture, reference
 from moe_kernels.launch import UnavailableError, fp8_support, lowering_for
 from moe_kernels.quantise import quantise_matrices, quantise_rows
 from moe_kernels.quantise.reference import calc_diff
@@ -146,11 +146,17 @@ def products(x, gate_up, down):
 
     @jax.jit
     def run(x, gate_up, down):
-        quantised = quantise_rows(x), quantise_matrices(gate_up, 2)
-        _, z = api._up(*quantised, plan, jnp.float32, power_of_two=False, save=True)
+        _, z = launches.up_projection(
+            quantise_rows(x),
+            quantise_matrices(gate_up, 2),
+            plan,
+            jnp.float32,
+            power_of_two=False,
+            save=True,
+        )
         rows = jnp.take(x, plan.assignment, axis=0, mode="fill", fill_value=0)
         rows = quantise_rows(rows[:, : down.shape[1]])
-        y = api._rows(rows, quantise_matrices(down), plan, jnp.float32)
+        y = launches.grouped_product(rows, quantise_matrices(down), plan, jnp.float32)
         return z[plan.row[:, 0]], y[plan.row[:, 0]]
 
     z, y = run(*inputs)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from moe_kernels.gate import Choice, gate, reference
+from moe_kernels.gate import GateConfig, gate, reference
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe.route import KERNEL_RULES, route
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 specified = jax.jit(reference.gate, static_argnums=2)
 selected = jax.jit(reference.select, static_argnums=1)
-SOFTMAX = Choice(3, "softmax")
-SIGMOID = Choice(3, "sigmoid", scale=2.5)
+SOFTMAX = GateConfig(3, "softmax")
+SIGMOID = GateConfig(3, "sigmoid", scale=2.5)
 # The logistic function and its exponential, in NumPy and in XLA: a few units in the last place.
 CLOSE = {"rtol": 2e-6, "atol": 1e-7}
 
@@ -82,24 +82,24 @@ def gradient(function, logits, bias, choice):
     return jax.jit(jax.grad(objective))(logits)
 
 
-DEEPSEEK = Choice(8, "sigmoid", True, 2.5, groups=8, groups_per_token=4, representatives=2)
+DEEPSEEK = GateConfig(8, "sigmoid", True, 2.5, groups=8, groups_per_token=4, representatives=2)
 CASES = {
     "softmax": (37, 8, SOFTMAX),
     "softmax, not normalised": (37, 8, SOFTMAX._replace(normalise=False)),
     "sigmoid": (37, 8, SIGMOID),
     "DeepSeek-V3": (9, 256, DEEPSEEK),
-    "Qwen3": (17, 128, Choice(8, "softmax")),
-    "OLMoE": (33, 64, Choice(8, "softmax", normalise=False)),
-    "60 experts": (19, 60, Choice(4, "softmax")),
-    "60 experts in groups of 15": (19, 60, Choice(4, "sigmoid", True, 1.0, 4, 2, 2)),
-    "6 groups of 10, the best score each": (19, 60, Choice(4, "softmax", True, 1.0, 6, 3)),
-    "5 groups, 3 representatives": (11, 20, Choice(3, "sigmoid", True, 1.0, 5, 1, 3)),
-    "more representatives than a group has": (11, 6, Choice(2, "sigmoid", True, 1.0, 3, 1, 5)),
-    "all groups allowed": (11, 8, Choice(2, "sigmoid", True, 1.0, 4, 4, 2)),
-    "512 experts, K = 16": (3, 512, Choice(16, "softmax")),
-    "1100 experts": (2, 1100, Choice(2, "softmax")),
-    "K = E": (9, 5, Choice(5)),
-    "E = 1": (9, 1, Choice(1)),
+    "Qwen3": (17, 128, GateConfig(8, "softmax")),
+    "OLMoE": (33, 64, GateConfig(8, "softmax", normalise=False)),
+    "60 experts": (19, 60, GateConfig(4, "softmax")),
+    "60 experts in groups of 15": (19, 60, GateConfig(4, "sigmoid", True, 1.0, 4, 2, 2)),
+    "6 groups of 10, the best score each": (19, 60, GateConfig(4, "softmax", True, 1.0, 6, 3)),
+    "5 groups, 3 representatives": (11, 20, GateConfig(3, "sigmoid", True, 1.0, 5, 1, 3)),
+    "more representatives than a group has": (11, 6, GateConfig(2, "sigmoid", True, 1.0, 3, 1, 5)),
+    "all groups allowed": (11, 8, GateConfig(2, "sigmoid", True, 1.0, 4, 4, 2)),
+    "512 experts, K = 16": (3, 512, GateConfig(16, "softmax")),
+    "1100 experts": (2, 1100, GateConfig(2, "softmax")),
+    "K = E": (9, 5, GateConfig(5)),
+    "E = 1": (9, 1, GateConfig(1)),
     "T = 1": (1, 7, SIGMOID),
 }
 
@@ -133,7 +133,7 @@ def test_the_choice_is_exactly_top_k_of_the_returned_scores(data):
     per_token = data.draw(st.integers(1, kept * size))
     function = data.draw(st.sampled_from(["softmax", "sigmoid"]))
     best = data.draw(st.integers(1, 3))
-    choice = Choice(per_token, function, data.draw(st.booleans()), 1.5, groups, kept, best)
+    choice = GateConfig(per_token, function, data.draw(st.booleans()), 1.5, groups, kept, best)
     tokens = data.draw(st.integers(1, 40))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     logits = random.normal(size=(tokens, groups * size)) * data.draw(st.sampled_from([1e-7, 1, 30]))
@@ -155,18 +155,18 @@ def test_ties_go_to_the_lower_index(choice):
 
 def test_saturated_scores_tie_although_their_logits_differ():
     logits = jnp.array([[30.0, 40.0, 35.0, 31.0], [-200.0, -300.0, -250.0, -200.0]])
-    found = gate(logits, None, Choice(2))
+    found = gate(logits, None, GateConfig(2))
     assert found.experts.tolist() == [[0, 1], [0, 1]]
 
 
 def test_zeros_of_both_signs_keep_the_order_of_top_k():
     logits, bias = jnp.full((1, 4), -200.0), jnp.array([-0.0, 0.0, -1.0, 0.0])
-    found = gate(logits, bias, Choice(3, normalise=False))
+    found = gate(logits, bias, GateConfig(3, normalise=False))
     np.testing.assert_array_equal(found.experts, jax.lax.top_k(found.scores + bias, 3)[1])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("choice", [SOFTMAX, SIGMOID, Choice(3, "sigmoid", True, 1.0, 4, 2, 2)])
+@pytest.mark.parametrize("choice", [SOFTMAX, SIGMOID, GateConfig(3, "sigmoid", True, 1.0, 4, 2, 2)])
 def test_nan_logits_make_the_weights_nan_and_no_other_token_s(choice, sign):
     logits, _ = draw(6, 8)
     nan = np.copysign(np.float32(np.nan), sign)
@@ -298,11 +298,11 @@ def test_each_device_routes_its_own_tokens():
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        (Choice(9), "9 experts a token, of 8"),
-        (Choice(3, groups=3), "1 of 3 groups do not fit 8 experts"),
-        (Choice(3, groups=4, groups_per_token=1), "3 experts a token, of 2"),
-        (Choice(3, "tanh"), "function 'tanh': the gate has softmax and sigmoid"),
-        (Choice(3, representatives=0), "by 0 representatives"),
+        (GateConfig(9), "9 experts a token, of 8"),
+        (GateConfig(3, groups=3), "1 of 3 groups do not fit 8 experts"),
+        (GateConfig(3, groups=4, groups_per_token=1), "3 experts a token, of 2"),
+        (GateConfig(3, "tanh"), "function 'tanh': the gate has softmax and sigmoid"),
+        (GateConfig(3, representatives=0), "by 0 representatives"),
     ],
 )
 def test_what_does_not_fit_is_refused(choice, message):

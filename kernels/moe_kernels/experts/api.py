@@ -99,8 +99,8 @@ def backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, Array, No
     d_down = matrix_gradient(weighted, d_out, plan, gathered="right")
     d_gate_up = matrix_gradient(x, dz, plan, gathered="left")
     dx = combine(grouped_product(dz, gate_up, plan, transposed=True), plan.row)
-    # Rows of unused blocks hold whatever memory held. `where` keeps them out; a product with zero
-    # would not, if they are NaN.
+    # Rows of unused blocks were never written and may be NaN. `where` keeps them out; a product
+    # with zero would not.
     has_row = plan.row < plan.assignment.size
     d_weights = jnp.where(has_row, jnp.take(d_row, plan.row, mode="clip"), 0.0)
     return dx, d_weights.astype(weights.dtype), d_gate_up, d_down, None

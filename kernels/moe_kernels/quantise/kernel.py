@@ -30,7 +30,7 @@ def round_to_e4m3(value, UPCAST: tl.constexpr):
     """float32 to E4M3, ties to even. Beyond 448 becomes 448, and NaN stays NaN.
 
     UPCAST: in the interpreter, whose conversion rounds ties away, loses carries and has no NaN.
-    There the bits are made here.
+    There the bits are computed here.
     """
     if UPCAST:
         bits = value.to(tl.int32, bitcast=True)

@@ -23,7 +23,7 @@ def histogram_kernel(experts, histogram,
     chunk = tl.program_id(0)
     expert = tl.arange(0, BE)
     count = tl.zeros((BE,), tl.int32)
-    # STEP x BE comparisons at a time instead of C x BE: they are held in registers.
+    # STEP x BE comparisons at a time and not C x BE, which would not fit into registers.
     for step in range(0, C // STEP):
         index = chunk * C + step * STEP + tl.arange(0, STEP)
         # Beyond the end an assignment is to E, as one without an expert: masked at the store.
@@ -110,8 +110,8 @@ def place_kernel(experts, before, counts, starts, assignment, row, block_expert,
     """
     program = tl.program_id(0)
     if program < CHUNKS:
-        place_chunk(program, experts, before, counts, starts, assignment, row,
-                    S=S, E=E, R=R, C=C)  # fmt: skip
+        place_chunk(program, experts, before, counts, starts,
+                    assignment=assignment, row=row, S=S, E=E, R=R, C=C)  # fmt: skip
     else:
         fill_block(program - CHUNKS, counts, starts, assignment, block_expert,
                    S=S, E=E, BM=BM, BE=BE)  # fmt: skip

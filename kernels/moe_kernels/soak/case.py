@@ -88,7 +88,7 @@ def draw_case(random: np.random.Generator, largest: int) -> Case:
 def make_inputs(case: Case) -> Inputs:
     """Numbers near one. A token's experts differ from each other."""
     random = np.random.default_rng(case.seed)
-    t, d, f, e = case.tokens, case.width, case.hidden, case.experts
+    t, d, f, e = dataclasses.astuple(case)[:4]
 
     def normal(*shape: int, divisor: float = 1.0) -> Any:
         return jnp.asarray(random.standard_normal(shape) / divisor, case.dtype)

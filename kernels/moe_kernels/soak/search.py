@@ -1,4 +1,4 @@
-"""Random cases until the time is up, and failures made small."""
+"""Random cases until the time is up, and the reduction of those that fail."""
 
 import dataclasses
 import time

@@ -94,27 +94,27 @@ CASES = {
     "60 experts in groups of 15": (
         19,
         60,
-        GateConfig(4, "sigmoid", True, 1.0, groups=4, groups_per_token=2, representatives=2),
+        GateConfig(4, "sigmoid", groups=4, groups_per_token=2, representatives=2),
     ),
     "6 groups of 10, the best score each": (
         19,
         60,
-        GateConfig(4, "softmax", True, 1.0, groups=6, groups_per_token=3),
+        GateConfig(4, "softmax", groups=6, groups_per_token=3),
     ),
     "5 groups, 3 representatives": (
         11,
         20,
-        GateConfig(3, "sigmoid", True, 1.0, groups=5, groups_per_token=1, representatives=3),
+        GateConfig(3, "sigmoid", groups=5, groups_per_token=1, representatives=3),
     ),
     "more representatives than a group has": (
         11,
         6,
-        GateConfig(2, "sigmoid", True, 1.0, groups=3, groups_per_token=1, representatives=5),
+        GateConfig(2, "sigmoid", groups=3, groups_per_token=1, representatives=5),
     ),
     "all groups allowed": (
         11,
         8,
-        GateConfig(2, "sigmoid", True, 1.0, groups=4, groups_per_token=4, representatives=2),
+        GateConfig(2, "sigmoid", groups=4, groups_per_token=4, representatives=2),
     ),
     "512 experts, K = 16": (3, 512, GateConfig(16, "softmax")),
     "1100 experts": (2, 1100, GateConfig(2, "softmax")),
@@ -200,7 +200,7 @@ def test_zeros_of_both_signs_keep_the_order_of_top_k():
     [
         SOFTMAX,
         SIGMOID,
-        GateConfig(3, "sigmoid", True, 1.0, groups=4, groups_per_token=2, representatives=2),
+        GateConfig(3, "sigmoid", groups=4, groups_per_token=2, representatives=2),
     ],
 )
 def test_nan_logits_make_the_weights_nan_and_no_other_token_s(config, sign):

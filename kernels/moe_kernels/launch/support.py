@@ -37,13 +37,13 @@ class UnavailableError(RuntimeError):
 
 
 @contextmanager
-def lowering_for(capability: int) -> Iterator[None]:
-    """Compiles kernels traced inside for this compute capability (80, 90, 100), GPU or not.
+def lowering_for(target: int) -> Iterator[None]:
+    """Compiles kernels traced inside for the compute capability `target` (80, 90, 100).
 
     The program can be lowered, as by `jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))`.
-    It cannot be run.
+    It cannot be run. The GPU need not be there.
     """
-    token = _target.set(capability)
+    token = _target.set(target)
     try:
         yield
     finally:
@@ -73,12 +73,10 @@ def triton_support() -> Support:
     if jax.default_backend() != "gpu":
         return Support("none", f"the devices are {jax.default_backend()}, not NVIDIA GPUs")
     device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability is None or float(capability) * 10 < MINIMUM_CAPABILITY:
-        return Support(
-            "none", f"{device.device_kind} has compute capability {capability}, below 8.0"
-        )
-    return Support("gpu", f"{device.device_kind}, compute capability {capability}")
+    version = getattr(device, "compute_capability", None)
+    if version is None or float(version) * 10 < MINIMUM_CAPABILITY:
+        return Support("none", f"{device.device_kind} has compute capability {version}, below 8.0")
+    return Support("gpu", f"{device.device_kind}, compute capability {version}")
 
 
 def fp8_support() -> Support:

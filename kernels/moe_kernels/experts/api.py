@@ -120,13 +120,14 @@ def _decode(x: Array, weights: Array, gate_up: Array, down: Array, experts: Arra
 
 
 def grouped(
-    rows: Float[Array, "N KD"],
-    matrix: Float[Array, "E KD N"],
+    rows: Float[Array, "rows D"],
+    matrix: Float[Array, "E D N"],
     plan: Plan,
     gathered: bool = False,
 ) -> Float[Array, "R N"]:
-    """out[r] = rows[r] matrix[e], e the expert of row r, or rows[token of r] if `gathered`.
+    """out[r] = rows[r] matrix[e], e the expert of row r. If `gathered`, rows[token of r] matrix[e].
 
+    `rows` are R, or T if gathered. D is the depth of the contraction, whatever it is in a layer.
     Rows of unused blocks are not written. It has no gradients: `mixture` has.
     """
     require_triton()

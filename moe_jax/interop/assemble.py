@@ -91,9 +91,10 @@ def _pieces(
         transposed = axes > 0 and len(own) >= 2
         for index in indices(format, parameter, shape):
             names = tensor_names(format, parameter, index, dense_layers)
-            wanted: tuple[int, ...] = own
+            wanted = own
             if transposed:
-                wanted = (*own[:-2], own[-1] // len(names), own[-2])
+                *leading, rows, columns = own
+                wanted = (*leading, columns // len(names), rows)
             yield Piece(parameter, index, names, wanted, transposed)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
-from moe_kernels.gate import Choice, gate
+from moe_kernels.gate import GateConfig, gate
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe.rules import NO_CONTEXT, RULES, RoutingContext, representatives
@@ -63,9 +63,9 @@ def route(
     return Routing(experts, weights, scores, logits)
 
 
-def kernel_choice(config: MoEConfig) -> Choice:
+def kernel_choice(config: MoEConfig) -> GateConfig:
     """The configured gate in the kernel's words."""
-    return Choice(
+    return GateConfig(
         config.experts_per_token,
         config.gate,
         config.normalise,

@@ -7,8 +7,9 @@ import pytest
 
 from moe_jax.base.errors import UserError
 from moe_jax.config import AttentionConfig, MoEConfig
-from moe_jax.interop.assemble import abstract_parameters, arrays_by_name
+from moe_jax.interop.assemble import arrays_by_name
 from moe_jax.interop.names import STACKS, Place, indices, place_of, tensor_names
+from moe_jax.model.abstract import abstract_states
 from tests.conftest import MLA, SMALL_MODEL
 
 EXPERTS = MoEConfig(experts=3, experts_per_token=2, expert_hidden=14, shared_experts=0)
@@ -25,7 +26,7 @@ FORMATS = ("gguf", "hugging_face")
 
 def every_tensor(format, model):
     """(place, name in a file) of all tensors of a model."""
-    for parameter, leaf in arrays_by_name(abstract_parameters(model)).items():
+    for parameter, leaf in arrays_by_name(abstract_states(model)[0]).items():
         for index in indices(format, parameter, leaf.shape):
             names = tensor_names(format, parameter, index, model.dense_layers)
             for part, name in enumerate(names):
@@ -41,7 +42,7 @@ def test_every_parameter_goes_there_and_back_and_no_name_is_used_twice(format, m
     names = [name for _, name in tensors]
     assert len(set(names)) == len(names)
     parameters = {place.parameter for place, _ in tensors}
-    assert parameters == set(arrays_by_name(abstract_parameters(model)))
+    assert parameters == set(arrays_by_name(abstract_states(model)[0]))
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_kernels.experts import api, mixture
+from moe_kernels.experts import grouped, launches, mixture
 from moe_kernels.experts.reference import mixture as reference
 from moe_kernels.experts.shapes import tiles, using
 
@@ -25,15 +25,18 @@ def make_inputs(sizes, experts, dtype, seed=0):
     t, d, f, e = sizes
     random = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
-    x, d_out = draw(t, d).astype(dtype), draw(t, d).astype(dtype)
-    gate_up, down = draw(e, d, 2 * f) / d**0.5, draw(e, f, d) / f**0.5
+    x = draw(t, d).astype(dtype)
+    d_out = draw(t, d).astype(dtype)
+    gate_up = draw(e, d, 2 * f) / d**0.5
+    down = draw(e, f, d) / f**0.5
     weights = jnp.asarray(random.random(experts.shape), jnp.float32)
     return (x, weights, gate_up.astype(dtype), down.astype(dtype)), d_out
 
 
-def assert_close(name, found, expected, dtype):
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    error = np.abs(found - expected) / np.maximum(np.sqrt((expected**2).mean()), np.abs(expected))
+def assert_close(name, actual, expected, dtype):
+    actual = np.asarray(actual, np.float64)
+    expected = np.asarray(expected, np.float64)
+    error = np.abs(actual - expected) / np.maximum(np.sqrt((expected**2).mean()), np.abs(expected))
     most, rms = TOLERANCE[dtype]
     assert error.max() <= most, name  # NaN, the poison of outputs, fails as well
     assert np.sqrt((error**2).mean()) <= rms, name
@@ -50,16 +53,16 @@ def check(sizes, experts, dtype=jnp.float32, capacity=None):
     expected, pull = jax.vjp(lambda *a: reference(*a, kept), *wide)
     gradients = run(*inputs, d_out)
     assert_close("out", mixture(*inputs, plan), expected, dtype)
-    for name, found, right in zip(
+    for name, actual, right in zip(
         ("x", "weights", "gate_up", "down"),
         gradients,
         pull(d_out.astype(jnp.float32)),
         strict=True,
     ):
         if np.any(np.asarray(right)):
-            assert_close(name, found, right, dtype)
+            assert_close(name, actual, right, dtype)
         else:
-            assert not np.any(np.asarray(found)), name
+            assert not np.any(np.asarray(actual)), name
     again = run(*inputs, d_out)
     for first, second in zip(gradients, again, strict=True):
         assert np.asarray(first).tobytes() == np.asarray(second).tobytes(), "bitwise repeatable"
@@ -90,7 +93,7 @@ EDGES = {
     "K = E": ((9, 8, 8, 3), some_experts(9, 3, 3)),
     "E = 1": ((9, 8, 8, 1), np.zeros((9, 1), int)),
     "T = 1": ((1, 8, 8, 4), some_experts(1, 2, 4)),
-    "nobody": ((9, 8, 8, 4), np.full((9, 2), (1, 4))),
+    "assignments without an expert": ((9, 8, 8, 4), np.full((9, 2), (1, 4))),
 }
 
 
@@ -101,7 +104,7 @@ def test_edge_cases(name):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_decoding_computes_each_assignment_by_itself(dtype):
-    experts = jnp.asarray([[3, 8], [3, 0], [6, 1]], jnp.int32)  # 8 is nobody
+    experts = jnp.asarray([[3, 8], [3, 0], [6, 1]], jnp.int32)  # 8: without an expert
     inputs, _ = make_inputs((3, 70, 37, 8), experts, dtype)
     plan = make_plan(experts, 8)
     decode = jax.make_jaxpr(lambda *a: mixture(*a, plan))(*inputs)
@@ -118,14 +121,14 @@ def test_one_grouped_product(gathered):
     real = np.asarray(plan.assignment) < experts.size
     token = np.where(real, np.asarray(plan.assignment) // 2, 0)
     rows = x if gathered else jnp.asarray(np.asarray(x)[token])
-    found = np.asarray(api.grouped(rows, gate_up, plan, gathered))[real]
+    actual = np.asarray(grouped(rows, gate_up, plan, gathered))[real]
     owner = np.repeat(np.asarray(plan.block_expert), plan.block_rows)
     expected = np.einsum("rd,rdf->rf", np.asarray(x)[token], np.asarray(gate_up)[owner])[real]
-    assert_close("rows", found, expected, jnp.float32)
+    assert_close("rows", actual, expected, jnp.float32)
 
 
 def test_persistent_programs_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(api, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(launches, "multiprocessors", lambda: 3)
     experts = jnp.asarray(some_experts(40, 2, 3))
     inputs, d_out = make_inputs((40, 34, 20, 3), experts, jnp.float32)
     plan = make_plan(experts, 3)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moe_kernels.experts import reference as exact
-from moe_kernels.experts_fp8 import api, mixture, reference
+from moe_kernels.experts_fp8 import launches, mixture, reference
 from moe_kernels.launch import UnavailableError, fp8_support, lowering_for
 from moe_kernels.quantise import quantise_matrices, quantise_rows
 from moe_kernels.quantise.reference import calc_diff
@@ -34,9 +34,10 @@ def interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def assert_close(name, found, expected, limits):
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    error = np.abs(found - expected) / np.maximum(np.sqrt((expected**2).mean()), np.abs(expected))
+def assert_close(name, actual, expected, limits):
+    actual = np.asarray(actual, np.float64)
+    expected = np.asarray(expected, np.float64)
+    error = np.abs(actual - expected) / np.maximum(np.sqrt((expected**2).mean()), np.abs(expected))
     assert error.max() <= limits[0], name  # NaN, the poison of outputs, fails as well
     assert np.sqrt((error**2).mean()) <= limits[1], name
 
@@ -52,9 +53,9 @@ def prepare(sizes, experts, dtype, capacity):
 def check_output(sizes, experts, capacity=None, power_of_two=False):
     """The kernels' output against the reference's, in float32."""
     inputs, _, plan, kept = prepare(sizes, experts, jnp.float32, capacity)
-    found = jax.jit(lambda *a: mixture(*a, plan, power_of_two))(*inputs)
+    actual = jax.jit(lambda *a: mixture(*a, plan, power_of_two))(*inputs)
     expected = jax.jit(lambda *a: reference.mixture(*a, kept, power_of_two))(*inputs)
-    assert_close("out", found, expected, OUTPUT)
+    assert_close("out", actual, expected, OUTPUT)
 
 
 def check(sizes, experts, dtype=jnp.float32):
@@ -79,8 +80,8 @@ def check(sizes, experts, dtype=jnp.float32):
     assert_close("out", out, expected, close[0])
     assert np.asarray(alone).tobytes() == np.asarray(out).tobytes(), "without z, and repeatable"
     names = ("x", "weights", "gate_up", "down")
-    for name, found, right in zip(names, gradients, expected_gradients, strict=True):
-        assert_close(name, found, right, close[1])
+    for name, actual, right in zip(names, gradients, expected_gradients, strict=True):
+        assert_close(name, actual, right, close[1])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -107,7 +108,7 @@ EDGES = {
     "all tokens to one": ((40, 8, 8, 4), np.full((40, 1), 2)),
     "K = E": ((9, 8, 8, 3), some_experts(9, 3, 3)),
     "T = 1": ((1, 8, 8, 4), some_experts(1, 2, 4)),
-    "nobody": ((9, 8, 8, 4), np.full((9, 2), (1, 4))),
+    "assignments without an expert": ((9, 8, 8, 4), np.full((9, 2), (1, 4))),
 }
 
 
@@ -123,7 +124,8 @@ def test_capacity_leaves_dropped_assignments_out():
 def test_a_nan_stays_with_its_token():
     experts = jnp.asarray(some_experts(20, 2, 3))
     inputs, _ = make_inputs((20, 140, 24, 3), experts, jnp.float32)
-    x, plan = inputs[0].at[4, 3].set(jnp.nan), make_plan(experts, 3)
+    x = inputs[0].at[4, 3].set(jnp.nan)
+    plan = make_plan(experts, 3)
     out = jax.jit(lambda *a: mixture(*a, plan))(x, *inputs[1:])
     assert np.isnan(out[4]).all()
     assert np.isfinite(np.delete(out, 4, axis=0)).all()
@@ -146,11 +148,17 @@ def products(x, gate_up, down):
 
     @jax.jit
     def run(x, gate_up, down):
-        quantised = quantise_rows(x), quantise_matrices(gate_up, 2)
-        _, z = api._up(*quantised, plan, jnp.float32, power_of_two=False, save=True)
+        _, z = launches.up_projection(
+            quantise_rows(x),
+            quantise_matrices(gate_up, 2),
+            plan,
+            jnp.float32,
+            power_of_two=False,
+            save=True,
+        )
         rows = jnp.take(x, plan.assignment, axis=0, mode="fill", fill_value=0)
         rows = quantise_rows(rows[:, : down.shape[1]])
-        y = api._rows(rows, quantise_matrices(down), plan, jnp.float32)
+        y = launches.grouped_product(rows, quantise_matrices(down), plan, jnp.float32)
         return z[plan.row[:, 0]], y[plan.row[:, 0]]
 
     z, y = run(*inputs)
@@ -161,22 +169,24 @@ def products(x, gate_up, down):
 @pytest.mark.parametrize("matrices", ["normal", "heavy"])
 def test_calc_diff_of_each_product_is_below_a_thousandth(inputs, matrices):
     x = draw(inputs, (48, 384), 0)
-    gate_up, down = draw(matrices, (1, 384, 320), 1), draw(matrices, (1, 160, 256), 2)
-    for name, found, expected in products(x, gate_up, down):
-        assert 1e-5 < calc_diff(found, expected) < 1e-3, name
+    gate_up = draw(matrices, (1, 384, 320), 1)
+    down = draw(matrices, (1, 160, 256), 2)
+    for name, actual, expected in products(x, gate_up, down):
+        assert 1e-5 < calc_diff(actual, expected) < 1e-3, name
 
 
 def test_calc_diff_fails_where_an_outlier_hides_its_tile():
     """100,000 times the rest, on an input that the matrix does not read: the others of its tile
     fall under the smallest number. Without a reader's zeros the outlier is the product."""
-    x, gate_up = draw("normal", (48, 128), 0), draw("normal", (1, 128, 64), 1)
+    x = draw("normal", (48, 128), 0)
+    gate_up = draw("normal", (1, 128, 64), 1)
     x[:, 5] *= 1e5
     down = draw("normal", (1, 32, 8), 2)
-    (_, found, expected), _ = products(x, gate_up, down)
-    assert calc_diff(found, expected) < 1e-3
+    (_, actual, expected), _ = products(x, gate_up, down)
+    assert calc_diff(actual, expected) < 1e-3
     gate_up[:, 5] = 0
-    (_, found, expected), _ = products(x, gate_up, down)
-    assert calc_diff(found, expected) > 1e-1
+    (_, actual, expected), _ = products(x, gate_up, down)
+    assert calc_diff(actual, expected) > 1e-1
 
 
 def test_calc_diff_of_the_whole_layer():

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from moe_kernels.gate import Choice, gate, reference
+from moe_kernels.gate import GateConfig, gate, reference
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe.route import KERNEL_RULES, route
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 specified = jax.jit(reference.gate, static_argnums=2)
 selected = jax.jit(reference.select, static_argnums=1)
-SOFTMAX = Choice(3, "softmax")
-SIGMOID = Choice(3, "sigmoid", scale=2.5)
+SOFTMAX = GateConfig(3, "softmax")
+SIGMOID = GateConfig(3, "sigmoid", scale=2.5)
 # The logistic function and its exponential, in NumPy and in XLA: a few units in the last place.
 CLOSE = {"rtol": 2e-6, "atol": 1e-7}
 
@@ -45,61 +45,81 @@ def draw(tokens, experts, seed=0):
     return jnp.asarray(logits, jnp.float32), jnp.asarray(random.normal(size=experts), jnp.float32)
 
 
-def assert_exact(found, bias, choice):
+def assert_exact(actual, bias, config):
     """The choice is top_k's from the returned scores; the weights are the chosen ones' scores."""
-    selection = found.scores if bias is None else found.scores + bias
-    np.testing.assert_array_equal(found.experts, selected(selection, choice))
-    weights = np.take_along_axis(np.asarray(found.scores), np.asarray(found.experts), axis=1)
-    if choice.normalise:
+    selection = actual.scores if bias is None else actual.scores + bias
+    np.testing.assert_array_equal(actual.experts, selected(selection, config))
+    weights = np.take_along_axis(np.asarray(actual.scores), np.asarray(actual.experts), axis=1)
+    if config.normalise:
         weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
-    np.testing.assert_allclose(found.weights, choice.scale * weights, rtol=1e-6)
+    np.testing.assert_allclose(actual.weights, config.scale * weights, rtol=1e-6)
 
 
-def check(tokens, experts, choice, seed=0):
+def check(tokens, experts, config, seed=0):
     """Choice, weights and scores."""
     logits, bias = draw(tokens, experts, seed)
-    bias = bias if choice.function == "sigmoid" else None
-    found = gate(logits, bias, choice)
-    assert_exact(found, bias, choice)
+    bias = bias if config.function == "sigmoid" else None
+    actual = gate(logits, bias, config)
+    assert_exact(actual, bias, config)
     for name, one, other in zip(
         ("experts", "weights", "scores"),
-        found,
-        specified(logits, bias, choice),
+        actual,
+        specified(logits, bias, config),
         strict=True,
     ):
         assert (one.shape, one.dtype) == (other.shape, other.dtype), name
         np.testing.assert_allclose(one, other, **CLOSE, err_msg=name)
 
 
-def gradient(function, logits, bias, choice):
+def gradient(function, logits, bias, config):
     """Of an objective that weighs every weight and every score differently."""
 
     def objective(logits):
-        _, weights, scores = function(logits, bias, choice)
+        _, weights, scores = function(logits, bias, config)
         each = jnp.arange(weights.size).reshape(weights.shape)
         return jnp.sum(jnp.sin(each) * weights) + jnp.sum(jnp.cos(7 * scores))
 
     return jax.jit(jax.grad(objective))(logits)
 
 
-DEEPSEEK = Choice(8, "sigmoid", True, 2.5, groups=8, groups_per_token=4, representatives=2)
+DEEPSEEK = GateConfig(8, "sigmoid", True, 2.5, groups=8, groups_per_token=4, representatives=2)
 CASES = {
     "softmax": (37, 8, SOFTMAX),
     "softmax, not normalised": (37, 8, SOFTMAX._replace(normalise=False)),
     "sigmoid": (37, 8, SIGMOID),
     "DeepSeek-V3": (9, 256, DEEPSEEK),
-    "Qwen3": (17, 128, Choice(8, "softmax")),
-    "OLMoE": (33, 64, Choice(8, "softmax", normalise=False)),
-    "60 experts": (19, 60, Choice(4, "softmax")),
-    "60 experts in groups of 15": (19, 60, Choice(4, "sigmoid", True, 1.0, 4, 2, 2)),
-    "6 groups of 10, the best score each": (19, 60, Choice(4, "softmax", True, 1.0, 6, 3)),
-    "5 groups, 3 representatives": (11, 20, Choice(3, "sigmoid", True, 1.0, 5, 1, 3)),
-    "more representatives than a group has": (11, 6, Choice(2, "sigmoid", True, 1.0, 3, 1, 5)),
-    "all groups allowed": (11, 8, Choice(2, "sigmoid", True, 1.0, 4, 4, 2)),
-    "512 experts, K = 16": (3, 512, Choice(16, "softmax")),
-    "1100 experts": (2, 1100, Choice(2, "softmax")),
-    "K = E": (9, 5, Choice(5)),
-    "E = 1": (9, 1, Choice(1)),
+    "Qwen3": (17, 128, GateConfig(8, "softmax")),
+    "OLMoE": (33, 64, GateConfig(8, "softmax", normalise=False)),
+    "60 experts": (19, 60, GateConfig(4, "softmax")),
+    "60 experts in groups of 15": (
+        19,
+        60,
+        GateConfig(4, "sigmoid", groups=4, groups_per_token=2, representatives=2),
+    ),
+    "6 groups of 10, the best score each": (
+        19,
+        60,
+        GateConfig(4, "softmax", groups=6, groups_per_token=3),
+    ),
+    "5 groups, 3 representatives": (
+        11,
+        20,
+        GateConfig(3, "sigmoid", groups=5, groups_per_token=1, representatives=3),
+    ),
+    "more representatives than a group has": (
+        11,
+        6,
+        GateConfig(2, "sigmoid", groups=3, groups_per_token=1, representatives=5),
+    ),
+    "all groups allowed": (
+        11,
+        8,
+        GateConfig(2, "sigmoid", groups=4, groups_per_token=4, representatives=2),
+    ),
+    "512 experts, K = 16": (3, 512, GateConfig(16, "softmax")),
+    "1100 experts": (2, 1100, GateConfig(2, "softmax")),
+    "K = E": (9, 5, GateConfig(5)),
+    "E = 1": (9, 1, GateConfig(1)),
     "T = 1": (1, 7, SIGMOID),
 }
 
@@ -113,12 +133,12 @@ def test_equals_the_reference(name):
     "name", ["softmax", "softmax, not normalised", "sigmoid", "DeepSeek-V3", "K = E", "E = 1"]
 )
 def test_the_gradient_is_autodiff_s_of_the_reference(name):
-    tokens, experts, choice = CASES[name]
+    tokens, experts, config = CASES[name]
     logits, bias = draw(tokens, experts)
-    bias = bias if choice.function == "sigmoid" else None
+    bias = bias if config.function == "sigmoid" else None
     np.testing.assert_allclose(
-        gradient(gate, logits, bias, choice),
-        gradient(reference.gate, logits, bias, choice),
+        gradient(gate, logits, bias, config),
+        gradient(reference.gate, logits, bias, config),
         rtol=1e-5,
         atol=1e-6,
     )
@@ -133,52 +153,68 @@ def test_the_choice_is_exactly_top_k_of_the_returned_scores(data):
     per_token = data.draw(st.integers(1, kept * size))
     function = data.draw(st.sampled_from(["softmax", "sigmoid"]))
     best = data.draw(st.integers(1, 3))
-    choice = Choice(per_token, function, data.draw(st.booleans()), 1.5, groups, kept, best)
+    config = GateConfig(
+        per_token,
+        function,
+        normalise=data.draw(st.booleans()),
+        scale=1.5,
+        groups=groups,
+        groups_per_token=kept,
+        representatives=best,
+    )
     tokens = data.draw(st.integers(1, 40))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     logits = random.normal(size=(tokens, groups * size)) * data.draw(st.sampled_from([1e-7, 1, 30]))
     bias = jnp.asarray(random.normal(size=groups * size), jnp.float32)
     bias = bias if data.draw(st.booleans()) else None
-    assert_exact(gate(jnp.asarray(logits, jnp.float32), bias, choice), bias, choice)
+    assert_exact(gate(jnp.asarray(logits, jnp.float32), bias, config), bias, config)
 
 
-@pytest.mark.parametrize("choice", [SOFTMAX, SIGMOID, DEEPSEEK._replace(per_token=3, groups=4)])
-def test_ties_go_to_the_lower_index(choice):
+@pytest.mark.parametrize("config", [SOFTMAX, SIGMOID, DEEPSEEK._replace(per_token=3, groups=4)])
+def test_ties_go_to_the_lower_index(config):
     logits = jnp.zeros((5, 8)).at[1, 6].set(1).at[2, 1:].set(-3).at[3].set(-jnp.inf).at[4].set(200)
-    if choice.function == "softmax":
+    if config.function == "softmax":
         logits = logits[:3]
-    found = gate(logits, None, choice)
-    assert found.experts[0].tolist() == [0, 1, 2]
-    assert found.experts[1, 0] == 6
-    np.testing.assert_array_equal(found.experts, specified(logits, None, choice)[0])
+    actual = gate(logits, None, config)
+    assert actual.experts[0].tolist() == [0, 1, 2]
+    assert actual.experts[1, 0] == 6
+    np.testing.assert_array_equal(actual.experts, specified(logits, None, config)[0])
 
 
 def test_saturated_scores_tie_although_their_logits_differ():
     logits = jnp.array([[30.0, 40.0, 35.0, 31.0], [-200.0, -300.0, -250.0, -200.0]])
-    found = gate(logits, None, Choice(2))
-    assert found.experts.tolist() == [[0, 1], [0, 1]]
+    actual = gate(logits, None, GateConfig(2))
+    assert actual.experts.tolist() == [[0, 1], [0, 1]]
 
 
 def test_zeros_of_both_signs_keep_the_order_of_top_k():
-    logits, bias = jnp.full((1, 4), -200.0), jnp.array([-0.0, 0.0, -1.0, 0.0])
-    found = gate(logits, bias, Choice(3, normalise=False))
-    np.testing.assert_array_equal(found.experts, jax.lax.top_k(found.scores + bias, 3)[1])
+    logits = jnp.full((1, 4), -200.0)
+    bias = jnp.array([-0.0, 0.0, -1.0, 0.0])
+    actual = gate(logits, bias, GateConfig(3, normalise=False))
+    np.testing.assert_array_equal(actual.experts, jax.lax.top_k(actual.scores + bias, 3)[1])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("choice", [SOFTMAX, SIGMOID, Choice(3, "sigmoid", True, 1.0, 4, 2, 2)])
-def test_nan_logits_make_the_weights_nan_and_no_other_token_s(choice, sign):
+@pytest.mark.parametrize(
+    "config",
+    [
+        SOFTMAX,
+        SIGMOID,
+        GateConfig(3, "sigmoid", groups=4, groups_per_token=2, representatives=2),
+    ],
+)
+def test_nan_logits_make_the_weights_nan_and_no_other_token_s(config, sign):
     logits, _ = draw(6, 8)
     nan = np.copysign(np.float32(np.nan), sign)
     logits = logits.at[2, 5].set(nan).at[4].set(nan)
-    found = gate(logits, None, choice)
-    clean = gate(jnp.nan_to_num(logits), None, choice)
-    assert np.isnan(found.weights[jnp.array([2, 4])]).any(axis=1).all()
-    assert found.experts.min() >= 0
-    assert found.experts.max() < 8
+    actual = gate(logits, None, config)
+    clean = gate(jnp.nan_to_num(logits), None, config)
+    assert np.isnan(actual.weights[jnp.array([2, 4])]).any(axis=1).all()
+    assert actual.experts.min() >= 0
+    assert actual.experts.max() < 8
     others = jnp.array([0, 1, 3, 5])
-    np.testing.assert_array_equal(found.weights[others], clean.weights[others])
-    np.testing.assert_array_equal(found.experts[others], clean.experts[others])
+    np.testing.assert_array_equal(actual.weights[others], clean.weights[others])
+    np.testing.assert_array_equal(actual.experts[others], clean.experts[others])
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -187,9 +223,9 @@ def test_nan_is_chosen_where_moe_jax_chooses_it(groups):
     config = MoEConfig(experts=8, experts_per_token=3, groups=groups, groups_per_token=kept)
     logits = draw(6, 8)[0].at[2, 5].set(jnp.nan).at[4].set(jnp.nan)
     expected = route(logits, jnp.zeros(8), config)
-    found = route(logits, jnp.zeros(8), config, kernels=True)
-    np.testing.assert_array_equal(found.experts, expected.experts)
-    np.testing.assert_array_equal(np.isnan(found.weights), np.isnan(expected.weights))
+    actual = route(logits, jnp.zeros(8), config, kernels=True)
+    np.testing.assert_array_equal(actual.experts, expected.experts)
+    np.testing.assert_array_equal(np.isnan(actual.weights), np.isnan(expected.weights))
 
 
 BASE = MoEConfig(experts=12, experts_per_token=4, scale=1.5)
@@ -208,27 +244,30 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_moe_jax_s_route(name):
     logits, bias = draw(50, 12)
-    found = route(logits, bias, CONFIGS[name], kernels=True)
+    actual = route(logits, bias, CONFIGS[name], kernels=True)
     expected = route(logits, bias, CONFIGS[name])
-    np.testing.assert_array_equal(found.experts, expected.experts)
-    np.testing.assert_allclose(found.weights, expected.weights, **CLOSE)
-    np.testing.assert_allclose(found.scores, expected.scores, **CLOSE)
-    np.testing.assert_array_equal(found.logits, expected.logits)
+    np.testing.assert_array_equal(actual.experts, expected.experts)
+    np.testing.assert_allclose(actual.weights, expected.weights, **CLOSE)
+    np.testing.assert_allclose(actual.scores, expected.scores, **CLOSE)
+    np.testing.assert_array_equal(actual.logits, expected.logits)
 
 
 def test_noise_is_added_before_and_learned_from():
     config = replace(BASE, gate="softmax", bias_rate=0, rule="noisy_top_k")
     logits, bias = draw(9, 12)
-    spread, context = jnp.full((9, 12), 0.5), RoutingContext(key=jax.random.key(1))
+    spread = jnp.full((9, 12), 0.5)
+    context = RoutingContext(key=jax.random.key(1))
 
     def of_weights(spread, kernels):
-        found = route(logits, bias, config, context, spread, kernels)
-        return jnp.sum(found.weights * jnp.arange(4)), found.experts
+        actual = route(logits, bias, config, context, spread, kernels)
+        return jnp.sum(actual.weights * jnp.arange(4)), actual.experts
 
     run = jax.jit(jax.value_and_grad(of_weights, has_aux=True), static_argnums=1)
-    ((one, experts), slope), ((two, expected), right) = run(spread, True), run(spread, False)
-    np.testing.assert_array_equal(experts, expected)
-    np.testing.assert_allclose((one, *slope.ravel()), (two, *right.ravel()), rtol=1e-5, atol=1e-6)
+    (total, experts), slope = run(spread, True)
+    (expected_total, expected_experts), expected_slope = run(spread, False)
+    np.testing.assert_array_equal(experts, expected_experts)
+    np.testing.assert_allclose(total, expected_total, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=1e-6)
 
 
 def test_other_rules_stay_with_jnp(monkeypatch):
@@ -266,8 +305,8 @@ def test_gradient_equals_finite_differences():
 
 
 def test_no_token_at_all():
-    found = gate(jnp.zeros((0, 8)), None, SIGMOID)
-    assert (found.experts.shape, found.weights.shape, found.scores.shape) == (
+    actual = gate(jnp.zeros((0, 8)), None, SIGMOID)
+    assert (actual.experts.shape, actual.weights.shape, actual.scores.shape) == (
         (0, 3),
         (0, 3),
         (0, 8),
@@ -296,18 +335,18 @@ def test_each_device_routes_its_own_tokens():
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("config", "message"),
     [
-        (Choice(9), "9 experts a token, of 8"),
-        (Choice(3, groups=3), "1 of 3 groups do not fit 8 experts"),
-        (Choice(3, groups=4, groups_per_token=1), "3 experts a token, of 2"),
-        (Choice(3, "tanh"), "function 'tanh': the gate has softmax and sigmoid"),
-        (Choice(3, representatives=0), "by 0 representatives"),
+        (GateConfig(9), "9 experts a token, of 8"),
+        (GateConfig(3, groups=3), "1 of 3 groups do not fit 8 experts"),
+        (GateConfig(3, groups=4, groups_per_token=1), "3 experts a token, of 2"),
+        (GateConfig(3, "tanh"), "function 'tanh': the gate has softmax and sigmoid"),
+        (GateConfig(3, representatives=0), "by 0 representatives"),
     ],
 )
-def test_what_does_not_fit_is_refused(choice, message):
+def test_what_does_not_fit_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        gate(jnp.zeros((2, 8)), None, choice)
+        gate(jnp.zeros((2, 8)), None, config)
 
 
 def test_a_bias_of_another_size_is_refused():

@@ -1,24 +1,26 @@
 """The compiled kernels on a GPU, against float64 in NumPy: pytest -m gpu."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "kernels"))
-import bench
-import soak
 from moe_kernels import experts_fp8
 from moe_kernels.audit import VARIANTS
+from moe_kernels.bench.measure import measure_layers
+from moe_kernels.bench.peers import default_peers
+from moe_kernels.bench.shapes import Shape
 from moe_kernels.experts.shapes import tiles, using
 from moe_kernels.launch import fp8_support, triton_support
+from moe_kernels.quantise.reference import calc_diff
+from moe_kernels.schedule import choose_block_rows
+from moe_kernels.soak.case import DTYPES, SKEWS, Case, make_inputs
+from moe_kernels.soak.check import attempt
+from moe_kernels.soak.oracle import experts_oracle
+from moe_kernels.soak.search import soak
 
 from moe_jax.moe.implementation import implementation
-from moe_jax.moe.plan import block_rows, make_plan
+from moe_jax.moe.plan import make_plan
 
 pytestmark = pytest.mark.gpu
 
@@ -35,43 +37,42 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def on_a_gpu():
-    route = triton_support()
-    assert route.name == "gpu", route.reason
+    support = triton_support()
+    assert support.name == "gpu", support.reason
 
 
-def make_case(name, dtype="bfloat16", skew="zipf", nobody=False):
-    return soak.Case(*SIZES[name], dtype, skew, nobody, seed=1)
+def make_case(name, dtype="bfloat16", skew="zipf", unassigned=False):
+    return Case(*SIZES[name], dtype=dtype, skew=skew, unassigned=unassigned, seed=1)
 
 
-@pytest.mark.parametrize("dtype", soak.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SIZES)
 def test_against_the_oracle(name, dtype):
-    assert soak.attempt(make_case(name, dtype)) is None
+    assert attempt(make_case(name, dtype)) is None
 
 
-@pytest.mark.parametrize("skew", soak.SKEWS)
-def test_any_skew_with_assignments_to_nobody(skew):
-    assert soak.attempt(make_case("whole blocks", skew=skew, nobody=True)) is None
+@pytest.mark.parametrize("skew", SKEWS)
+def test_any_skew_with_assignments_without_an_expert(skew):
+    assert attempt(make_case("whole blocks", skew=skew, unassigned=True)) is None
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_the_table(name):
     case = make_case("whole blocks")
     operations, change = VARIANTS[name]
-    rows = block_rows(case.tokens * case.per_token, case.experts)
+    rows = choose_block_rows(case.tokens * case.per_token, case.experts)
     table = {op: tiles(op, jnp.dtype(case.dtype), rows) for op in operations}
     with using({op: entry._replace(**change) for op, entry in table.items()}):
-        assert soak.attempt(case) is None
+        assert attempt(case) is None
 
 
 def test_fp8_is_close_to_float32():
     if fp8_support().name != "gpu":
         pytest.skip(fp8_support().reason)
-    inputs = soak.make_inputs(make_case("whole blocks"))
+    inputs = make_inputs(make_case("whole blocks"))
     plan = make_plan(jnp.asarray(inputs.experts), len(inputs.down), kernels=True)
-    found = np.asarray(experts_fp8.mixture(*inputs[:4], plan), np.float64)
-    right = soak.oracle(inputs)["out"]
-    assert 1 - 2 * np.vdot(found, right) / (np.vdot(found, found) + np.vdot(right, right)) < 5e-3
+    out = experts_fp8.mixture(*inputs[:4], plan)
+    assert calc_diff(out, experts_oracle(inputs)["out"]) < 5e-3
 
 
 def test_auto_takes_the_kernels():
@@ -79,7 +80,7 @@ def test_auto_takes_the_kernels():
 
 
 def test_a_minute_of_random_cases():
-    cases, failures = soak.soak(1.0, seed=0, largest=1500)
+    cases, failures = soak(1.0, seed=0, largest=1500)
     assert cases > 0
     assert not failures
 
@@ -92,6 +93,7 @@ def test_the_default_model_trains_with_the_kernels(small_run):
 
 
 def test_a_row_of_the_benchmark():
-    row = bench.bench("small", bench.Shape(4096, 1024, 512, 16, 4), "bfloat16", rounds=2, size=4096)
+    shape = Shape(4096, 1024, 512, 16, 4)
+    row = measure_layers("small", shape, "bfloat16", default_peers(), rounds=2, size=4096)
     assert 0 < row["calls"]["grouped gemm"]["of_gemm"] < 1.2
     assert jax.devices()[0].platform == "gpu"

@@ -1,3 +1,5 @@
+"""Where kernels can run, and the reason where they cannot."""
+
 import importlib.util
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ def on_gpu(monkeypatch, capability):
     monkeypatch.setattr(jax, "devices", lambda: [device])
 
 
-def test_a_cpu_has_no_route_and_says_why():
+def test_a_cpu_has_no_support_and_says_why():
     assert triton_support() == ("none", "the devices are cpu, not NVIDIA GPUs")
 
 
@@ -33,9 +35,9 @@ def test_interpreter_when_asked_for(monkeypatch):
 @pytest.mark.parametrize(("capability", "name"), [("7.5", "none"), ("8.0", "gpu"), ("9.0", "gpu")])
 def test_gpus_by_compute_capability(monkeypatch, capability, name):
     on_gpu(monkeypatch, capability)
-    route = triton_support()
-    assert route.name == name
-    assert capability in route.reason
+    support = triton_support()
+    assert support.name == name
+    assert capability in support.reason
 
 
 def test_without_triton(monkeypatch):
@@ -44,13 +46,14 @@ def test_without_triton(monkeypatch):
 
 
 def test_kernels_that_do_not_wait_for_each_other_are_interpreted_one_at_a_time(monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.undo()
+    # Before the first import of Triton, which reads the variable once.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
     x = jnp.arange(40 * 1000.0).reshape(40, 1000)
     shapes = [x[:n] + n for n in (1, 40, 3, 33)]
     run = jax.jit(lambda arrays: [quantise_rows(a, implementation="triton") for a in arrays])
     for _ in range(5):
-        for found, array in zip(run(shapes), shapes, strict=True):
+        for quantised, array in zip(run(shapes), shapes, strict=True):
             expected = quantise_rows(array, implementation="reference")
-            np.testing.assert_array_equal(found.scales, expected.scales)
+            np.testing.assert_array_equal(quantised.scales, expected.scales)

@@ -41,8 +41,8 @@ def heavy_tailed(shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(random.standard_t(2, size=shape) * rows, jnp.float32).astype(dtype)
 
 
-def assert_same_bits(found, expected):
-    for name, one, two in zip(found._fields, found, expected, strict=True):
+def assert_same_bits(actual, expected):
+    for name, one, two in zip(actual._fields, actual, expected, strict=True):
         assert (one.dtype, one.shape) == (two.dtype, two.shape), name
         assert np.asarray(one).tobytes() == np.asarray(two).tobytes(), name
 
@@ -64,9 +64,9 @@ def test_the_kernel_rounds_critical_numbers_in_the_same_way():
     numbers = critical_numbers()
     numbers = np.resize(numbers[np.abs(numbers) <= 448], (20, 127))
     x = jnp.asarray(np.concatenate([np.full((20, 1), 448, np.float32), numbers], axis=1))
-    found = quantise_rows(x, implementation="triton")
-    np.testing.assert_allclose(found.scales, 1, rtol=1e-7)
-    np.testing.assert_array_equal(np.asarray(found.values, np.float32), on_grid(x))
+    actual = quantise_rows(x, implementation="triton")
+    np.testing.assert_allclose(actual.scales, 1, rtol=1e-7)
+    np.testing.assert_array_equal(np.asarray(actual.values, np.float32), on_grid(x))
 
 
 CASES = list(
@@ -95,26 +95,26 @@ def test_matrices_by_kernel_and_reference_are_the_same_bits(shape, parts):
 
 def test_matrices_are_transposed_and_each_part_has_its_own_blocks():
     w = np.random.default_rng(0).normal(size=(2, 130, 2 * 200)).astype(np.float32)
-    found = quantise_matrices(jnp.asarray(w), parts=2)
-    assert found.values.shape == (2, 400, 130)
-    assert found.scales.shape == (2, 2, 2, 2)
-    for e, part, i, j in np.ndindex(found.scales.shape):
+    actual = quantise_matrices(jnp.asarray(w), parts=2)
+    assert actual.values.shape == (2, 400, 130)
+    assert actual.scales.shape == (2, 2, 2, 2)
+    for e, part, i, j in np.ndindex(actual.scales.shape):
         # The columns 128 i … of a part, which begins at column 200 · part.
         columns = slice(200 * part + 128 * i, 200 * part + min(200, 128 * i + 128))
         block = w[e, 128 * j : 128 * j + 128, columns]
-        scale = np.asarray(found.scales)[e, part, i, j]
+        scale = np.asarray(actual.scales)[e, part, i, j]
         assert scale == pytest.approx(np.abs(block).max() / 448, rel=1e-6)
-        values = np.asarray(found.values, np.float32)[e, columns, 128 * j : 128 * j + 128]
+        values = np.asarray(actual.values, np.float32)[e, columns, 128 * j : 128 * j + 128]
         np.testing.assert_allclose(values.T * scale, block, rtol=1 / 16, atol=scale * 2**-10)
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_scales(power_of_two):
     x = heavy_tailed((40, 260))
-    found = quantise_rows(x, power_of_two)
+    actual = quantise_rows(x, power_of_two)
     most = np.abs(np.pad(x, ((0, 0), (0, 124)))).reshape(40, 3, 128).max(axis=-1) / 448
     most = np.maximum(most, 1e-4 / 448)
-    scales = np.asarray(found.scales)
+    scales = np.asarray(actual.scales)
     if power_of_two:
         assert np.all(np.frexp(scales)[0] == 0.5)
         assert np.all((scales >= most * (1 - 1e-6)) & (scales < 2 * most))
@@ -122,32 +122,32 @@ def test_scales(power_of_two):
         np.testing.assert_allclose(scales, most, rtol=1e-6)
     # Half a step of the grid: 1/16 of the number, or of 2^-9 scales below the normal numbers.
     spread = np.repeat(scales, 128, axis=1)[:, :260]
-    error = np.abs(dequantised(found) - np.asarray(x))
+    error = np.abs(dequantised(actual) - np.asarray(x))
     assert np.all(error <= np.maximum(np.abs(x) / 16, spread * 2**-10) * (1 + 1e-6))
-    np.testing.assert_array_equal(reference.round_rows(x, power_of_two), dequantised(found))
+    np.testing.assert_array_equal(reference.round_rows(x, power_of_two), dequantised(actual))
 
 
 def test_zeros_stay_zeros_and_tiny_numbers_do_not_divide_by_zero():
     x = jnp.zeros((3, 130)).at[1, 0].set(1e-30).at[2].set(1e-4)
-    found = quantise_rows(x, implementation="triton")
-    np.testing.assert_allclose(found.scales, np.float32(1e-4) / 448, rtol=1e-6)
-    assert not np.any(dequantised(found)[:2])
-    np.testing.assert_allclose(dequantised(found)[2], 1e-4, rtol=1e-6)
+    actual = quantise_rows(x, implementation="triton")
+    np.testing.assert_allclose(actual.scales, np.float32(1e-4) / 448, rtol=1e-6)
+    assert not np.any(dequantised(actual)[:2])
+    np.testing.assert_allclose(dequantised(actual)[2], 1e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_what_is_not_finite_becomes_nan_alone(implementation):
     x = heavy_tailed((4, 200)).at[1, 7].set(jnp.nan).at[2, 130].set(jnp.inf).at[2, 5].set(-jnp.inf)
-    found = quantise_rows(x, implementation=implementation)
-    np.testing.assert_array_equal(np.isnan(dequantised(found)), ~np.isfinite(x))
-    assert np.isfinite(found.scales).all()
+    actual = quantise_rows(x, implementation=implementation)
+    np.testing.assert_array_equal(np.isnan(dequantised(actual)), ~np.isfinite(x))
+    assert np.isfinite(actual.scales).all()
     without = quantise_rows(jnp.where(jnp.isfinite(x), x, 0), implementation=implementation)
-    np.testing.assert_array_equal(found.scales, without.scales)
+    np.testing.assert_array_equal(actual.scales, without.scales)
 
 
 def test_nothing_to_quantise():
-    found = quantise_rows(jnp.zeros((0, 200)), implementation="triton")
-    assert (found.values.shape, found.scales.shape) == ((0, 200), (0, 2))
+    actual = quantise_rows(jnp.zeros((0, 200)), implementation="triton")
+    assert (actual.values.shape, actual.scales.shape) == ((0, 200), (0, 2))
 
 
 def test_wrong_inputs_are_refused():

@@ -27,9 +27,10 @@ def interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def assert_same(found, expected):
+def assert_same(actual, expected):
     for name in ARRAYS:
-        one, other = getattr(found, name), getattr(expected, name)
+        one = getattr(actual, name)
+        other = getattr(expected, name)
         assert (one.shape, one.dtype) == (other.shape, other.dtype), name
         np.testing.assert_array_equal(one, other, err_msg=name)
 
@@ -38,20 +39,20 @@ def check(experts, num_experts, capacity=None):
     """The plan by kernels is the plan in jnp, and both are the reference."""
     experts = jnp.asarray(experts, jnp.int32)
     expected = plan_of(experts, num_experts, capacity)
-    found = make_plan(experts, num_experts, capacity, kernels=True)
-    assert (found.block_rows, found.most) == (expected.block_rows, expected.most)
-    assert_same(found, expected)
+    actual = make_plan(experts, num_experts, capacity, kernels=True)
+    assert (actual.block_rows, actual.most) == (expected.block_rows, expected.most)
+    assert_same(actual, expected)
     blocks = expected.block_expert.size
     plain = specified(experts, num_experts, expected.block_rows, blocks, capacity)
     for name, array in zip(ARRAYS, plain, strict=True):
         np.testing.assert_array_equal(array, getattr(expected, name), err_msg=name)
 
 
-def some(tokens, per_token, experts, nobody=0.0, seed=0):
-    """Distinct experts of each token, some of them replaced by nobody."""
+def some(tokens, per_token, experts, unassigned=0.0, seed=0):
+    """Distinct experts of each token. A fraction of the assignments has no expert."""
     random = np.random.default_rng(seed)
     chosen = np.stack([random.permutation(experts)[:per_token] for _ in range(tokens)])
-    return np.where(random.random(chosen.shape) < nobody, experts, chosen)
+    return np.where(random.random(chosen.shape) < unassigned, experts, chosen)
 
 
 CASES = {
@@ -69,8 +70,8 @@ CASES = {
     "T = 1": (some(1, 2, 4), 4),
     "T = K = E = 1": (np.zeros((1, 1)), 1),
     "no token": (np.zeros((0, 2)), 4),
-    "nobody at all": (np.full((9, 2), 4), 4),
-    "some to nobody": (some(200, 3, 7, nobody=0.3), 7),
+    "no expert at all": (np.full((9, 2), 4), 4),
+    "some without an expert": (some(200, 3, 7, unassigned=0.3), 7),
 }
 
 
@@ -86,7 +87,7 @@ def test_chunks_are_scanned_in_several_steps(monkeypatch):
 
 @pytest.mark.parametrize("capacity", [1, 11, 1000])
 def test_a_capacity_leaves_the_same_assignments_out(capacity):
-    check(some(70, 3, 6, nobody=0.1), 6, capacity)
+    check(some(70, 3, 6, unassigned=0.1), 6, capacity)
 
 
 @settings(max_examples=8, deadline=None)
@@ -102,11 +103,11 @@ def test_equals_the_reference_for_any_routing(data):
     drawn = random.random((tokens, per_token)) ** skew * (num_experts + 1)
     experts = jnp.asarray(drawn, jnp.int32)
     capacity = data.draw(st.sampled_from([None, 9]))
-    found = schedule(experts, num_experts, rows, capacity=capacity)
-    blocks = found.block_expert.size
+    actual = schedule(experts, num_experts, rows, capacity=capacity)
+    blocks = actual.block_expert.size
     plain = specified(experts, num_experts, rows, blocks, capacity)
     for name, array in zip(ARRAYS, plain, strict=True):
-        np.testing.assert_array_equal(getattr(found, name), array, err_msg=name)
+        np.testing.assert_array_equal(getattr(actual, name), array, err_msg=name)
 
 
 def test_the_same_bits_every_time_under_jit_and_under_vmap():

@@ -1,5 +1,6 @@
 """The experts of a mixture: grouped SwiGLU with gathered inputs, forward and backward."""
 
-from moe_kernels.experts.api import Schedule, combine, grouped, mixture
+from moe_kernels.experts.api import combine, grouped, mixture
+from moe_kernels.experts.plan import Plan
 
-__all__ = ["Schedule", "combine", "grouped", "mixture"]
+__all__ = ["Plan", "combine", "grouped", "mixture"]

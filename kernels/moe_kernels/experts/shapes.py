@@ -1,4 +1,4 @@
-"""Tiles of the grouped products by class of shape, and how many programs run them."""
+"""Tiles of the grouped products by operation, size of a number and rows of a block."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,28 +13,35 @@ Eviction = Literal["", "evict_first", "evict_last"]
 
 
 class Tiles(NamedTuple):
-    """Sizes of a tile, and how its kernel is compiled."""
+    """Sizes of a tile of one block's rows, and how its kernel is compiled."""
 
     bn: int
     """Columns of a program's tile (of each half, for the SwiGLU's)."""
     bk: int
-    """Depth of a step."""
+    """Depth of a step along the contraction."""
     tuning: Tuning
     group: int = 8
-    """Blocks of an expert whose tiles are neighbours."""
+    """Blocks of an expert whose tiles are neighbours in the order of programs (tile.locate)."""
     resident: int = 0
-    """Persistent programs on each multiprocessor, which take tile after tile; 0: one program a
+    """Persistent programs on each multiprocessor, which take tile after tile. 0 is one program a
     tile."""
     keep_rows: Eviction = ""
-    """How long L2 keeps what is read of the rows, and of the matrices."""
+    """L2's eviction policy for the rows that are read."""
     keep_matrix: Eviction = ""
+    """L2's eviction policy for the matrices."""
     fast_silu: bool = False
-    """SwiGLU by the hardware's approximate tanh (kernel.sigmoid)."""
+    """SwiGLU by the hardware's approximate tanh (tile.sigmoid)."""
 
 
-# By operation, bytes of a number and rows of a block. On sm_90, 4 warps at 128 rows spill, and so
-# does the hidden gradient with 128 columns; the audit (python -m moe_kernels.audit) prints
-# registers, spills and shared bytes of each.
+# By operation, bytes of a number and rows of a block. `python -m moe_kernels.audit` prints
+# registers, spills and shared memory of each entry; no entry has been timed on a GPU yet.
+# - 128 rows take 8 warps: with 4, sm_90 spills.
+# - `up` has two accumulators (gate and up), so half as many columns as `rows`.
+# - The hidden gradient has 64 columns at 128 rows: its epilogue has z and dz beside the
+#   accumulator, and 128 columns spill 3,572 bytes on sm_90.
+# - 16 rows have few FLOPs for each byte of the matrix, so they wait for memory. Their steps are
+#   128 deep.
+# - float32 tiles are small: its products run on the plain cores, not on the matrix units.
 TABLE: dict[tuple[str, int, int], Tiles] = {
     ("up", 2, 16): Tiles(64, 128, Tuning(4, 4)),
     ("up", 2, 32): Tiles(64, 64, Tuning(4, 4)),
@@ -65,32 +72,34 @@ TABLE: dict[tuple[str, int, int], Tiles] = {
 AMPERE: dict[tuple[str, int, int], Tiles] = {
     ("up", 2, 128): Tiles(64, 64, Tuning(8, 3)),
 }
-"""What differs below compute capability 9.0: accumulators share the registers with mma.sync's
-operands, and two of 128 columns spill."""
+"""Entries that differ below compute capability 9.0. There the accumulators share registers with the
+operands of mma.sync, and two accumulators of 128 columns spill."""
 
 MATRIX_GRADIENT: dict[int, tuple[int, Tiles]] = {
     2: (128, Tiles(128, 64, Tuning(8, 3))),
     4: (64, Tiles(64, 32, Tuning(8, 3))),
 }
-"""Rows of a tile of the matrix, then its columns, by bytes of a number."""
+"""Rows of a tile of the matrix, then its columns, depth and tuning, by bytes of a number."""
 
 OPERATIONS = ("up", "rows", "hidden gradient")
-"""What the table holds tiles for."""
+"""The operations of the table."""
 
 BLOCK_ROWS = (16, 32, 64, 128)
-"""Rows of a block that there are kernels for."""
-
+"""Rows of a block that the table has entries for."""
 
 DECODE: dict[int, Tiles] = {2: Tiles(64, 64, Tuning(4, 4)), 4: Tiles(32, 64, Tuning(4, 4))}
-"""Of the products of single rows, by bytes of a number."""
+"""The products of single rows, by bytes of a number. Stages have no effect yet: Triton pipelines
+loads that feed tl.dot, and these feed plain multiplications."""
 
 _override: ContextVar[Mapping[str, Tiles] | None] = ContextVar("override", default=None)
 
 
 @contextmanager
 def using(entries: Mapping[str, Tiles]) -> Iterator[None]:
-    """Programs traced inside take these tiles by operation (up, rows, hidden gradient), whatever
-    the table says: for tuning, and for measuring one idea at a time."""
+    """Programs traced inside take these tiles, by operation, instead of the table's.
+
+    It is for tuning, and for measuring one change at a time.
+    """
     token = _override.set(entries)
     try:
         yield

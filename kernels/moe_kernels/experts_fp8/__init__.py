@@ -1,4 +1,4 @@
-"""The experts' forward pass on FP8 operands; gradients in the 16-bit kernels of experts/."""
+"""The experts' forward pass on FP8 operands. Gradients are by the 16-bit kernels of experts/."""
 
 from moe_kernels.experts_fp8.api import mixture
 

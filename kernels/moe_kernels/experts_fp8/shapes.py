@@ -1,4 +1,4 @@
-"""Tiles of the FP8 products. A step is 128 deep and a tile 128 columns wide, as the scales are."""
+"""Tiles of the FP8 products: 128 columns wide and 128 deep a step, as one scale of a matrix."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ from moe_kernels.launch import Tuning, capability
 
 
 class Tiles(NamedTuple):
-    """Rows of a program's tile, which divide a block's, and how its kernel is compiled."""
+    """Rows of a program's tile, and how its kernel is compiled. Rows divide those of a block."""
 
     rows: int
     tuning: Tuning
 
 
 # By operation and rows of a block. Two accumulators and a partial product of 128 rows and 128
-# columns are 192 registers a thread: with 8 warps on sm_90 `up` spills 8 to 492 bytes, so it takes
-# 64 rows at a time.
+# columns are 192 registers a thread. With 8 warps on sm_90 `up` spills 8 to 492 bytes then, so it
+# takes 64 rows at a time.
 TABLE: dict[tuple[str, int], Tiles] = {
     ("up", 16): Tiles(16, Tuning(4, 4)),
     ("up", 32): Tiles(32, Tuning(8, 4)),
@@ -27,7 +27,8 @@ TABLE: dict[tuple[str, int], Tiles] = {
 }
 
 SMALL_MEMORY = (89, 120)
-"""Ada and consumer Blackwell: 99 KiB of shared memory a program, operands in registers."""
+"""Ada and consumer Blackwell, with 99 KiB of shared memory a program: one stage less, and fewer
+rows, because mma.sync keeps its operands in registers."""
 SMALL: dict[tuple[str, int], Tiles] = {
     ("up", 16): Tiles(16, Tuning(4, 3)),
     ("up", 32): Tiles(32, Tuning(8, 3)),
@@ -40,7 +41,7 @@ SMALL: dict[tuple[str, int], Tiles] = {
 }
 
 GROUP = 8
-"""Tiles of rows of an expert that are neighbours in the order of programs."""
+"""Tiles of rows of an expert that are neighbours in the order of programs (tile.locate)."""
 
 
 def tiles(operation: str, block_rows: int) -> Tiles:

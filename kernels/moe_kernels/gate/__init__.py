@@ -1,5 +1,6 @@
-"""Which experts a token goes to, and with what weight."""
+"""The experts that a token goes to, and the weights of their outputs."""
 
-from moe_kernels.gate.api import Choice, Gate, gate
+from moe_kernels.gate.api import GateOutput, gate
+from moe_kernels.gate.config import GateConfig
 
-__all__ = ["Choice", "Gate", "gate"]
+__all__ = ["GateConfig", "GateOutput", "gate"]

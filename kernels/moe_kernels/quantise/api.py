@@ -1,4 +1,4 @@
-"""Quantisers: E4M3 values whose tiles have a float32 scale each, laid out for the FP8 products."""
+"""quantise_rows, quantise_matrices: E4M3 values with a float32 scale for every tile."""
 
 from typing import Literal
 
@@ -21,18 +21,21 @@ def quantise_rows(
     """values[r, d] = e4m3(x[r, d] / scales[r, d / 128]): a scale for 128 neighbours of a row.
 
     scales [R, ceil(D / 128)] = max(largest finite magnitude of the tile, 1e-4) / 448 in float32,
-    rounded up to a power of two if asked. Ties to even. What is not finite becomes NaN, it alone;
-    a tile of zeros stays zeros. Source: DeepSeek-V3 (arXiv:2412.19437, §3.3.2).
+    rounded up to a power of two if asked. Values round to nearest, ties to even. A number that is
+    not finite becomes NaN and changes no other. A tile of zeros stays zeros.
+    Source: DeepSeek-V3 (arXiv:2412.19437, §3.3.2).
 
-    `reference` and `triton` give the same bits; `auto` is triton where it can run. Raises
-    UnavailableError where `triton` cannot, ValueError for another dtype or rank.
+    `reference` and `triton` give the same bits. `auto` is `triton` where that is compiled, and
+    `reference` elsewhere. Raises UnavailableError where `triton` cannot run, and ValueError for
+    another dtype or rank.
     """
     _check("x [R, D]", x, 2)
-    if not _by_kernel(implementation) or not x.size:
+    if not _by_kernel(implementation) or not x.size:  # a grid of no programs cannot be launched
         return reference.quantise_rows(x, power_of_two)
     from moe_kernels.quantise.kernel import quantise_rows_kernel
 
-    (rows, width), tiles = x.shape, -(-x.shape[1] // TILE)
+    rows, width = x.shape
+    tiles = -(-width // TILE)
     return Quantised(
         *launch(
             quantise_rows_kernel,
@@ -59,10 +62,10 @@ def quantise_matrices(
 ) -> Quantised:
     """values[e, n, d] = e4m3(w[e, d, n] / scale of the 128x128 block), the matrices transposed.
 
-    FP8 matrix units read both operands along the contraction (D), so that is what lies together.
-    The N columns are `parts` matrices side by side, F = N / parts columns each (2 for a gate and an
-    up projection), and blocks start anew at each: scales [E, parts, ceil(F / 128), ceil(D / 128)].
-    Everything else as in quantise_rows.
+    FP8 matrix units read both operands along the contraction (D), so D is the last axis. The N
+    columns are `parts` matrices side by side with F = N / parts columns each (2 for a gate and an
+    up projection). Blocks start anew at each part: scales [E, parts, ceil(F / 128), ceil(D / 128)].
+    Everything else is as in quantise_rows.
     """
     _check("w [E, D, N]", w, 3)
     if w.shape[2] % parts:
@@ -73,7 +76,8 @@ def quantise_matrices(
 
     experts, depth, columns = w.shape
     each = columns // parts
-    tiles_d, tiles_f = -(-depth // TILE), -(-each // TILE)
+    tiles_d = -(-depth // TILE)
+    tiles_f = -(-each // TILE)
     return Quantised(
         *launch(
             quantise_matrices_kernel,
@@ -96,16 +100,16 @@ def quantise_matrices(
     )
 
 
-def _check(wanted: str, array: Array, rank: int) -> None:
+def _check(name: str, array: Array, rank: int) -> None:
     if array.ndim != rank or array.dtype not in DTYPES:
         raise ValueError(
-            f"{wanted} must have {rank} dimensions and be float32, bfloat16 or float16, "
+            f"{name} must have {rank} dimensions and be float32, bfloat16 or float16, "
             f"not {array.dtype}{list(array.shape)}"
         )
 
 
 def _by_kernel(implementation: Implementation) -> bool:
-    """Whether the kernel does it: `auto` where it is compiled, by name or not at all elsewhere."""
+    """Whether the kernel runs. `auto` never takes the interpreter, which is for tests by name."""
     if implementation == "triton":
         require_fp8()
     return implementation == "triton" or (

@@ -1,10 +1,10 @@
-"""How the quantiser's kernels are cut up."""
+"""Sizes of the quantisers' programs."""
 
 from moe_kernels.launch import Tuning
 
 ROWS = 32
-"""Rows of a program's tile of activations: 4,096 numbers, 16 bytes at a time."""
+"""Rows of a program's tile of activations: 32 x 128 numbers, 16 of them a thread."""
 ROWS_TUNING = Tuning(warps=8, stages=2)
 MATRICES_TUNING = Tuning(warps=16, stages=2)
-"""32 numbers a thread, so that two programs fit on a multiprocessor; with 8 warps it is one (138
-registers on sm_90), which waits for memory and then computes."""
+"""32 numbers a thread, so that two programs fit on a multiprocessor. With 8 warps only one fits
+(138 registers on sm_90), and nothing runs while it waits for memory."""

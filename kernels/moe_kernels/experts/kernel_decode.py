@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moe_kernels.experts.kernel import narrow
+from moe_kernels.experts.tile import narrow
 
 
 @triton.jit
@@ -11,11 +11,13 @@ def decode_kernel(vectors, matrix, experts, out,
                   E: tl.constexpr, KD: tl.constexpr, N: tl.constexpr, PER: tl.constexpr,
                   SWIGLU: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                   UPCAST: tl.constexpr):  # fmt: skip
-    """out[s] = vectors[s // PER] matrix[experts[s]]; SWIGLU: matrix is [E, KD, 2N], and the first
-    half's silu times the second half is written. Rows of expert E are left as they are.
+    """out[s] = vectors[s // PER] matrix[experts[s]]. Rows of expert E are left unwritten.
 
-    One program a tile of columns. The matrix is read once and each number used once, so the
-    products are plain float32 multiplications: the time is the memory's.
+    SWIGLU: matrix is [E, KD, 2N], and silu(first half) · second half is written.
+
+    One program a tile of columns of one assignment. The matrix is read once and each number is used
+    once, so memory sets the time. The products are plain float32 multiplications: matrix units take
+    16 rows, of which 15 would be empty.
     """
     s = tl.program_id(0) // TILES
     expert = tl.load(experts + s)
@@ -26,6 +28,8 @@ def decode_kernel(vectors, matrix, experts, out,
         k = tl.arange(0, BK)
         a = vectors + (s // PER).to(tl.int64) * KD + k
         b = matrix + expert.to(tl.int64) * KD * width + k[:, None] * width + n[None, :]
+        # A sum for each place of a [BK, BN] step, reduced once after the loop: a reduction in each
+        # step would wait for other lanes.
         acc = tl.zeros((BK, BN), tl.float32)
         other = tl.zeros((BK, BN), tl.float32)
         for step in range(0, tl.cdiv(KD, BK)):

@@ -1,0 +1,34 @@
+"""The rules that a compiled kernel must keep."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from moe_kernels.audit.compile import SHARED_LIMIT
+from moe_kernels.audit.describe import ROUTING_KERNELS
+
+NO_PRODUCT = ("combine", "decode", "quantise_rows", "quantise_matrices", *ROUTING_KERNELS)
+"""Kernels that move, compare and sum. Matrix units and asynchronous copies are not expected."""
+FP8_ROWS = 64
+"""Rows from which an FP8 tile is multiplied as FP8 on sm_90 and sm_100. Triton converts smaller
+ones to fp16. They wait for memory, so that is no loss."""
+
+
+def broken_rules(row: dict[str, Any]) -> Iterator[str]:
+    """The rules that a row of the table breaks, one line each."""
+    limit = SHARED_LIMIT[row["arch"]]
+    # Local accesses as well: arrays that are indexed by variables land there without a spill.
+    if row["spill_bytes"] or row["local_accesses"]:
+        yield f"{row['spill_bytes']} bytes spilled, {row['local_accesses']} local accesses"
+    if row["shared_bytes"] > limit:
+        yield f"{row['shared_bytes']} bytes of shared memory, above {limit}"
+    if row["kernel"] in NO_PRODUCT:
+        return
+    if not row["cp_async"]:
+        yield "no asynchronous copy"
+    # float32 products are exact, and matrix units have no exact float32.
+    if not row["mma"] and not row["config"].startswith("fp32"):
+        yield "no product on the matrix units"
+    if row["config"].startswith("fp8"):
+        rows = int(row["config"].split()[1].partition("x")[0])
+        if rows >= FP8_ROWS and row["fp8_mma"] < row["mma"]:
+            yield f"{row['mma'] - row['fp8_mma']} of {row['mma']} products not on FP8"

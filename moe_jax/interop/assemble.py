@@ -87,14 +87,13 @@ def _pieces(
     the file ends the reading."""
     for parameter, shape in shapes.items():
         axes = index_length(format, parameter)
-        own: tuple[int, ...] = tuple(shape[axes:])
-        transposed = axes > 0 and len(own) >= 2
+        own = shape[axes:]
+        transposed = axes > 0 and len(shape) - axes >= 2
         for index in indices(format, parameter, shape):
             names = tensor_names(format, parameter, index, dense_layers)
             wanted = own
             if transposed:
-                *leading, rows, columns = own
-                wanted = (*leading, columns // len(names), rows)
+                wanted = (*shape[axes:-2], shape[-1] // len(names), shape[-2])
             yield Piece(parameter, index, names, wanted, transposed)
 
 

@@ -85,7 +85,7 @@ def test_samples_follow_the_teacher(tmp_path):
         expected = count * np.append(p[position][likely], p[position][~likely].sum())
         total += np.sum((seen - expected) ** 2 / expected)
         freedom += likely.sum()
-    assert freedom > 50
+    assert freedom > 40  # enough likely tokens for the statistic to mean something
     assert abs(total - freedom) < 4 * np.sqrt(2 * freedom)
 
 

@@ -1,7 +1,8 @@
 """From runs to result.json: means and differences over seeds, tables, the files of a result."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from moe_jax.base.result import Measurement, write_result
+from moe_jax.study.arms import Runs, seed_values
 from moe_jax.study.intervals import Interval, mean_interval, paired_interval
 from moe_jax.study.plots import save_figures
 
@@ -37,6 +39,37 @@ def seed_difference(
     found = paired_interval(first, second)
     used = list(seeds[: min(len(first), len(second))])
     return Measurement(name, found.mean, unit, baseline, seeds=used, interval=found.bounds)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of arms that all have the same seeds, as measurements of one of their numbers."""
+
+    runs: Runs
+    seeds: Sequence[int]
+    unit: str = "bits/byte"
+    key: str = "bits"
+    """The number's key in each run."""
+
+    def mean(self, name: str, arm: str) -> Measurement:
+        """An arm's mean."""
+        values = seed_values(self.runs, arm, self.key)
+        return seed_mean(name, values, unit=self.unit, seeds=self.seeds)
+
+    def difference(self, name: str, arm: str, baseline: str, note: str = "") -> Measurement:
+        """The mean of an arm's number less the baseline's. `note` follows the unit in brackets."""
+        return seed_difference(
+            name,
+            seed_values(self.runs, arm, self.key),
+            seed_values(self.runs, baseline, self.key),
+            baseline=baseline,
+            unit=f"{self.unit} ({note})" if note else self.unit,
+            seeds=self.seeds,
+        )
+
+    def lowest(self, arms: Iterable[str]) -> str:
+        """The arm of the lowest mean."""
+        return min(arms, key=lambda arm: sum(seed_values(self.runs, arm, self.key)))
 
 
 def interval_of(row: Measurement) -> Interval:

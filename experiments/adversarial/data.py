@@ -150,7 +150,7 @@ def run(lab: Lab) -> Runs:
 
 
 def measurements(runs: Runs, lab: Lab) -> list[Measurement]:
-    """The agreed names first; then every arm against uniform sampling."""
+    """First the agreed names, then every arm against uniform sampling."""
     seeds = lab.scale.seeds
     compared = Comparison(runs, seeds)
     agreed = {

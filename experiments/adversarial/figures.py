@@ -19,7 +19,7 @@ def draw_bits(runs: Runs, title: str) -> Figure:
 
 
 def draw_frontier(runs: Runs) -> Figure:
-    """Quality against coverage over temperatures, mean of the seeds; and the discriminators."""
+    """Quality against coverage over temperatures, and the discriminators. Means of the seeds."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for arm in runs:

@@ -1,6 +1,6 @@
 """The students of the generative part: a warm start for each seed, and how each arm goes on.
 
-This file also builds the discriminator's step; every other step comes from lab.py.
+This file builds the discriminator's step. Every other step comes from lab.py.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ REWARDED = ("adversarial", "frozen", "random")
 WARM_TEXT = 7000
 ROUND_TEXT = 9000
 FIRST_ROUND = 10_000
-"""The teacher's rows of the rounds are numbered from here; the discriminator's warm-up from 0."""
+"""The rounds number the teacher's rows from here, the discriminator's warm-up from 0."""
 
 
 def continuations(

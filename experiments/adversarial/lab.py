@@ -26,7 +26,7 @@ from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.step import Objective, TrainState, init_state, make_step
 
 READ_ROWS = 160
-"""Windows that are read at once; a fixed number, so that reading is compiled once."""
+"""Windows that are read at once. The number is fixed, so that reading is compiled once."""
 
 
 @dataclass(frozen=True)

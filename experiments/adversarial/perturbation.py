@@ -16,7 +16,7 @@ from moe_jax.study.arms import Runs, run_arms
 from moe_jax.study.results import Comparison, interval_of
 
 SIZES = {"": 0.1, "_small": 0.02}
-"""Norm of a shift over the norm of the embeddings; the first is the pilots'."""
+"""Norm of a shift over the norm of the embeddings. The first one was found in pilot runs."""
 ALPHA = 0.5
 ARMS = {
     "kd": PerturbConfig("none", ALPHA),
@@ -67,7 +67,7 @@ def run(lab: Lab) -> Runs:
 
 
 def measurements(runs: Runs, lab: Lab) -> list[Measurement]:
-    """The agreed names, of the best adversary and its control; then every arm.
+    """First the agreed names, of the best adversary and its control. Then every arm.
 
     The best adversary is the one of the lowest mean loss, a choice that favours adversaries.
     """

@@ -68,7 +68,7 @@ class Pool:
         return [(p * len(t))[: len(t)] for p, t in zip(pieces, texts, strict=True)]
 
     def rng(self, part: int = 0) -> np.random.Generator:
-        """A fresh generator; each use of chance has its `part`."""
+        """A fresh generator. Each use of chance has its own `part`."""
         return np.random.default_rng([self.seed, part])
 
     @cached_property

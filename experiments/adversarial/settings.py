@@ -27,7 +27,7 @@ VOCABULARY = 258
 
 @dataclass(frozen=True)
 class Scale:
-    """How much work a run does; see FULL and QUICK."""
+    """How much work a run does: FULL or QUICK."""
 
     seeds: tuple[int, ...]
     teacher_width: int
@@ -109,7 +109,7 @@ def teacher_config(width: int) -> ModelConfig:
 
 
 def run_config(model: ModelConfig, steps: int, seed: int = 0, **optim: Any) -> TrainConfig:
-    """AdamW with warm-up and a cosine over exactly `steps`; `optim` changes its settings."""
+    """AdamW with warm-up and a cosine over exactly `steps`. `optim` changes its settings."""
     usual = OptimConfig(learning_rate=6e-3, weight_decay=0.1, final=0.05)
     chosen = replace(usual, **optim)
     data = DataConfig(tokenizer="bytes", length=LENGTH)

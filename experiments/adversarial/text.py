@@ -13,11 +13,11 @@ from moe_jax.objectives.next_token import Batch
 SHARES = {"code": 0.5, "prose": 0.3, "tables": 0.2}
 """The mixture of real domains."""
 FIFTHS = {"teacher": (0, 2), "seed": (4,), "stretch": (4,), "pool": (1, 3)}
-"""Every document belongs to the fifth `its index mod 5`; the fifths of each role."""
+"""The fifths of each role. A document belongs to the fifth `index mod 5`."""
 
 
 class Text:
-    """Documents of the real domains; the held-out ones are from other files.
+    """Documents of the real domains. The held-out ones are from other files.
 
     Both are placement_model.write_corpus's, written into `folder` unless they are there.
     """

@@ -77,7 +77,7 @@ class Arm:
     alpha: float = 0.0
     """Share of the teacher in the loss."""
     length: Literal["student", "teacher", "equal FLOPs"] = "student"
-    """Whose number of updates; or the FLOPs of teacher and student together."""
+    """Updates of a student, of a teacher, or those that cost the FLOPs of both together."""
     dropout: float = 0.0
     teaching: Literal["online", "sampled", "top_k"] = "online"
     """Whole distributions, or a cache of them (CACHES)."""

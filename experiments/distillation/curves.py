@@ -54,7 +54,7 @@ def train_curve(
 
 
 def first_below(curve: Curve, bits: float) -> float | None:
-    """Updates after which the curve is first at `bits`; None if it never is.
+    """Updates after which the curve is first at `bits`, or None if it never is.
 
     Between two evaluations the curve is a straight line. A curve that begins below `bits` counts
     from its first evaluation, so a ratio made of it is a lower bound.

@@ -21,7 +21,7 @@ SHOWN = tuple(
     for name, arm in ARMS.items()
     if not arm.on_policy and arm.teaching == "online" and arm.upcycle == UPCYCLE
 )
-"""Arms in draw_curves; draw_ends has all of them."""
+"""Arms in draw_curves. draw_ends has all of them."""
 EXAMINED = ("scratch", "kd", "upcycled", "upcycled_exact", "upcycled_half_new", "upcycled_kd")
 """Arms in draw_experts."""
 PANELS = {

@@ -43,7 +43,7 @@ OWN_TEXT = "own_text_bits"
 
 
 class Savings(NamedTuple):
-    """What an arm needs to reach the final loss of `scratch`; each is scratch's over the arm's."""
+    """The cost of `scratch` over an arm's cost of reaching the final loss of `scratch`."""
 
     tokens: float
     flops_teacher_given: float
@@ -53,7 +53,7 @@ class Savings(NamedTuple):
 
 
 def savings(curves: Curves, settings: Settings, name: str) -> Savings | None:
-    """Medians over seeds; None if a seed does not reach the loss."""
+    """Medians over seeds, or None if a seed does not reach the loss."""
     config = arm_config(name, settings)
     scratch = arm_config("scratch", settings)
     update = flops_per_token(ARMS[name], config)
@@ -102,7 +102,7 @@ def measurements(curves: Curves, settings: Settings) -> list[Measurement]:
 
 
 def _best_savings(candidates: dict[str, Savings | None]) -> list[Measurement]:
-    """The savings of the arm that needs the fewest tokens; without values if none gets there."""
+    """The savings of the arm that needs the fewest tokens, None if no arm reaches the loss."""
     reached = {name: saved for name, saved in candidates.items() if saved}
     name = max(reached, key=lambda arm: reached[arm].tokens) if reached else None
     saved = reached[name] if name else None

@@ -40,7 +40,7 @@ from moe_jax.train.step import TrainState, init_state, make_step
 LENGTH = 128
 BATCH = 2
 ALPHA = 0.9
-"""Share of the teacher; the rest is cross-entropy with the text."""
+"""Share of the teacher. The rest is cross-entropy with the text."""
 POINTS = 6
 """Evaluations of a run."""
 CACHE = CacheConfig("sampled", count=12, batch=4, shard=64)
@@ -49,7 +49,7 @@ ARMS = {"ce": 0.0, "kd": ALPHA}
 
 
 def data_config(quick: bool) -> DataConfig:
-    """Python's standard library; for --quick one package of it, which is tokenised in no time."""
+    """Python's standard library, or for --quick one package of it, tokenised in no time."""
     library = Path(sysconfig.get_paths()["stdlib"])
     return DataConfig(
         source=f"files:{library}/email/*.py" if quick else "stdlib",

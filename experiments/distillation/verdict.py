@@ -1,4 +1,4 @@
-"""The sentences of the distillation experiment: what held of the article's claim."""
+"""The sentences of the distillation experiment: which parts of the article's claim are true."""
 
 from collections.abc import Mapping
 

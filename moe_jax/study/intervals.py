@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean over seeds and the bounds of its 95% interval; infinite bounds for one seed."""
+    """A mean over seeds and the bounds of its 95% interval. One seed has infinite bounds."""
 
     mean: float
     low: float
@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 
     @property
     def bounds(self) -> list[float] | None:
-        """[low, high] as result.json has it; None for one seed."""
+        """[low, high] as result.json has it, or None for one seed."""
         return [self.low, self.high] if math.isfinite(self.low) else None
 
 

@@ -73,7 +73,7 @@ class Comparison:
 
 
 def interval_of(row: Measurement) -> Interval:
-    """A measurement's mean and interval; infinite bounds where it has none."""
+    """A measurement's mean and interval, with infinite bounds if it has no interval."""
     assert row.value is not None, f"{row.name} has no value"
     low, high = row.interval or (-np.inf, np.inf)
     return Interval(float(row.value), low, high)

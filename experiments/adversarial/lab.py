@@ -36,7 +36,7 @@ class Method:
     name: str
     """Stands for the objective: steps are compiled once for each name and model."""
     objective: Objective = losses
-    inputs: tuple[Any, ...] = ()
+    operands: tuple[Any, ...] = ()
     """Arguments of the step after the batch, such as the teacher's (parameters, router)."""
 
 
@@ -90,7 +90,7 @@ class Lab:
     def step(
         self, config: TrainConfig, method: Method = PLAIN
     ) -> Callable[..., tuple[TrainState, Any]]:
-        """The update: step(state, batch, *method.inputs) -> (state, metrics)."""
+        """The update: step(state, batch, *method.operands) -> (state, metrics)."""
         key = method.name, replace(config, seed=0)
         return self.compiled(key, lambda: make_step(config, method.objective))
 
@@ -110,7 +110,7 @@ class Lab:
         for _ in range(config.steps):
             rows = next(batches)
             batch = rows if isinstance(rows, dict) else batch_of(rows)
-            state, _ = step(state, batch, *method.inputs)
+            state, _ = step(state, batch, *method.operands)
         return state
 
     def reader(self, model: ModelConfig) -> Callable[[State, Any], Any]:

@@ -92,12 +92,12 @@ class Lab:
         arm = ARMS[name]
         config = replace(arm_config(name, self.settings), seed=seed)
         step = self._step(arm, config)
-        inputs = [[self.teacher(seed)[1:3]]] if arm.online else []
+        operands = [[self.teacher(seed)[1:3]]] if arm.online else []
 
         def update(state: TrainState, batch: Any, index: int) -> TrainState:
             if arm.online:
                 batch = self._read_or_written(arm, config, state, batch, index)
-            return step(state, batch, *inputs)[0]
+            return step(state, batch, *operands)[0]
 
         batches = self._batches(arm, config, seed + TEACHER_TEXT if name == "teacher" else seed)
         start = self._start(arm, config)

@@ -187,10 +187,10 @@ class SmolLM2Lab:
         config = self.config(seed)
         step = self._step(arm)
         # The plain arm's objective is online_objective without teachers: it takes an empty list.
-        inputs = [] if ARMS[arm] else [[]]
+        operands = [] if ARMS[arm] else [[]]
 
         def update(state: TrainState, batch: Any, index: int) -> TrainState:
-            return step(state, batch, *inputs)[0]
+            return step(state, batch, *operands)[0]
 
         batches = self._batches(arm, seed)
         return train_curve(config, init_state(config), update, batches, evaluate)[0]._asdict()

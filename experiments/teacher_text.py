@@ -3,10 +3,10 @@
     python experiments/teacher_text.py --teacher smollm2 --out runs/teacher_text
     python experiments/train.py --data.source 'files:runs/teacher_text/*.txt' …
 
-The teacher continues beginnings of the documents of a corpus, and a student of any tokenizer is
-trained on what it wrote (sequence-level distillation, arXiv:1606.07947, with samples in place of
-beam search). A document is a file; the same command goes on with those that are missing, which are
-the same whether or not it was interrupted.
+The teacher continues beginnings of the documents of a corpus. A student of any tokenizer is then
+trained on the teacher's text (sequence-level distillation, arXiv:1606.07947, with samples in place
+of beam search). Each document is a file. The same command goes on with the files that are missing.
+They have the same text whether or not the command was interrupted.
 """
 
 from collections.abc import Iterator
@@ -42,17 +42,18 @@ class Settings:
     out: str = "runs/teacher_text"
     """Folder of the texts, NNNNNN.txt."""
     source: str = "stdlib"
-    """Where the beginnings come from, as --data.source of train.py, its held-out part left out."""
+    """Where the beginnings come from, as --data.source of train.py. Its held-out part is left
+    out."""
     documents: int = 200
     """Texts to write."""
     prompt: int = 32
     """Tokens of a beginning, the first of the document."""
     tokens: int = 224
-    """At most so many tokens are written after it; the end of the document ends it."""
+    """At most this many tokens are written after it. The end of the document ends it."""
     temperature: float = 0.8
-    """0: always the likeliest token."""
+    """0 takes the likeliest token always."""
     batch: int = 8
-    """Documents at once; another number gives other texts."""
+    """Documents at once. Another number gives other texts."""
     seed: int = 0
     cache: str = ""
     """As --data.cache of train.py."""
@@ -71,7 +72,7 @@ def beginnings(array: TokenArray, settings: Settings) -> np.ndarray:
 
     UserError: there are fewer documents that are long enough.
     """
-    size = 1 + settings.prompt
+    size = 1 + settings.prompt  # with bos
     ends = np.append(array.starts[1:], len(array.tokens))
     long_enough = array.starts[ends - array.starts > size]
     require(
@@ -84,18 +85,20 @@ def beginnings(array: TokenArray, settings: Settings) -> np.ndarray:
 
 
 def written(teacher: Teacher, prompts: np.ndarray, settings: Settings, first: int) -> Iterator[str]:
-    """A batch of texts, from document `first` on; the last batch is filled up."""
+    """The texts of a batch that begins at document `first`."""
+    # The last batch repeats its prompts, so that one program of one shape writes all batches.
     full = np.resize(prompts, (settings.batch, prompts.shape[1]))
-    found = generate(
+    continued = generate(
         split_model(teacher.model)[0],
         (teacher.parameters, teacher.router),
         jnp.asarray(full),
+        # Drawn from the batch's place, so that an interrupted run writes the same texts.
         jax.random.fold_in(jax.random.key(settings.seed), first),
         count=settings.tokens,
         vocabulary=teacher.tokenizer.vocabulary,
         temperature=settings.temperature,
     )
-    for prompt, tokens in zip(prompts, np.asarray(found), strict=False):
+    for prompt, tokens in zip(prompts, np.asarray(continued), strict=False):
         yield teacher.tokenizer.decode(prompt) + decode_until_end(teacher.tokenizer, tokens)
 
 

@@ -1,6 +1,6 @@
 import pytest
-import teacher_text
 
+from experiments import teacher_text
 from moe_jax.base.errors import UserError
 from tests.interop import folder as safetensors
 

@@ -1,0 +1,1 @@
+"""Does adversarial learning improve on distillation, on data selection, on the teacher?"""

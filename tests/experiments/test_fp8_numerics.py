@@ -1,6 +1,5 @@
 """The statistics of the FP8 comparison, and the command itself (slow)."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments import fp8_numerics
+
 SCRIPT = Path(__file__).parents[2] / "experiments" / "fp8_numerics.py"
-spec = importlib.util.spec_from_file_location("fp8_numerics", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-fp8_numerics = importlib.util.module_from_spec(spec)
-sys.modules["fp8_numerics"] = fp8_numerics
-spec.loader.exec_module(fp8_numerics)
 
 
 def values(losses, seeds):

@@ -1,22 +1,26 @@
 """The layer's experiment on small sizes: what it compares computes the same, and it writes all."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-
-import moe_cases
-import moe_layer
-import moe_scaling
-from moe_cases import Call, Shape, layer, make_inputs, moe_config, slope, with_gradients
-from moe_peers import VARIANTS, ragged_layer, to_torch, transformers_block
+from experiments.moe_layer import cases as moe_cases
+from experiments.moe_layer import run as moe_layer
+from experiments.moe_layer import scaling as moe_scaling
+from experiments.moe_layer.cases import (
+    Call,
+    Shape,
+    layer,
+    make_inputs,
+    moe_config,
+    slope,
+    with_gradients,
+)
+from experiments.moe_layer.peers import VARIANTS, ragged_layer, to_torch, transformers_block
 
 SHAPE = Shape(24, 16, 8, 6, 2)
 NAMES = (
@@ -117,7 +121,7 @@ def test_writes_every_measurement(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(moe_layer, "QUICK", small)
     monkeypatch.setattr(moe_scaling, "scaling_point", power_law)
-    monkeypatch.setattr("moe_peers.missing_package", lambda: "torch")
+    monkeypatch.setattr("experiments.moe_layer.peers.missing_package", lambda: "torch")
     moe_layer.main(["--quick", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "result.json").read_text())
     found = {m["name"]: m for m in result["measurements"]}

@@ -22,8 +22,8 @@ from moe_jax.base.startup import ask_for_huge_pages
 if __name__ == "__main__":
     ask_for_huge_pages()
 
-from moe_cases import Shape, Table, Times, show
-from moe_comparison import (
+from experiments.moe_layer.cases import Shape, Table, Times, show
+from experiments.moe_layer.comparison import (
     ROWS,
     memory_measurements,
     part_shares,
@@ -31,8 +31,8 @@ from moe_comparison import (
     reference_table,
     reference_times,
 )
-from moe_plots import draw_decode, draw_models, draw_rates, draw_scaling
-from moe_scaling import (
+from experiments.moe_layer.plots import draw_decode, draw_models, draw_rates, draw_scaling
+from experiments.moe_layer.scaling import (
     MODELS,
     Decode,
     Point,
@@ -43,7 +43,6 @@ from moe_scaling import (
     model_table,
     scaling_curve,
 )
-
 from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
 

@@ -2,9 +2,10 @@
 
 import json
 
-import lever_hot_cold
 import pytest
-import traces
+
+from experiments.hot_cold import run as lever_hot_cold
+from experiments.hot_cold import traces
 
 AGREED = {
     "decode_of_all_resident_at_50",

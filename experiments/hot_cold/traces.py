@@ -22,8 +22,8 @@ if __name__ == "__main__":
     ask_for_huge_pages()
 
 from matplotlib.figure import Figure
-from placement_model import DOMAINS, LOCALITY, held_out_texts, trained_model
 
+from experiments.hot_cold.model import DOMAINS, LOCALITY, held_out_texts, trained_model
 from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
 from moe_jax.placement.place import Placement, Scope, belady, replay

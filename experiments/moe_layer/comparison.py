@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from moe_cases import (
+
+from experiments.moe_layer.cases import (
     Call,
     Inputs,
     Shape,
@@ -23,8 +24,7 @@ from moe_cases import (
     moe_config,
     paired_rounds,
 )
-from moe_peers import VARIANTS, fastest_peer, ragged_calls, transformers_calls
-
+from experiments.moe_layer.peers import VARIANTS, fastest_peer, ragged_calls, transformers_calls
 from moe_jax.base.result import Measurement
 from moe_jax.moe import xla
 from moe_jax.moe.experts import swiglu

@@ -16,14 +16,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_ladder import RUNGS, before, built, possible, train, train_with_y
-from kernel_model import A100, H100, Device
-from kernel_prediction import DTYPE, Backward, Shape, Step, arrays, backward, predict, routing
 from matplotlib.figure import Figure
-from moe_cases import Table
 from moe_kernels.launch import capability, triton_support
 from moe_kernels.timing import paired, ratio
 
+from experiments.kernel_ladder.launch_model import A100, H100, Device
+from experiments.kernel_ladder.prediction import (
+    DTYPE,
+    Backward,
+    Shape,
+    Step,
+    arrays,
+    backward,
+    predict,
+    routing,
+)
+from experiments.kernel_ladder.rungs import RUNGS, before, built, possible, train, train_with_y
+from experiments.moe_layer.cases import Table
 from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from placement_model import held_out_texts
 
+from experiments.hot_cold.model import held_out_texts
 from moe_jax.base.errors import UserError
 from moe_jax.model.generate import generate
 from moe_jax.placement.decode import TieredDecoder

@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
-from moe_cases import Call, Inputs, Shape, Times, forward_and_train, jax_call, moe_config
 
+from experiments.moe_layer.cases import (
+    Call,
+    Inputs,
+    Shape,
+    Times,
+    forward_and_train,
+    jax_call,
+    moe_config,
+)
 from moe_jax.base.machine import environment
 from moe_jax.config import MoEConfig
 from moe_jax.moe.experts import swiglu

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from hot_cold_variants import BUDGETS, POLICY, Bandwidth, Variant
 from matplotlib.figure import Figure
 
+from experiments.hot_cold.variants import BUDGETS, POLICY, Bandwidth, Variant
 from moe_jax.base.result import Measurement
 from moe_jax.placement.place import Step, belady
 from moe_jax.placement.policy import ONLINE

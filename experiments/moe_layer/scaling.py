@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
-from moe_cases import (
+
+from experiments.moe_layer.cases import (
     Call,
     Inputs,
     Shape,
@@ -20,8 +21,7 @@ from moe_cases import (
     paired_rounds,
     slope,
 )
-from moe_peers import fastest_peer, transformers_calls
-
+from experiments.moe_layer.peers import fastest_peer, transformers_calls
 from moe_jax.base.result import Measurement
 
 MODELS = {

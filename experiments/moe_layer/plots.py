@@ -6,8 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, StrMethodFormatter
-from moe_cases import slope
-from moe_scaling import Decode, Point
+
+from experiments.moe_layer.cases import slope
+from experiments.moe_layer.scaling import Decode, Point
 
 DARK, LIGHT, GREY = "tab:blue", "lightsteelblue", "0.5"
 

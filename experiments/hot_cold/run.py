@@ -28,11 +28,9 @@ from moe_jax.base.startup import ask_for_huge_pages
 if __name__ == "__main__":
     ask_for_huge_pages()
 
-import hot_cold_variants as variants
-import training_capacity
-from hot_cold_figures import Figures, describe, draw, verdict
-from placement_model import LOCALITY, held_out_bits, trained_model
-
+from experiments.hot_cold import training_capacity, variants
+from experiments.hot_cold.figures import Figures, describe, draw, verdict
+from experiments.hot_cold.model import LOCALITY, held_out_bits, trained_model
 from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, program
 from moe_jax.placement.decode import save_experts

@@ -7,12 +7,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "experiments"))
-import kernel_model as model
-import lever_kernels as lever
-from kernel_ladder import RUNGS, before, built, train, train_with_y
 from moe_kernels.launch import MULTIPROCESSORS
+
+from experiments.kernel_ladder import launch_model as model
+from experiments.kernel_ladder import run as lever
+from experiments.kernel_ladder.rungs import RUNGS, before, built, train, train_with_y
 
 pytest.importorskip("triton")
 TINY = lever.Shape(20, 16, 8, 3, 2)
@@ -112,7 +111,7 @@ def test_the_experiment_labels_what_it_predicts(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     import subprocess
 
-    script = Path(__file__).parents[2] / "experiments/lever_kernels.py"
+    script = Path(__file__).parents[2] / "experiments/kernel_ladder/run.py"
     command = [sys.executable, script, "--quick", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     result = json.loads((tmp_path / "result.json").read_text())

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
-from kernel_ladder import Rung, built, possible
-from kernel_model import Device, Product, launch_seconds, other_seconds
 from moe_kernels.launch import Launch, recording
 from moe_kernels.schedule.api import schedule_shape
 
+from experiments.kernel_ladder.launch_model import Device, Product, launch_seconds, other_seconds
+from experiments.kernel_ladder.rungs import Rung, built, possible
 from moe_jax.moe.plan import Plan, make_plan
 from moe_jax.moe.xla import batch_share
 

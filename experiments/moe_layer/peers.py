@@ -8,15 +8,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from experiments.moe_layer.cases import (
-    Call,
-    Inputs,
-    Shape,
-    Times,
-    forward_and_train,
-    jax_call,
-    moe_config,
-)
+from experiments.moe_layer.cases import Inputs, Shape, moe_config
+from experiments.moe_layer.timing import Call, Times, forward_and_train, jax_call
 from moe_jax.base.machine import environment
 from moe_jax.config import MoEConfig
 from moe_jax.moe.experts import swiglu
@@ -54,8 +47,11 @@ def ragged_layer(config: MoEConfig) -> Any:
 
 
 def ragged_calls(shape: Shape, inputs: Inputs) -> tuple[list[Call], str]:
-    """(calls, why one is missing). XLA:CPU expands ragged_dot to E masked copies [E, S, D] of the
-    rows, and three times that for the gradients."""
+    """(calls, why one is missing).
+
+    XLA:CPU expands ragged_dot to E masked copies [E, S, D] of the rows, and to three times as many
+    for the gradients.
+    """
     copies = 4.0 * shape.experts * shape.rows * shape.width
     function = ragged_layer(moe_config(shape))
     if copies > MOST_BYTES:
@@ -74,12 +70,15 @@ def missing_package() -> str | None:
 
 
 def transformers_block(shape: Shape, inputs: Inputs, variant: str) -> Any:
-    """transformers' Qwen3MoeSparseMoeBlock in float32 with the weights of `inputs`: a softmax gate,
-    the K weights divided by their sum."""
+    """transformers' Qwen3MoeSparseMoeBlock in float32 with the weights of `inputs`.
+
+    Its gate is a softmax, and the K weights are divided by their sum.
+    """
     import torch
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+    # The cores that this process may use, which JAX uses, too.
     torch.set_num_threads(environment()["cores"])
     settings: dict[str, Any] = {
         "hidden_size": shape.width,
@@ -111,7 +110,8 @@ def transformers_call(shape: Shape, inputs: Inputs, variant: str) -> list[Call]:
     import torch
 
     block = transformers_block(shape, inputs, variant)
-    x, cotangent = to_torch(inputs.x[None]), to_torch(inputs.cotangent[None])
+    x = to_torch(inputs.x[None])
+    cotangent = to_torch(inputs.cotangent[None])
 
     def forward() -> Any:
         with torch.no_grad():
@@ -136,7 +136,8 @@ def transformers_calls(shape: Shape, inputs: Inputs) -> tuple[list[Call], dict[s
     if missing:
         absent = f"absent: {missing} (pip install -e '.[parity]')"
         return [], dict.fromkeys(VARIANTS, absent)
-    calls, reasons = [], {}
+    calls = []
+    reasons = {}
     copied = float(shape.rows * shape.expert_bytes)
     for variant in VARIANTS:
         if variant == "batched_mm" and copied > MOST_BYTES:
@@ -147,6 +148,6 @@ def transformers_calls(shape: Shape, inputs: Inputs) -> tuple[list[Call], dict[s
 
 
 def fastest_peer(times: Times, kind: str) -> str:
-    """transformers' fastest variant; its first where none was timed."""
+    """transformers' fastest variant. The first one where none was timed."""
     names = [f"transformers {variant} {kind}" for variant in VARIANTS]
     return min(names, key=lambda name: times.median(name) or float("inf"))

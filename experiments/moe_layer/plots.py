@@ -7,10 +7,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from experiments.moe_layer.cases import slope
-from experiments.moe_layer.scaling import Decode, Point
+from experiments.moe_layer.decoding import Decode
+from experiments.moe_layer.scaling import Point, slope
 
-DARK, LIGHT, GREY = "tab:blue", "lightsteelblue", "0.5"
+DARK = "tab:blue"
+LIGHT = "lightsteelblue"
+GREY = "0.5"
 
 
 def draw_rates(rates: Mapping[str, tuple[float | None, ...]], title: str) -> Figure:
@@ -45,7 +47,8 @@ def draw_scaling(curves: Mapping[str, Sequence[Point]], title: str) -> Figure:
     panels = figure.subplots(2, len(curves), squeeze=False, sharey="row")
     names = {"T": "tokens T", "E": "experts E", "K": "experts a token K"}
     for column, (letter, points) in enumerate(curves.items()):
-        times, memory = panels[0][column], panels[1][column]
+        times = panels[0][column]
+        memory = panels[1][column]
         sizes = [p.value for p in points]
         backward = "forward and backward"
         _line(times, sizes, [1e3 * p.train for p in points], backward, color=DARK)

@@ -1,50 +1,40 @@
 """How close is the mixture-of-experts layer to the machine's GEMM, and to other libraries?
 
-    python experiments/moe_layer.py [--out DIR] [--quick] [--seed N]
+    python experiments/moe_layer/run.py [--out DIR] [--quick] [--seed N]
 
-Every ratio is taken between two calls of the same round (moe_cases.paired_rounds) in one process:
-the layer with its router, routing and plan, forward and forward with backward, beside a batched
-GEMM of the experts' sizes, jax.lax.ragged_dot, and transformers' sparse block on torch (extra
-`parity`). After a call torch's OpenMP threads spin for milliseconds and slow down what follows (a
-GEMM of 19 ms took 26), while settings against that slow torch itself (OMP_WAIT_POLICY=PASSIVE: 80
-ms became 136); so there is a pause before every call, and each library runs as its users have it.
-
-moe_comparison.py: that comparison, saved bytes, and the parts. moe_scaling.py: growth with T, E and
-K, decoding, and the proportions of real models. moe_cases.py and moe_peers.py: what is timed.
+Times the layer with its router, routing and plan, forward and forward with backward. Beside it are
+a batched GEMM of the experts' sizes, jax.lax.ragged_dot, and transformers' sparse block on torch
+(extra `parity`). README.md beside this file says what is compared, how, and what came out.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
 
-from experiments.moe_layer.cases import Shape, Table, Times, show
+from experiments.moe_layer.cases import Shape
 from experiments.moe_layer.comparison import (
     ROWS,
-    memory_measurements,
-    part_shares,
     reference_measurements,
     reference_table,
     reference_times,
 )
+from experiments.moe_layer.decoding import Decode, decode, decode_measurements
+from experiments.moe_layer.memory import memory_measurements
+from experiments.moe_layer.models import MODELS, model_shape, model_table
+from experiments.moe_layer.parts import part_shares
 from experiments.moe_layer.plots import draw_decode, draw_models, draw_rates, draw_scaling
-from experiments.moe_layer.scaling import (
-    MODELS,
-    Decode,
-    Point,
-    curve_slopes,
-    decode,
-    decode_measurements,
-    model_shape,
-    model_table,
-    scaling_curve,
-)
-from moe_jax.base.result import Measurement, output_folder, write_result
+from experiments.moe_layer.scaling import Point, curve_slopes, scaling_curve
+from experiments.moe_layer.timing import Times
+from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
+from moe_jax.study.live_table import LiveTable
+from moe_jax.study.results import publish
 
 QUESTION = (
     "How close is the mixture-of-experts layer to the machine's GEMM, and to other libraries?"
@@ -126,41 +116,45 @@ QUIET = 1.5
 
 
 def verdict(values: dict[str, Any]) -> str:
-    """One sentence from the numbers."""
-    peers = "no other library was there to compare with"
+    """The answer, in sentences."""
+    sentences = [
+        f"Forward, the layer has {values['forward_of_gemm']:.0%} of the batched GEMM's rate. With "
+        f"the backward pass it has {values['train_of_gemm']:.0%}.",
+        "With half of all rows on one expert these are "
+        f"{values['skewed_forward_of_gemm']:.0%} and {values['skewed_train_of_gemm']:.0%}.",
+        "No other library was there to compare with.",
+        f"Time grows as T^{values['slope_time_T']:.2f}, K^{values['slope_time_K']:.2f}, "
+        f"E^{values['slope_time_E']:.2f}.",
+        f"Decoding a token takes {values['decode_of_all_experts_T1']:.0%} of the time to read all "
+        "experts.",
+    ]
     if values["train_over_transformers"]:
-        peers = (
-            f"it is {values['forward_over_transformers']:.2g}x and "
-            f"{values['train_over_transformers']:.2g}x as fast as transformers' best block"
+        sentences[2] = (
+            f"It is {values['forward_over_transformers']:.2g}x (forward) and "
+            f"{values['train_over_transformers']:.2g}x (with the backward pass) as fast as "
+            "transformers' best block."
         )
-    noise = ""
     if values["gemm_spread"] > QUIET:
-        noise = (
-            f"; NOT TO BE RELIED ON: the same GEMM took {values['gemm_spread']:.1f} times as long "
-            "in some rounds as in others, so other work was running; repeat it alone"
+        sentences.append(
+            f"NOT TO BE RELIED ON: the same GEMM took {values['gemm_spread']:.1f} times as long in "
+            "some rounds as in others, so other work was running. Repeat it alone."
         )
-    return (
-        f"forward the layer does {values['forward_of_gemm']:.0%} of the batched GEMM's rate, with "
-        f"the backward pass {values['train_of_gemm']:.0%} (half of all rows on one expert: "
-        f"{values['skewed_forward_of_gemm']:.0%} and {values['skewed_train_of_gemm']:.0%}); "
-        f"{peers}; time grows as T^{values['slope_time_T']:.2f}, K^{values['slope_time_K']:.2f}, "
-        f"E^{values['slope_time_E']:.2f}; decoding a token takes "
-        f"{values['decode_of_all_experts_T1']:.0%} of the time to read all experts{noise}"
-    )
+    return " ".join(sentences)
 
 
 @dataclass
-class Found:
-    """What was measured, as the plots need it."""
+class Sections:
+    """The results of each section, as the plots need them."""
 
     times: Times
+    """At the reference shape."""
     curves: dict[str, list[Point]]
     decoding: list[Decode]
     models: dict[str, dict[str, float | None]]
 
 
-def measure(scale: Scale, seed: int, table: Table) -> tuple[Found, list[Measurement]]:
-    """Everything, section by section; rows go to the table as they are measured."""
+def measure(scale: Scale, seed: int, table: LiveTable) -> tuple[Sections, list[Measurement]]:
+    """Everything, section by section. Rows go to the table as they are measured."""
     shape = scale.reference
     times, notes = reference_times(shape, scale.gemm, scale.rounds, seed)
     reference_table(times, notes, shape, table)
@@ -174,29 +168,29 @@ def measure(scale: Scale, seed: int, table: Table) -> tuple[Found, list[Measurem
         curves[letter] = points
     decoding = []
     for base in scale.decoding:
-        found = decode(base, scale.decoding_tokens, scale.rounds, scale.megabytes, seed, table)
-        measurements += decode_measurements(found, f"_E{base.experts}" if decoding else "")
-        decoding.append(found)
+        section = decode(base, scale.decoding_tokens, scale.rounds, scale.megabytes, seed, table)
+        # The first shape's names have no suffix: README.md and the verdict name them.
+        measurements += decode_measurements(section, f"_E{base.experts}" if decoding else "")
+        decoding.append(section)
     shapes = {m: model_shape(m, scale.model_flops, scale.model_tokens) for m in scale.models}
     models, of_models = model_table(shapes, scale.fewer_rounds, seed, table)
     seeded = [replace(m, seeds=[seed]) for m in measurements + of_models]
-    return Found(times, curves, decoding, models), seeded
+    return Sections(times, curves, decoding, models), seeded
 
 
-def save_plots(folder: Path, shape: Shape, found: Found) -> None:
-    """rates.png, scaling.png, decoding.png, and models.png where models were timed."""
+def draw(shape: Shape, sections: Sections) -> dict[str, Figure]:
+    """The plots by name: rates, scaling, decoding, and models where models were timed."""
     kinds = ("forward", "train")
-    rates = {name: tuple(found.times.rate_of(f"{name} {kind}") for kind in kinds) for name in ROWS}
+    times = sections.times
+    rates = {name: tuple(times.rate_of(f"{name} {kind}") for kind in kinds) for name in ROWS}
     figures = {
         "rates": draw_rates(rates, f"mixture-of-experts layer, {shape}"),
-        "scaling": draw_scaling(found.curves, "xla, one size varied"),
-        "decoding": draw_decode(found.decoding),
+        "scaling": draw_scaling(sections.curves, "xla, one size varied"),
+        "decoding": draw_decode(sections.decoding),
     }
-    if found.models:
-        figures["models"] = draw_models(found.models)
-    folder.mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=120)
+    if sections.models:
+        figures["models"] = draw_models(sections.models)
+    return figures
 
 
 def main(argv: list[str]) -> None:
@@ -204,21 +198,17 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(Settings(), argv, QUESTION)
     out = output_folder(settings.out)
     scale = QUICK if settings.quick else FULL
-    found, measurements = measure(scale, settings.seed, Table(out / "metrics.jsonl"))
-    save_plots(out / "plots", scale.reference, found)
-    sentence = verdict({m.name: m.value for m in measurements})
-    write_result(
+    sections, measurements = measure(scale, settings.seed, LiveTable(out / "metrics.jsonl"))
+    print()
+    publish(
         out,
         experiment="moe_layer",
         question=QUESTION,
-        config=settings,
+        settings=settings,
         measurements=measurements,
-        verdict=sentence,
+        verdict=verdict({m.name: m.value for m in measurements}),
+        figures=draw(scale.reference, sections),
     )
-    print()
-    for m in measurements:
-        print(f"{m.name:38} {show(m.value):>10} {m.unit:24} {m.baseline or ''}")
-    print(f"\n{sentence}\n{out}/result.json, metrics.jsonl, plots/*.png")
 
 
 if __name__ == "__main__":

@@ -33,12 +33,33 @@ class Device(NamedTuple):
     latency: float
     """Seconds from a load to its data, from DRAM."""
     special: float
-    """Special-function results per second of a multiprocessor; eight times as many multiplications
-    with additions."""
+    """Special-function results per second of a multiprocessor. It has eight times as many
+    multiplications with additions."""
 
 
-H100 = Device("H100 SXM", 90, 132, 795e12, 3.35e12, 50e6, 5120 * 1.755e9, 6e-7, 16 * 1.755e9)
-A100 = Device("A100 80GB", 80, 108, 250e12, 2.0e12, 40e6, 5120 * 1.41e9, 6e-7, 16 * 1.41e9)
+H100 = Device(
+    name="H100 SXM",
+    arch=90,
+    multiprocessors=132,
+    gemm=795e12,
+    memory=3.35e12,
+    l2_bytes=50e6,
+    l2_rate=5120 * 1.755e9,
+    latency=6e-7,
+    special=16 * 1.755e9,
+)
+A100 = Device(
+    name="A100 80GB",
+    arch=80,
+    multiprocessors=108,
+    gemm=250e12,
+    memory=2.0e12,
+    l2_bytes=40e6,
+    l2_rate=5120 * 1.41e9,
+    latency=6e-7,
+    special=16 * 1.41e9,
+)
+DEVICES = {"H100": H100, "A100": A100}
 LAUNCH = 3e-6
 """Seconds between dependent launches."""
 
@@ -73,7 +94,7 @@ class Product(NamedTuple):
 
 
 def order(counts: np.ndarray, product: Product) -> list[tuple[int, int, int]]:
-    """(expert, block, column tile) of every used tile as kernel.locate numbers them."""
+    """(expert, block, column tile) of every used tile, in the order of the kernels' numbering."""
     across = math.ceil(product.columns / product.bn)
     found = []
     block = 0
@@ -91,12 +112,17 @@ def order(counts: np.ndarray, product: Product) -> list[tuple[int, int, int]]:
 def dram_bytes(
     tiles: list[tuple[int, int, int]], source: np.ndarray, product: Product, device: Device
 ) -> float:
-    """Bytes that come from DRAM, with the results that go there. source [blocks, BM]: which row of
-    the input each row reads, -1 for none. Tiles that run together share what they read."""
+    """Bytes that come from DRAM, and those of the results that go there.
+
+    source int[blocks, BM] says which row of the input each row reads, -1 for none. Tiles that run
+    together share what they read.
+    """
     row_bytes = product.depth * product.itemsize
     panel_bytes = row_bytes * product.bn * product.halves
+    # The L2 cache, least recently used first: (-1, row) for a row, (expert, column) for a panel.
     cache: OrderedDict[tuple[int, int], float] = OrderedDict()
-    held, read = 0.0, 0.0
+    cached = 0.0
+    read = 0.0
     wave = device.multiprocessors * product.resident
     for start in range(0, len(tiles), wave):
         for expert, block, column in tiles[start : start + wave]:
@@ -107,15 +133,16 @@ def dram_bytes(
                     cache.move_to_end(key)
                     continue
                 cache[key] = size
-                held += size
+                cached += size
                 read += size
-        while held > device.l2_bytes and cache:
-            held -= cache.popitem(last=False)[1]
+        # After the wave and not within it: the tiles of a wave read at the same time.
+        while cached > device.l2_bytes and cache:
+            cached -= cache.popitem(last=False)[1]
     return read + len(tiles) * product.bm * product.bn * product.stored * product.itemsize
 
 
 def step_seconds(product: Product, device: Device) -> float:
-    """Of one step of one program, with `resident` of them on each multiprocessor."""
+    """Seconds of one step of one program, with `resident` programs on each multiprocessor."""
     flops = 2 * product.bm * product.bn * product.bk * product.halves
     compute = flops * device.multiprocessors / (device.gemm * product.rate)
     if product.promoted:
@@ -123,6 +150,7 @@ def step_seconds(product: Product, device: Device) -> float:
     size = (product.bm + product.bn * product.halves) * product.bk * product.itemsize
     copy = size * device.multiprocessors / device.l2_rate
     p = product.resident
+    # Steps a second of a multiprocessor, were neither matrix units nor L2 a limit.
     if product.stages < 2:
         rate = p / (device.latency + copy + compute)
     else:
@@ -148,5 +176,5 @@ def launch_seconds(
 
 
 def other_seconds(moved: float, flops: float, device: Device) -> float:
-    """A step of XLA's own: as fast as memory and the plain GEMM allow."""
+    """Seconds of a step of XLA's own, as fast as memory and the plain GEMM allow."""
     return max(moved / device.memory, flops / device.gemm) + LAUNCH

@@ -1,4 +1,4 @@
-"""The rungs of lever_kernels: the same layer, one idea after the other."""
+"""The rungs of the ladder: the same layer, one idea after the other."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +20,11 @@ from moe_jax.moe.experts import swiglu
 def separate(
     x: Array, weights: Array, gate_up: Array, down: Array, plan: Any, gathered: bool = False
 ) -> Array:
-    """The layer by grouped products alone: gather (in the product's prologue if `gathered`), first
-    product, SwiGLU and second product one after the other, then the combine kernel."""
+    """The layer by grouped products alone.
+
+    Gather (in the product's prologue if `gathered`), first product, SwiGLU and second product come
+    one after the other, then the combine kernel.
+    """
     rows = x
     if not gathered:
         rows = jnp.take(x, plan.assignment // weights.shape[1], axis=0, mode="clip")
@@ -43,8 +46,10 @@ def train(
 
 
 def train_with_y(y: Array, *arguments: Any) -> tuple[Any, Array]:
-    """train, and the gate weights' gradients once more from the second product's output y [R, D],
-    as layers take them that keep it: rowsum(y · d_out[token])."""
+    """train, and the gate weights' gradients once more from the second product's output y [R, D].
+
+    Layers that keep y compute them so: rowsum(y · d_out[token]).
+    """
     *_, plan, d_out = arguments
     token = plan.assignment // plan.row.shape[1]
     rows = jnp.take(d_out, token, axis=0, mode="clip")
@@ -58,11 +63,12 @@ class Rung(NamedTuple):
     layer: Callable[..., Array]
     idea: str
     change: dict[str, Any] | None
-    """Fields of Tiles; None: no Triton kernel at all."""
+    """Fields of Tiles that differ from the table's entries. None: no Triton kernel at all."""
 
 
 NAIVE = {"stages": 1, "group": 1}
-SYNCHRONOUS, PIPELINED = NAIVE, {"group": 1}
+SYNCHRONOUS = NAIVE
+PIPELINED = {"group": 1}
 RUNGS = (
     Rung("xla", xla.mixture, "XLA's own path: batched products of padded shares", None),
     Rung("grouped", separate, "grouped products in Triton, no asynchronous copy", SYNCHRONOUS),
@@ -77,10 +83,9 @@ RUNGS = (
     Rung("ptx", mixture, "SwiGLU by tanh.approx, inline PTX", {"fast_silu": True}),
     Rung("fp8", experts_fp8.mixture, "operands of 8 bits, sums promoted every 128", {}),
 )  # fmt: skip
-"""Each holds the ideas of those before it, but for persistent, hints, ptx and fp8: variants, each
-on its own."""
+"""Each rung holds the ideas of those before it, but for VARIANTS, which stand each on its own."""
 VARIANTS = {"persistent": "epilogue", "hints": "raster", "ptx": "raster", "fp8": "raster"}
-"""What a variant is compared with; the others with the rung before."""
+"""The rung that a variant is compared with. The others are compared with the rung before."""
 
 
 def possible(arch: int) -> list[Rung]:

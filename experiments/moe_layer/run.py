@@ -10,12 +10,12 @@ a batched GEMM of the experts' sizes, jax.lax.ragged_dot, and transformers' spar
 from dataclasses import dataclass, replace
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from moe_jax.base.startup import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()
+
+from matplotlib.figure import Figure
 
 from experiments.moe_layer.cases import Shape
 from experiments.moe_layer.comparison import (

@@ -9,21 +9,24 @@ import numpy as np
 import pytest
 from moe_kernels.launch import MULTIPROCESSORS
 
+from experiments.kernel_ladder import cases
 from experiments.kernel_ladder import launch_model as model
-from experiments.kernel_ladder import run as lever
 from experiments.kernel_ladder.rungs import RUNGS, before, built, train, train_with_y
 
 pytest.importorskip("triton")
-TINY = lever.Shape(20, 16, 8, 3, 2)
+TINY = cases.Shape(20, 16, 8, 3, 2)
 PRODUCT = model.Product(
     depth=256, columns=256, halves=1, bm=128, bn=128, bk=64, stages=3, group=2, resident=1,
     special=0, threads=256, stored=1, gathered=False,
 )  # fmt: skip
-DEVICE = model.Device("two", 90, 2, 1e12, 1e11, 1e6, 1e12, 1e-6, 1e9)
+DEVICE = model.Device(
+    name="two", arch=90, multiprocessors=2, gemm=1e12, memory=1e11, l2_bytes=1e6, l2_rate=1e12,
+    latency=1e-6, special=1e9,
+)  # fmt: skip
 
 
 def make_inputs():
-    return [a.astype(jnp.float32) for a in lever.make_inputs(TINY, 0)], lever.routing(TINY, 0)
+    return [a.astype(jnp.float32) for a in cases.make_inputs(TINY, 0)], cases.make_routing(TINY, 0)
 
 
 @pytest.mark.slow
@@ -102,7 +105,7 @@ def test_the_rung_before():
 
 
 def test_devices_have_as_many_multiprocessors_as_the_kernels_think():
-    for device in lever.DEVICES.values():
+    for device in model.DEVICES.values():
         assert device.multiprocessors == MULTIPROCESSORS[device.arch]
 
 
@@ -118,4 +121,4 @@ def test_the_experiment_labels_what_it_predicts(tmp_path, monkeypatch):
     assert result["verdict"].startswith("PREDICTED")
     for m in result["measurements"]:
         assert "PREDICTED" in m["unit"] or "formula" in m["unit"]
-    assert (tmp_path / "ladder.png").stat().st_size > 1000
+    assert (tmp_path / "plots" / "ladder.png").stat().st_size > 1000

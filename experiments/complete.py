@@ -83,9 +83,9 @@ def main(argv: list[str]) -> None:
     print(text)
     ahead = traffic.ahead / max(1, traffic.uses)
     print(
-        f"\n{1 / seconds:.1f} tokens/s, compilation included. {traffic.hit_rate:.0%} of the experts "
-        f"were resident, {ahead:.0%} came ahead. {traffic.disk_bytes / 1e6:.1f} MB came from disk, "
-        f"{traffic.host_bytes / 1e6:.1f} MB from host memory. At most "
+        f"\n{1 / seconds:.1f} tokens/s, compilation included. {traffic.hit_rate:.0%} of the "
+        f"experts were resident, {ahead:.0%} came ahead. {traffic.disk_bytes / 1e6:.1f} MB came "
+        f"from disk, {traffic.host_bytes / 1e6:.1f} MB from host memory. At most "
         f"{traffic.peak_bytes / 1e6:.1f} MB of experts were on the device."
     )
 

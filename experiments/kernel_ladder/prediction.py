@@ -180,7 +180,7 @@ class Backward(NamedTuple):
 def backward(shape: Shape, forward: Step, device: Device) -> Backward:
     """Predicted: forward and backward at the forward pass's rate, with and without reading y.
 
-    A layer that keeps y reads it, and d_out's rows once more. Both are rows of D numbers of two bytes.
+    A layer that keeps y reads it, and d_out's rows once more: rows of D numbers of two bytes each.
     """
     rows = shape.tokens * shape.per_token
     kept = 2.0 * (shape.tokens * shape.width + 2 * rows * shape.hidden)

@@ -37,7 +37,7 @@ WARM_UP = 2
 """Updates before the timed ones."""
 
 Kind = Literal["resident", "tiers", "blocking"]
-"""All resident; tiers; tiers in which every read and write is waited for."""
+"""All experts resident, tiers, and tiers in which every read and write is waited for."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def make_config(job: Job) -> TrainConfig:
     placement = PlacementConfig(
         device_budget=f"{round(SHARE * expert_bytes(config))}",
         direct=job.direct,
-        folder=str(Path(job.folder) / "shelf"),
+        folder=str(Path(job.folder) / "training-experts"),
     )
     return replace(config, placement=placement)
 

@@ -46,7 +46,7 @@ class Shape:
 
 
 class Inputs(NamedTuple):
-    """Random arrays of a layer call; their scale keeps all activations near 1."""
+    """Random arrays of a layer call. Their scale keeps all activations near 1."""
 
     x: Float[Array, "T D"]
     router: Float[Array, "D E"]

@@ -31,7 +31,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def scaling_point(shape: Shape, value: int, rounds: int, seed: int) -> Point:
-    """xla's layer at one size; `gemm` is the time of forward and backward at the GEMM's rate."""
+    """xla's layer at one size. `gemm` is the time of forward and backward at the GEMM's rate."""
     gemm = gemm_call(shape, seed)
     calls = layer_calls(shape, make_inputs(shape, seed), "xla")
     times = paired_rounds([gemm, *calls], rounds, f"scaling, {shape}")

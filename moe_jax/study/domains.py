@@ -72,7 +72,7 @@ def held_out_texts(out: Path, stretch: int, total: int) -> Iterator[tuple[str, s
 
 
 def _module_texts(name: str, path: Path) -> Iterator[tuple[str, str]]:
-    """(domain, text) of one module; nothing where it cannot be parsed."""
+    """(domain, text) of one module. Nothing where it cannot be parsed."""
     try:
         source = path.read_text()
         if name.startswith("encodings/"):

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from experiments.hot_cold import run as lever_hot_cold
-from experiments.hot_cold import traces
+from experiments.hot_cold import run, traces
 
 AGREED = {
     "decode_of_all_resident_at_50",
@@ -20,10 +19,11 @@ AGREED = {
 
 @pytest.mark.slow
 def test_quick_runs_give_the_agreed_figures(tmp_path):
-    source, out = tmp_path / "traces", tmp_path / "out"
+    source = tmp_path / "traces"
+    out = tmp_path / "out"
     traces.main(["--quick", "--out", str(source)])
     assert (source / "plots" / "traces.png").exists()
-    lever_hot_cold.main(["--quick", "--out", str(out), "--model", str(source)])
+    run.main(["--quick", "--out", str(out), "--model", str(source)])
     found = {m["name"]: m["value"] for m in json.loads((out / "result.json").read_text())[
         "measurements"
     ]}  # fmt: skip

@@ -66,10 +66,12 @@ def test_the_order_of_tiles_is_the_kernels():
     assert order == [
         (0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (0, 2, 0), (0, 2, 1), (2, 3, 0), (2, 3, 1),
     ]  # fmt: skip
-    block_expert, starts = np.array([0, 0, 0, 2]), np.array([0, 384, 384])
+    block_expert = np.array([0, 0, 0, 2])
+    starts = np.array([0, 384, 384])
     counts = np.array([300, 0, 1])
     for tile, (expert, block, column) in enumerate(order):
-        first, blocks = starts[expert] // 128, -(-counts[expert] // 128)
+        first = starts[expert] // 128
+        blocks = -(-counts[expert] // 128)
         own = tile // 2
         assert block_expert[own] == expert
         group = first + (own - first) // 2 * 2
@@ -81,7 +83,9 @@ def test_the_order_of_tiles_is_the_kernels():
 def test_what_fits_in_l2_is_read_once():
     tiles = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
     source = np.arange(256).reshape(2, 128)
-    row, panel, written = 512, 512 * 128, 4 * 128 * 128 * 2
+    row = 512
+    panel = 512 * 128
+    written = 4 * 128 * 128 * 2
     large = model.dram_bytes(tiles, source, PRODUCT, DEVICE)
     assert large == 256 * row + 2 * panel + written
     none = model.dram_bytes(tiles, source, PRODUCT, DEVICE._replace(l2_bytes=0))
@@ -90,8 +94,10 @@ def test_what_fits_in_l2_is_read_once():
 
 
 def test_a_step_without_asynchronous_copies_waits():
-    flops, size = 2 * 128 * 128 * 64, 2 * 256 * 64
-    compute, copy = flops * 2 / 1e12, size * 2 / 1e12
+    flops = 2 * 128 * 128 * 64
+    size = 2 * 256 * 64
+    compute = flops * 2 / 1e12
+    copy = size * 2 / 1e12
     one = model.step_seconds(PRODUCT._replace(stages=1), DEVICE)
     assert one == pytest.approx(1e-6 + copy + compute)
     assert model.step_seconds(PRODUCT, DEVICE) == pytest.approx(compute)

@@ -75,7 +75,8 @@ def test_a_point_of_a_curve():
 def test_slow_calls_leave_the_rounds_and_ratios_stay_within_one(monkeypatch):
     seconds = {"slow": iter([9.0, 8.0, 4.0]), "fast": iter([1.0, 2.0, 1.0, 5.0, 5.0])}
     monkeypatch.setattr(timing, "timed", lambda name: next(seconds[name]))
-    slow, fast = Call("slow", "slow", flops=6.0), Call("fast", "fast", flops=3.0)
+    slow = Call("slow", "slow", flops=6.0)
+    fast = Call("fast", "fast", flops=3.0)
     times = timing.paired_rounds([slow, fast], rounds=4)
     assert np.isnan(times.seconds["slow"][2:]).all()
     assert times.speedup("fast", "slow") == 4.0  # 8 / 2 and 4 / 1

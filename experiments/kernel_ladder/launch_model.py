@@ -8,8 +8,8 @@ used, rows one by one, a matrix's columns a panel), so the order of the tiles co
 Multiprocessors: each tile is cdiv(depth, BK) steps. A step needs the matrix units for its FLOPs and
 L2 for its bytes, and its data arrive `latency` after they are asked for. Without asynchronous
 copies (one stage) a program waits for its data and then computes. Only the other programs resident
-on the multiprocessor fill that wait. With s stages, s - 1 steps are in flight (Little's law). The epilogue
-adds its special-function instructions, counted in the SASS.
+on the multiprocessor fill that wait. With s stages, s - 1 steps are in flight (Little's law). The
+epilogue adds its special-function instructions, counted in the SASS.
 
 Resident programs are the audit's, from registers and shared memory as ptxas reports them.
 """

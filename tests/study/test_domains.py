@@ -11,7 +11,7 @@ def test_docstrings_are_taken_and_what_is_left_is_code():
     )
     tree = ast.parse(source)
     prose = domains._take_docstrings(tree)
-    assert sorted(prose.split("\n\n")) == ["Class.", "Module.", "Only this.\n"]
+    assert sorted(prose.split("\n\n")) == ["Class.\n", "Module.", "Only this."]
     assert ast.unparse(tree) == "def f():\n    pass\n\nclass A:\n    x = 1"
 
 

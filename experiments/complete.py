@@ -2,12 +2,13 @@
 
     python experiments/complete.py --run DIR [--text TEXT] [--placement.device-budget 2GB]
 
-The first time, the run's newest checkpoint is written to DIR/decode, a file a layer; from then on
+The first time, the run's newest checkpoint is written to DIR/decode, a file a layer. From then on
 only the trunk is loaded, and experts within the budget. The text is the same for every budget.
 """
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,15 +46,25 @@ class Settings:
         require(self.temperature >= 0, f"temperature is {self.temperature}: it cannot be negative")
 
 
-def complete(settings: Settings) -> tuple[str, Traffic, float]:
-    """(the text and its continuation, what the store did, seconds a token)"""
+class Completion(NamedTuple):
+    """A text with its continuation."""
+
+    text: str
+    traffic: Traffic
+    """Counts of the store of experts."""
+    seconds: float
+    """A token, those of the prompt included."""
+
+
+def complete(settings: Settings) -> Completion:
+    """Continues settings.text with the model of settings.run."""
     require(settings.run != "", "which model? give --run DIR, the folder of a training run")
-    decoder, made = open_decoder(settings.run, settings.placement)
-    tokenizer = made.tokenizer
+    decoder, run = open_decoder(settings.run, settings.placement)
+    tokenizer = run.tokenizer
     prompt = jnp.asarray([[tokenizer.bos, *tokenizer.encode(settings.text)]], jnp.int32)
     with decoder.store:
         begin = time.perf_counter()
-        found = decoder.generate(
+        tokens = decoder.generate(
             prompt,
             jax.random.key(settings.seed),
             count=settings.tokens,
@@ -61,8 +72,8 @@ def complete(settings: Settings) -> tuple[str, Traffic, float]:
             temperature=settings.temperature,
         )
         seconds = time.perf_counter() - begin
-    text = settings.text + decode_until_end(tokenizer, found[0])
-    return text, decoder.store.traffic, seconds / (prompt.shape[1] + settings.tokens)
+    text = settings.text + decode_until_end(tokenizer, tokens[0])
+    return Completion(text, decoder.store.traffic, seconds / (prompt.shape[1] + settings.tokens))
 
 
 def main(argv: list[str]) -> None:
@@ -70,11 +81,12 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(Settings(), argv, (__doc__ or "").splitlines()[0])
     text, traffic, seconds = complete(settings)
     print(text)
+    ahead = traffic.ahead / max(1, traffic.uses)
     print(
-        f"\n{1 / seconds:.1f} tokens/s with the first ones' compilation; {traffic.hit_rate:.0%} of "
-        f"the experts were resident, {traffic.ahead / max(1, traffic.uses):.0%} came ahead; "
-        f"{traffic.disk_bytes / 1e6:.1f} MB from disk, {traffic.host_bytes / 1e6:.1f} MB from host "
-        f"memory; at most {traffic.peak_bytes / 1e6:.1f} MB of experts on the device"
+        f"\n{1 / seconds:.1f} tokens/s, compilation included. {traffic.hit_rate:.0%} of the "
+        f"experts were resident, {ahead:.0%} came ahead. {traffic.disk_bytes / 1e6:.1f} MB came "
+        f"from disk, {traffic.host_bytes / 1e6:.1f} MB from host memory. At most "
+        f"{traffic.peak_bytes / 1e6:.1f} MB of experts were on the device."
     )
 
 

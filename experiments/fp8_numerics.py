@@ -3,13 +3,12 @@
     python experiments/fp8_numerics.py [--out DIR] [--seeds N] [--steps N] [--quick]
 
 Trains the preset `tiny` once for each precision and seed, on the same tokens in the same order from
-the same initialisation, and compares held-out bits per byte pairwise with float32. Without FP8
-units the kernels' arithmetic is emulated (model.moe.precision), so a laptop gives the numerics that
-a GPU would have, not its speed. Runs that are finished are read, not repeated.
+the same initialisation, and compares held-out bits per byte with float32, seed by seed. Without FP8
+units the kernels' arithmetic is emulated (model.moe.precision). So a laptop gives the numerics that
+a GPU would have, but not its speed. Runs that are finished are read and not repeated.
 """
 
 import json
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,13 +19,13 @@ from moe_jax.base.startup import ask_for_huge_pages
 if __name__ == "__main__":
     ask_for_huge_pages()
 
-from scipy.stats import t as student
-
-from moe_jax.base.result import Measurement, output_folder, write_result
+from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import override, parse_settings, program
 from moe_jax.config import TrainConfig, require
 from moe_jax.config.presets import TINY
 from moe_jax.runs.run import run_training
+from moe_jax.study.intervals import paired_interval
+from moe_jax.study.results import publish, seed_difference
 
 QUESTION = "What do FP8 products in the experts cost in loss?"
 BASELINE = "float32"
@@ -39,7 +38,7 @@ PRECISIONS: dict[str, dict[str, str]] = {
     },
     "bfloat16": {"model.compute_dtype": "bfloat16"},
 }
-"""Settings that differ from `tiny`; bfloat16 is the whole model's compute dtype."""
+"""Settings that differ from `tiny`. bfloat16 is the compute dtype of the whole model."""
 
 
 @dataclass(frozen=True)
@@ -74,52 +73,49 @@ def run_config(settings: Settings, name: str, seed: int) -> TrainConfig:
 def bits_per_byte(config: TrainConfig) -> float:
     """Held-out loss of a run, trained if it is not there."""
     path = Path(config.out) / "result.json"
+    # The folder may hold a run of another length, from a command with another --steps.
     if not path.exists() or json.loads(path.read_text())["config"]["steps"] != config.steps:
         run_training(config)
     found = json.loads(path.read_text())["measurements"]
     return next(m["value"] for m in found if m["name"] == "validation_bits_per_byte")
 
 
-def interval(differences: list[float]) -> float:
-    """Half of the 95% interval of the mean (Student's t); infinite for one pair."""
-    n = len(differences)
-    if n < 2:
-        return math.inf
-    return float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
-
-
 def measurements(losses: Mapping[str, list[float]], seeds: list[int]) -> list[Measurement]:
     """Mean losses, and mean differences to float32 with their 95% intervals."""
-    found, base = [], losses[BASELINE]
+    rows = []
+    base = losses[BASELINE]
+    unit = "bits/byte"
     for name, values in losses.items():
         mean = statistics.mean(values)
         ratio = mean / statistics.mean(base)
-        found.append(Measurement(f"{name}.loss", mean, "bits/byte", BASELINE, ratio, seeds))
+        rows.append(Measurement(f"{name}.loss", mean, unit, BASELINE, ratio, seeds))
         if name == BASELINE:
             continue
-        differences = [a - b for a, b in zip(values, base, strict=True)]
-        half = interval(differences)
-        found += [
-            Measurement(f"{name}.difference", statistics.mean(differences), "bits/byte", BASELINE),
-            Measurement(
-                f"{name}.difference_95", half if math.isfinite(half) else None, "+- bits/byte"
-            ),
-        ]
+        difference = seed_difference(
+            f"{name}.difference", values, base, baseline=BASELINE, unit=unit, seeds=seeds
+        )
+        interval = paired_interval(values, base)
+        # One seed has no interval.
+        half = None if interval.bounds is None else (interval.high - interval.low) / 2
+        rows += [difference, Measurement(f"{name}.difference_95", half, f"+- {unit}")]
     if len(base) > 1:
-        found.append(Measurement("float32.seeds_deviation", statistics.stdev(base), "bits/byte"))
-    return found
+        rows.append(Measurement("float32.seeds_deviation", statistics.stdev(base), unit))
+    return rows
 
 
 def verdict(values: Mapping[str, float | int | None]) -> str:
     """One sentence."""
+    baseline = values[f"{BASELINE}.loss"]
+    assert baseline is not None
     parts = []
     for name in PRECISIONS:
-        difference, half = values.get(f"{name}.difference"), values.get(f"{name}.difference_95")
+        difference = values.get(f"{name}.difference")
+        half = values.get(f"{name}.difference_95")
         if difference is not None:
-            share = difference / (values[f"{BASELINE}.loss"] or math.nan)
             width = "one seed" if half is None else f"+-{half:.4f}"
-            parts.append(f"{name} {difference:+.4f} bits/byte ({width}; {share:+.2%})")
-    return "against float32: " + ", ".join(parts)
+            share = difference / baseline
+            parts.append(f"{name} {difference:+.4f} bits/byte ({width}, {share:+.2%})")
+    return f"Against float32: {', '.join(parts)}."
 
 
 def main(argv: list[str]) -> None:
@@ -129,19 +125,16 @@ def main(argv: list[str]) -> None:
     seeds = [settings.seed + i for i in range(1 if settings.quick else settings.seeds)]
     names = [BASELINE, "fp8"] if settings.quick else list(PRECISIONS)
     losses = {n: [bits_per_byte(run_config(settings, n, seed)) for seed in seeds] for n in names}
-    found = measurements(losses, seeds)
-    sentence = verdict({m.name: m.value for m in found})
-    write_result(
+    rows = measurements(losses, seeds)
+    publish(
         out,
         experiment="fp8_numerics",
         question=QUESTION,
-        config=settings,
-        measurements=found,
-        verdict=sentence,
+        settings=settings,
+        measurements=rows,
+        verdict=verdict({m.name: m.value for m in rows}),
+        figures={},
     )
-    for m in found:
-        print(f"{m.name:34} {m.value if m.value is not None else math.nan:10.5f} {m.unit}")
-    print(f"\n{sentence}\n{out}/result.json")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python experiments/parameters.py [--out DIR]
 
-Prints total and active parameters of every preset beside the published figures, from the models
-themselves (built under eval_shape: no memory, a few seconds), and writes DIR/result.json.
+Prints total and active parameters of every preset beside the published figures, and writes
+DIR/result.json. The counts come from the models themselves. They are built under eval_shape, which
+takes seconds and no memory.
 """
 
 import math
@@ -28,14 +29,14 @@ class Settings:
     out: str = "runs/parameters"
     """Folder for result.json."""
     seed: int = 0
-    """Unused: counting draws nothing."""
+    """Unused, since counting draws nothing."""
     quick: bool = False
     """No difference: counting takes seconds."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One preset: our counts, the published ones, and what explains a difference."""
+    """One preset: its counts, the published ones, and the reason for a difference."""
 
     name: str
     counts: Counts
@@ -46,10 +47,11 @@ class Row:
         return ours / (theirs * 1e9) - 1
 
     def note(self) -> str:
-        """The source; before it, the reason for a difference of more than 1%."""
+        """The source. Before it comes the reason for a difference of more than 1%."""
         if self.published is None:
             return "ours"
-        p, notes = self.published, []
+        p = self.published
+        notes = []
         for label, ours, theirs in (
             ("total", self.counts.total, p.total),
             ("active", self.counts.active, p.active),
@@ -60,9 +62,10 @@ class Row:
 
 
 def _reason(ours: float, theirs: float, row: Row) -> str:
-    """How the published figure comes out of ours, both in billions."""
+    """How the published figure follows from ours, both in billions."""
     assert row.published is not None
     unit = row.published.rounding
+    # Authors round, cut, or leave out the embedding, and rarely say which.
     without = ours - row.counts.embedding / 1e9
     look_up = f"leaves out the embedding look-up ({without:.2f}B without it)"
     if round(ours / unit) == round(theirs / unit):

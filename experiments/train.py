@@ -2,9 +2,9 @@
 
     python experiments/train.py [PRESET] [--out DIR] [--seed N] [--steps N] [--FIELD VALUE …]
 
-Without arguments: the preset `tiny` on the text of Python's own standard library. `--help` lists
-every field; `--quick` stands for a run of under a minute; `--distill.teacher` names a teacher to
-learn from (smollm2, a GGUF file, a folder of safetensors, or a run's folder). The same command
+Without arguments it trains the preset `tiny` on the text of Python's own standard library. `--help`
+lists every field. `--quick` stands for a run of under a minute. `--distill.teacher` names a teacher
+to learn from: smollm2, a GGUF file, a folder of safetensors, or a run's folder. The same command
 continues a killed run, and its results are bit for bit those of an uninterrupted one.
 """
 
@@ -27,10 +27,11 @@ QUICK = ("--steps", "40", "--evaluate-every", "40", "--checkpoint.every", "20")
 
 
 def with_quick(argv: list[str]) -> list[str]:
-    """Replaces --quick by what it stands for, before all other options so that they prevail."""
+    """Replaces --quick by the options in QUICK, before all other options so that those prevail."""
     rest = [word for word in argv if word != "--quick"]
     if rest == argv:
         return argv
+    # The preset, if there is one, must stay the first word.
     named = 1 if rest and not rest[0].startswith("-") else 0
     return [*rest[:named], *QUICK, *rest[named:]]
 

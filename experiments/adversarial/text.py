@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.adversarial.settings import BATCH, DOCUMENT, LENGTH, WINDOWS
-from experiments.placement_model import DOMAINS, LIMIT, write_corpus
 from moe_jax.objectives.next_token import Batch
+from moe_jax.study.domains import DOMAINS, LIMIT, write_corpus
 
 SHARES = {"code": 0.5, "prose": 0.3, "tables": 0.2}
 """The mixture of real domains."""
@@ -19,7 +19,7 @@ FIFTHS = {"teacher": (0, 2), "seed": (4,), "stretch": (4,), "pool": (1, 3)}
 class Text:
     """Documents of the real domains. The held-out ones are from other files.
 
-    Both are placement_model.write_corpus's, written into `folder` unless they are there.
+    Both are domains.write_corpus's, written into `folder` unless they are there.
     """
 
     def __init__(self, folder: Path) -> None:

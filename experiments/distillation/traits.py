@@ -13,7 +13,6 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from experiments.placement_model import DOMAINS, domain_texts
 from moe_jax.config import ModelConfig
 from moe_jax.data.batches import Windows
 from moe_jax.data.tokens import TokenArray
@@ -21,6 +20,7 @@ from moe_jax.distill.cache import CacheConfig, build_cache
 from moe_jax.distill.specialise import specialisation
 from moe_jax.distill.teacher import Teacher, split_model
 from moe_jax.model.generate import generate
+from moe_jax.study.domains import DOMAINS, domain_texts
 
 State = tuple[Any, Any]
 """(parameters, router)"""

@@ -1,6 +1,5 @@
 """The statistics of the FP8 comparison, and the command itself (slow)."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments import fp8_numerics
+
 SCRIPT = Path(__file__).parents[2] / "experiments" / "fp8_numerics.py"
-spec = importlib.util.spec_from_file_location("fp8_numerics", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-fp8_numerics = importlib.util.module_from_spec(spec)
-sys.modules["fp8_numerics"] = fp8_numerics
-spec.loader.exec_module(fp8_numerics)
 
 
 def values(losses, seeds):
@@ -27,13 +22,13 @@ def test_differences_are_paired_by_seed():
     assert found["fp8.difference"] == pytest.approx(0.2)
     # Student's t with 2 degrees of freedom is 4.3027 at 97.5%; 0.1, 0.2, 0.3 deviate by 0.1.
     assert found["fp8.difference_95"] == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
-    assert "fp8 +0.2000 bits/byte (+-0.2484; +6.67%)" in fp8_numerics.verdict(found)
+    assert "fp8 +0.2000 bits/byte (+-0.2484, +6.67%)" in fp8_numerics.verdict(found)
 
 
 def test_one_seed_has_no_interval():
     found = values({"float32": [2.0], "fp8": [2.1]}, [0])
     assert found["fp8.difference_95"] is None
-    assert "(one seed; +5.00%)" in fp8_numerics.verdict(found)
+    assert "(one seed, +5.00%)" in fp8_numerics.verdict(found)
 
 
 @pytest.mark.parametrize("name", fp8_numerics.PRECISIONS)

@@ -1,22 +1,19 @@
 """The layer's experiment on small sizes: what it compares computes the same, and it writes all."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-
-import moe_cases
-import moe_layer
-import moe_scaling
-from moe_cases import Call, Shape, layer, make_inputs, moe_config, slope, with_gradients
-from moe_peers import VARIANTS, ragged_layer, to_torch, transformers_block
+from experiments.moe_layer import run as moe_layer
+from experiments.moe_layer import scaling, timing
+from experiments.moe_layer.cases import Shape, layer, make_inputs, moe_config, with_gradients
+from experiments.moe_layer.models import MODELS, model_shape
+from experiments.moe_layer.peers import VARIANTS, ragged_layer, to_torch, transformers_block
+from experiments.moe_layer.timing import Call
 
 SHAPE = Shape(24, 16, 8, 6, 2)
 NAMES = (
@@ -33,7 +30,7 @@ NAMES = (
 
 def test_a_power_law_has_its_exponent():
     sizes = [1, 2, 4, 8]
-    assert slope(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
+    assert scaling.slope(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
 
 
 def test_ragged_dot_computes_the_same_layer():
@@ -69,7 +66,7 @@ def test_transformers_computes_the_same_layer(variant):
 
 
 def test_a_point_of_a_curve():
-    point = moe_scaling.scaling_point(SHAPE, value=24, rounds=1, seed=0)
+    point = scaling.scaling_point(SHAPE, value=24, rounds=1, seed=0)
     assert point.value == 24
     assert min(point.forward, point.train, point.gemm) > 0
     assert 0 < point.forward_bytes < point.train_bytes
@@ -77,9 +74,10 @@ def test_a_point_of_a_curve():
 
 def test_slow_calls_leave_the_rounds_and_ratios_stay_within_one(monkeypatch):
     seconds = {"slow": iter([9.0, 8.0, 4.0]), "fast": iter([1.0, 2.0, 1.0, 5.0, 5.0])}
-    monkeypatch.setattr(moe_cases, "timed", lambda name: next(seconds[name]))
-    slow, fast = Call("slow", "slow", flops=6.0), Call("fast", "fast", flops=3.0)
-    times = moe_cases.paired_rounds([slow, fast], rounds=4)
+    monkeypatch.setattr(timing, "timed", lambda name: next(seconds[name]))
+    slow = Call("slow", "slow", flops=6.0)
+    fast = Call("fast", "fast", flops=3.0)
+    times = timing.paired_rounds([slow, fast], rounds=4)
     assert np.isnan(times.seconds["slow"][2:]).all()
     assert times.speedup("fast", "slow") == 4.0  # 8 / 2 and 4 / 1
     assert times.rate_of("fast", "slow") == 2.0
@@ -87,17 +85,17 @@ def test_slow_calls_leave_the_rounds_and_ratios_stay_within_one(monkeypatch):
     assert times.rate_of("absent", "slow") is None
 
 
-@pytest.mark.parametrize("name", moe_scaling.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_real_models_keep_their_experts(name):
-    shape = moe_scaling.model_shape(name, most_flops=4e9, most_tokens=4096)
-    assert (shape.experts, shape.per_token) == moe_scaling.MODELS[name][2:]
+    shape = model_shape(name, most_flops=4e9, most_tokens=4096)
+    assert (shape.experts, shape.per_token) == MODELS[name][2:]
     assert shape.flops <= 4e9
     assert shape.experts * shape.expert_bytes <= 256e6
 
 
 def power_law(shape, value, rounds, seed):
     """Stands for scaling_point, whose programs take a second each to compile."""
-    return moe_scaling.Point(value, value, 2 * value, value, value**2, 3 * value**2)
+    return scaling.Point(value, value, 2 * value, value, value**2, 3 * value**2)
 
 
 @pytest.mark.slow
@@ -116,8 +114,8 @@ def test_writes_every_measurement(tmp_path, monkeypatch):
         models=(),
     )
     monkeypatch.setattr(moe_layer, "QUICK", small)
-    monkeypatch.setattr(moe_scaling, "scaling_point", power_law)
-    monkeypatch.setattr("moe_peers.missing_package", lambda: "torch")
+    monkeypatch.setattr(scaling, "scaling_point", power_law)
+    monkeypatch.setattr("experiments.moe_layer.peers.missing_package", lambda: "torch")
     moe_layer.main(["--quick", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "result.json").read_text())
     found = {m["name"]: m for m in result["measurements"]}

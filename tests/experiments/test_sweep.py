@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from experiments import sweep
 from moe_jax.base.errors import UserError
 from moe_jax.config import TrainConfig
+from moe_jax.study.sweep.axes import parse_axis
+from moe_jax.study.sweep.command import parse_sweep
 
 pytest.importorskip("optuna")
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "sweep.py"
 SEARCH = "--search model.moe.experts=1,8,16 --search optim.learning-rate=log:1e-4..1e-2"
 
 # Takes the options of train.py, logs its start and end in runs.txt, and is lowest at 1e-3.
@@ -47,15 +49,14 @@ with open(out / "runs.txt", "a") as runs:
 """
 
 DRIVER = """
-import importlib.util, sys
+import sys
 from pathlib import Path
 
-script, fake = sys.argv[1:3]
-spec = importlib.util.spec_from_file_location("sweep", script)
-sweep = sys.modules["sweep"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sweep)
+from experiments import sweep
+
+fake = sys.argv[1]
 sweep.EXPERIMENTS["train"] = sweep.Experiment(Path(fake), sweep.PRESETS)
-sys.argv = [script, *sys.argv[3:]]
+sys.argv = ["sweep.py", *sys.argv[2:]]
 sweep.cli.program(sweep.main)
 """
 
@@ -68,7 +69,7 @@ def start(tmp_path):
 
     def start(line: str) -> subprocess.Popen[str]:
         own = ["train", "--out", str(tmp_path / "out"), *shlex.split(line)]
-        command = [sys.executable, "-c", DRIVER, str(SCRIPT), str(fake), *own]
+        command = [sys.executable, "-c", DRIVER, str(fake), *own]
         return subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
 
     return start
@@ -188,16 +189,6 @@ def test_a_diverged_trial_has_no_value(start):
     assert "the first: validation_bits_per_byte is nan" in said
 
 
-@pytest.fixture(scope="module")
-def sweep():
-    spec = importlib.util.spec_from_file_location("sweep_under_test", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("text", "choices", "low", "high", "log"),
     [
@@ -210,8 +201,8 @@ def sweep():
         ("data.source=files:a/../b,stdlib", ("files:a/../b", "stdlib"), 0, 0, False),
     ],
 )
-def test_search_spaces(sweep, text, choices, low, high, log):
-    axis = sweep.parse_axis(text, TrainConfig())
+def test_search_spaces(text, choices, low, high, log):
+    axis = parse_axis(text, TrainConfig())
     assert (axis.choices, axis.low, axis.high, axis.log) == (choices, low, high, log)
     assert axis.distribution() is not None
 
@@ -246,7 +237,7 @@ def test_search_spaces(sweep, text, choices, low, high, log):
         ("train --search batch=4 --steps x", "--steps: 'x' is not an int"),
     ],
 )
-def test_mistakes_are_one_line_before_any_trial(sweep, line, message, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_before_any_trial(line, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         sweep.main(line.split())
@@ -255,14 +246,17 @@ def test_mistakes_are_one_line_before_any_trial(sweep, line, message, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_quick_is_three_short_trials(sweep):
+def test_quick_is_three_short_trials():
     line = ["train", "--search", "batch=4,8", "--quick"]
-    quick = sweep.parse(line)
+    quick = parse_sweep(line, sweep.EXPERIMENTS)
     assert (quick.trials, quick.arguments[1:3]) == (3, ("--steps", "20"))
-    assert sweep.parse([*line, "--steps", "5"]).arguments[1:3] == ("--steps", "5")
+    assert parse_sweep([*line, "--steps", "5"], sweep.EXPERIMENTS).arguments[1:3] == (
+        "--steps",
+        "5",
+    )
 
 
-def test_without_optuna(sweep, monkeypatch):
+def test_without_optuna(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'moe_jax\[sweep\]'"):
         sweep.main(["train", "--search", "batch=4,8"])

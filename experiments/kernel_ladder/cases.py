@@ -1,0 +1,79 @@
+"""Layer sizes, and arrays and routing for them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import ShapeDtypeStruct
+
+from moe_jax.moe.plan import Plan, make_plan
+
+DTYPE = "bfloat16"
+"""Of everything but the gate's weights."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one layer: T, D, F, E, K."""
+
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    per_token: int
+
+    @property
+    def flops(self) -> float:
+        """Useful FLOPs of the forward pass: 6 T K D F."""
+        return 6.0 * self.tokens * self.per_token * self.width * self.hidden
+
+
+SHAPES = {
+    "OLMoE-1B-7B": Shape(8192, 2048, 1024, 64, 8),
+    "Qwen3-30B-A3B": Shape(8192, 2048, 768, 128, 8),
+    "DeepSeek-V3": Shape(8192, 7168, 2048, 256, 8),
+}
+QUICK = {"small": Shape(1024, 512, 256, 16, 4)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rung on one shape."""
+
+    milliseconds: float
+    dram_gigabytes: float | None
+    note: str
+    """What ptxas reports of the products, or what was measured beside the time."""
+
+
+def layer_arrays(shape: Shape) -> tuple[Any, ...]:
+    """Shapes and dtypes of x [T, D], weights [T, K], gate_up [E, D, 2F] and down [E, F, D]."""
+    tokens = shape.tokens
+    width = shape.width
+    hidden = shape.hidden
+    return (
+        ShapeDtypeStruct((tokens, width), DTYPE),
+        ShapeDtypeStruct((tokens, shape.per_token), jnp.float32),
+        ShapeDtypeStruct((shape.experts, width, 2 * hidden), DTYPE),
+        ShapeDtypeStruct((shape.experts, hidden, width), DTYPE),
+    )
+
+
+def make_inputs(shape: Shape, seed: int) -> list[jax.Array]:
+    """Normal numbers for layer_arrays, the matrices divided by the root of their inputs' width."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    scales = (1.0, 1.0, shape.width**-0.5, shape.hidden**-0.5)
+    return [
+        (scale * jax.random.normal(key, a.shape)).astype(a.dtype)
+        for key, a, scale in zip(keys, layer_arrays(shape), scales, strict=True)
+    ]
+
+
+def make_routing(shape: Shape, seed: int) -> Plan:
+    """The plan of independent tokens whose gate prefers no expert."""
+    random = np.random.default_rng(seed)
+    scores = random.random((shape.tokens, shape.experts))
+    chosen = np.argpartition(scores, shape.per_token, axis=1)[:, : shape.per_token]
+    return make_plan(jnp.asarray(chosen, jnp.int32), shape.experts)

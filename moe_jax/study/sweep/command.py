@@ -1,0 +1,117 @@
+"""The command line of a sweep, checked whole: no mistake in it is left for the first trial."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from moe_jax import cli
+from moe_jax.config import TrainConfig, require
+from moe_jax.study.sweep.axes import Axis, parse_axis
+
+QUICK_TRIALS = 3
+QUICK_STEPS = "20"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A script with a TrainConfig. It takes `PRESET --FIELD VALUE …` and writes DIR/result.json."""
+
+    script: Path
+    presets: Mapping[str, TrainConfig]
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A search for the settings with the lowest objective."""
+
+    search: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FIELD=A,B,C (choices), FIELD=A..B (real), FIELD=int:A..B or FIELD=log:A..B. Repeatable."""
+    trials: int = 20
+    """Number of trials. Trials that an earlier run of the command finished count."""
+    out: str = ""
+    """Folder of the sweep. Unset, it is runs/sweep-HASH, one folder for each sweep."""
+    preset: str = "tiny"
+    """Preset of the experiment that every trial starts from."""
+    seed: int = 0
+    """Seed of the search and of every trial."""
+    objective: str = "validation_bits_per_byte"
+    """Measurement in the trials' result.json that is minimised."""
+    quick: bool = False
+    """At most 3 trials, of 20 steps unless --steps says otherwise."""
+
+    def __post_init__(self) -> None:
+        require(self.trials > 0, f"trials is {self.trials}: it must be positive")
+        require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep of one experiment."""
+
+    name: str
+    """Of the experiment."""
+    experiment: Experiment
+    config: SweepConfig
+    axes: tuple[Axis, ...]
+    arguments: tuple[str, ...]
+    """Options that every trial gets."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that trials must share to be comparable."""
+        return {
+            "experiment": self.name,
+            "arguments": list(self.arguments),
+            "search": {axis.field: axis.space for axis in sorted(self.axes, key=lambda a: a.field)},
+            "objective": self.config.objective,
+        }
+
+    @property
+    def out(self) -> Path:
+        """The sweep's folder."""
+        digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
+        return Path(self.config.out or f"runs/sweep-{digest}").expanduser()
+
+    @property
+    def trials(self) -> int:
+        """How many trials the sweep has at its end."""
+        return min(self.config.trials, QUICK_TRIALS) if self.config.quick else self.config.trials
+
+    def trial_arguments(self, params: Mapping[str, Any]) -> list[str]:
+        """The options of a trial with these values of the searched fields, without --out."""
+        assignments = {name: str(value) for name, value in params.items()}
+        return [*self.arguments, *cli.to_argv(TrainConfig, assignments)]
+
+
+def parse_sweep(
+    argv: list[str], experiments: Mapping[str, Experiment], description: str | None = None
+) -> Sweep:
+    """Reads `EXPERIMENT [options]`. UserError: any mistake in it. --help prints and exits with 0.
+
+    Options that are not the sweep's own are the experiment's, and go to every trial.
+    """
+    if cli.asks_for_help(argv):
+        cli.parse_settings(SweepConfig(), ["--help"], description, prog="sweep.py EXPERIMENT")
+    name = argv[0] if argv else ""
+    require(
+        name in experiments,
+        f"unknown experiment '{name}': start with one of {', '.join(experiments)}",
+    )
+    own, rest = cli.split(argv[1:], SweepConfig, TrainConfig)
+    config = cli.parse_settings(SweepConfig(), own)
+    settings = cli.preset(experiments[name].presets, config.preset)
+    cli.check(settings, rest)
+    require(bool(config.search), "nothing to search: add --search FIELD=A,B,… or FIELD=A..B")
+    axes = tuple(parse_axis(text, settings) for text in config.search)
+    fields = [axis.field for axis in axes]
+    for field in fields:
+        require(fields.count(field) == 1, f"--search {field} is given twice: join the values")
+    if config.quick and not any(word.startswith("--steps") for word in rest):
+        rest += ["--steps", QUICK_STEPS]
+    arguments = (config.preset, *rest, "--seed", str(config.seed))
+    return Sweep(name, experiments[name], config, axes, arguments)

@@ -17,6 +17,7 @@ from moe_jax.model.attention import blockwise as by_blocks
 from moe_jax.model.attention import cudnn as by_cudnn
 from moe_jax.model.attention import reference as by_formula
 from moe_jax.model.attention.api import LONG, choose
+from moe_jax.model.block import REMAT_POLICIES
 from tests import oracle
 
 IMPLEMENTATIONS = {
@@ -52,8 +53,12 @@ def inputs(shape, batch: int, length: int, seed: int = 0, dtype=jnp.float32):
 
 
 def output_and_gradients(function, query, key, value, d_out, mask):
-    out, pullback = jax.vjp(lambda *parts: function(*parts, mask), query, key, value)
-    return [np.asarray(a, np.float64) for a in (out, *pullback(d_out))]
+    @jax.jit
+    def run(query, key, value, d_out, mask):
+        out, pullback = jax.vjp(lambda *parts: function(*parts, mask), query, key, value)
+        return out, *pullback(d_out)
+
+    return [np.asarray(a, np.float64) for a in run(query, key, value, d_out, mask)]
 
 
 def by_hand(query, key, value, d_out, segments):
@@ -99,8 +104,10 @@ def test_the_oracles_gradients_are_finite_differences():
     np.testing.assert_allclose(slope, ((ends[0] - ends[1]) * d_out).sum() / 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("documents", DOCUMENTS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "documents"),
+    [(shape, "documents") for shape in SHAPES] + [("grouped", name) for name in DOCUMENTS],
+)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_equals_the_loop_over_positions_with_gradients(name, shape, documents):
     own = DOCUMENTS[documents]
@@ -193,6 +200,16 @@ def test_a_query_that_sees_nothing_gives_no_nan(name):
     mask = AttentionMask(None, jnp.full((1, 21), 2).at[0, 3:].set(1), jnp.ones((1, 21), int))
     found = output_and_gradients(IMPLEMENTATIONS[name], *arrays, mask)
     assert all(np.isfinite(a).all() for a in found)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_gradients_are_the_same_when_rematerialised(remat):
+    *arrays, d_out = inputs(SHAPES["grouped"], 2, 21)
+    mask = causal(np.stack([DOCUMENTS["documents"]] * 2))
+    function = IMPLEMENTATIONS["blocks"]
+    rematerialised = jax.checkpoint(function, policy=REMAT_POLICIES[remat])
+    found = output_and_gradients(rematerialised, *arrays, d_out, mask)
+    np.testing.assert_equal(found, output_and_gradients(function, *arrays, d_out, mask))
 
 
 def temporaries(function, shape, length: int, dtype=jnp.float32) -> int:

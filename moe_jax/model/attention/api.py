@@ -18,6 +18,10 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 }
 """(query, key, value, mask) -> outputs, by `model.attention.implementation`."""
 
+# Forward and backward on two busy CPU cores, B=2, H=4, N=2, A=64, float32, medians of paired runs
+# (`python -m moe_jax.model.attention.bench --length L`): blockwise is 0.85x as fast as reference at
+# L = 256, 1.1x at 512, 2.9x at 1024, 4.1x at 2048 and 2.3x at 4096. Its temporaries at L = 4096 are
+# 34 MB, and those of reference 1,623 MB.
 LONG = 1024
 """Queries from which on `auto` computes blockwise."""
 

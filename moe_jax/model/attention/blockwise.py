@@ -4,6 +4,10 @@ Blocks of queries meet blocks of keys one after another. A running maximum and a
 the blocks' exponentials into the softmax of the whole row. The backward pass computes each block
 of scores again from the saved logarithm of the sums. Key blocks that lie wholly in the future of
 a query block are skipped, which is half of them.
+
+A scan over query blocks under jax.checkpoint would be simpler. It cannot skip the future, and
+measured 1.4x the speed of reference.attend at L = 1024 and 1.1x at 4096. This one measured 2.9x and
+2.3x (bench.py).
 """
 
 import math
@@ -17,7 +21,8 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.model.attention.context import AttentionMask
 
 BLOCK = 256
-"""Queries and keys of one block."""
+"""Queries and keys of one block. Of 128, 256 and 512, 256 was the fastest at L = 1024 and 2048
+(bench.py, two CPU cores)."""
 LEAST = -1e30
 """Start of the running maximum. It is finite, because -inf - -inf is NaN: masked scores are -inf,
 so that a row that sees nothing has exponentials, sum, output and gradients of exactly 0."""

@@ -68,6 +68,26 @@ def attention(query, key, value, segments) -> np.ndarray:
     return out
 
 
+def attention_gradients(query, key, value, d_out, segments) -> list[np.ndarray]:
+    """Gradients of sum(attention · d_out) by query, key and value, one query at a time."""
+    length, heads, width = query.shape
+    d_query = np.zeros_like(query)
+    d_key = np.zeros_like(key)
+    d_value = np.zeros_like(value)
+    for t in range(length):
+        seen = [m for m in range(t + 1) if segments[m] == segments[t]]
+        for h in range(heads):
+            n = h // (heads // key.shape[1])
+            weights = softmax(np.array([query[t, h] @ key[m, n] for m in seen]) / np.sqrt(width))
+            d_weights = np.array([d_out[t, h] @ value[m, n] for m in seen])
+            d_scores = weights * (d_weights - weights @ d_weights) / np.sqrt(width)
+            for m, weight, d_score in zip(seen, weights, d_scores, strict=True):
+                d_value[m, n] += weight * d_out[t, h]
+                d_query[t, h] += d_score * key[m, n]
+                d_key[m, n] += d_score * query[t, h]
+    return [d_query, d_key, d_value]
+
+
 def rotate(x: np.ndarray, base: float) -> np.ndarray:
     """Rotary embedding of [L, H, R] by complex multiplication: pair i is (x[i], x[i + R/2])."""
     length, _, width = x.shape

@@ -1,9 +1,9 @@
-"""A discriminator that throws away the documents it can tell from a clean seed, until it cannot.
+"""A discriminator drops the documents that it can tell from a clean seed, round after round.
 
-Logistic regression on hashed n-grams, as in classifier filters (DCLM, arXiv:2406.11794), but
-adversarial: each round it is trained against what the rounds before have *kept*, as the
-discriminator of a GAN is against the current generator (arXiv:1406.2661), whose part is played by
-the selection. One round alone is the classifier filter, which is the baseline.
+The discriminator is logistic regression on hashed n-grams, as in classifier filters (DCLM,
+arXiv:2406.11794). It is adversarial: each round trains it against the documents that the earlier
+rounds have kept. The selection plays the generator of a GAN (arXiv:1406.2661). One round alone is
+the classifier filter, which is the baseline.
 """
 
 from collections.abc import Sequence
@@ -16,23 +16,24 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import rankdata
 
-from moe_jax.config import require
+from moe_jax.base.errors import require
 
 Features = Float[np.ndarray, "N buckets"]
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """The iterated filter."""
+    """Settings of the iterated filter."""
 
     drop: float = 0.1
-    """Share of the kept documents, the lowest in score, that a round throws away."""
+    """Share of the kept documents, the lowest in score, that a round drops."""
     stop: float = 0.5
-    """Stop once the discriminator's held-out AUC of the seed against the kept is not above this."""
+    """The rounds end once the held-out AUC of the seed against the kept documents is not above
+    this."""
     rounds: int = 30
-    """At most so many rounds."""
+    """The largest number of rounds before the stop."""
     extra: int = 0
-    """Rounds forced after the stop: the control that shows what the stop is for."""
+    """Rounds after the stop. They are a control that shows the effect of stopping."""
     decay: float = 1.0
     """Weight of |w|²/2 in the logistic loss."""
 
@@ -45,13 +46,13 @@ class FilterConfig:
 
 
 class Filtered(NamedTuple):
-    """What a filter decided."""
+    """A filter's decision for each document of the pool, and its course."""
 
     kept: Bool[np.ndarray, "N"]
     score: Float[np.ndarray, "N"]
-    """Sum of the discriminators' logits over the rounds that a document was in."""
+    """Sum of the discriminators' logits over the rounds that a document took part in."""
     auc: list[float]
-    """Held-out AUC at the beginning of each round, the last one at the stop."""
+    """Held-out AUC at the beginning of each round. The last one is that of the stop."""
 
 
 def ngram_features(
@@ -59,26 +60,30 @@ def ngram_features(
 ) -> Features:
     """log(1 + count) of each hashed byte n-gram, over the square root of the document's length.
 
-    Not normalised to length 1: a document that repeats itself has few distinct n-grams, and the
-    sum of its features says so. UserError: a document shorter than the longest n-gram.
+    Rows are not normalised to length 1. A document that repeats itself has few distinct n-grams,
+    and the small sum of its features shows it. UserError: a document shorter than the longest
+    n-gram.
     """
     longest = max(orders)
     short = min(map(len, documents), default=longest)
     require(short >= longest, f"a document of {short} bytes has no n-gram of order {longest}")
-    found = np.zeros((len(documents), buckets), np.float32)
-    for row, document in zip(found, documents, strict=True):
+    features = np.zeros((len(documents), buckets), np.float32)
+    for row, document in zip(features, documents, strict=True):
         data = np.frombuffer(document, np.uint8)
         for order in orders:
             row += np.bincount(_hashes(data, order) % buckets, minlength=buckets)
         row[:] = np.log1p(row) / np.sqrt(len(data))
-    return found
+    return features
 
 
 def _hashes(data: np.ndarray, order: int) -> np.ndarray:
-    """FNV-1a of every n-gram, uint32; orders differ in their start."""
+    """FNV-1a of every n-gram, uint32."""
+    # FNV's offset basis and prime. The order is added to the basis, so that equal bytes hash
+    # differently in n-grams of different orders.
     value = np.full(len(data) - order + 1, 2166136261 + order, np.uint32)
     for index in range(order):
         value = (value ^ data[index : len(value) + index]) * np.uint32(16777619)
+    # FNV's low bits mix poorly, and a bucket is the hash modulo a power of two.
     return value ^ (value >> np.uint32(15))
 
 
@@ -125,38 +130,51 @@ def auc(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]) -> f
 def discriminate(
     seed: Features, pool: Features, rng: np.random.Generator, decay: float = 1.0
 ) -> tuple[float, Float[np.ndarray, "N"]]:
-    """(AUC of the seed against the pool, logits of the pool), both by discriminators that have not
-    seen the document they judge: two folds, each judged by the one that was fitted on the other."""
+    """(held-out AUC of the seed against the pool, held-out logits of the pool).
+
+    Each of two folds is scored by the discriminator that was fitted on the other one, so that no
+    document is scored by a discriminator that has seen it. UserError: fewer than two documents.
+    """
     require(
         len(seed) >= 2 and len(pool) >= 2,
         f"a seed of {len(seed)} and a pool of {len(pool)} documents leave nothing to hold out",
     )
-    seed_fold, pool_fold = _fold(len(seed), rng), _fold(len(pool), rng)
-    seed_logits, logits = np.zeros(len(seed)), np.zeros(len(pool))
+    seed_fold = _fold(len(seed), rng)
+    pool_fold = _fold(len(pool), rng)
+    logits = np.zeros(len(pool))
     aucs = []
     for fold in (0, 1):
-        judge = fit(seed[seed_fold != fold], pool[pool_fold != fold], decay)
-        seed_logits[seed_fold == fold] = judge.logits(seed[seed_fold == fold])
-        logits[pool_fold == fold] = judge.logits(pool[pool_fold == fold])
-        aucs.append(auc(seed_logits[seed_fold == fold], logits[pool_fold == fold]))
+        discriminator = fit(seed[seed_fold != fold], pool[pool_fold != fold], decay)
+        logits[pool_fold == fold] = discriminator.logits(pool[pool_fold == fold])
+        # An AUC within each fold: the logits of two discriminators have no common scale.
+        seed_logits = discriminator.logits(seed[seed_fold == fold])
+        aucs.append(auc(seed_logits, logits[pool_fold == fold]))
     return float(np.mean(aucs)), logits
 
 
 def _fold(count: int, rng: np.random.Generator) -> Int[np.ndarray, "N"]:
+    """0 or 1 for each document, half of each, in random order."""
     return rng.permutation(np.arange(count) % 2)
 
 
 def iterated_filter(
     seed: Features, pool: Features, config: FilterConfig, rng: np.random.Generator
 ) -> Filtered:
-    """Rounds of: discriminate the seed from the kept; add the logits to the kept documents' scores;
-    throw away the lowest share. Ends when the held-out AUC says that they cannot be told apart."""
-    kept, score = np.ones(len(pool), bool), np.zeros(len(pool))
-    aucs, extra, stopped = [], config.extra, False
+    """Drops the lowest share of the pool in each round, until the AUC reaches `config.stop`.
+
+    A round fits the discriminator to the seed and the kept documents, adds its logits to the kept
+    documents' scores, and drops those with the lowest sums.
+    """
+    kept = np.ones(len(pool), bool)
+    score = np.zeros(len(pool))
+    aucs = []
+    extra = config.extra
+    stopped = False
+    # Each fold needs two documents.
     while len(aucs) < config.rounds + config.extra and kept.sum() >= 4:
-        found, logits = discriminate(seed, pool[kept], rng, config.decay)
-        aucs.append(found)
-        stopped = stopped or found <= config.stop
+        current, logits = discriminate(seed, pool[kept], rng, config.decay)
+        aucs.append(current)
+        stopped = stopped or current <= config.stop
         if stopped and extra == 0:
             break
         extra -= stopped
@@ -169,13 +187,16 @@ def iterated_filter(
 def one_shot_filter(
     seed: Features, pool: Features, share: float, rng: np.random.Generator, decay: float = 1.0
 ) -> Filtered:
-    """One discriminator against the whole pool; the best `share` of its documents is kept."""
-    found, logits = discriminate(seed, pool, rng, decay)
-    return Filtered(best(logits, share), logits, [found])
+    """The baseline: one discriminator against the whole pool, whose best `share` is kept."""
+    held_out_auc, logits = discriminate(seed, pool, rng, decay)
+    return Filtered(best(logits, share), logits, [held_out_auc])
 
 
 def best(score: Float[np.ndarray, "N"], share: float) -> Bool[np.ndarray, "N"]:
-    """The `share` of documents that score highest. UserError: it keeps none, or a NaN."""
+    """Whether each document is among the `share` that scores highest.
+
+    UserError: a share outside (0, 1], or a score that is NaN.
+    """
     require(0 < share <= 1, f"a share of {share} cannot be kept: it must lie in (0, 1]")
     require(not np.isnan(score).any(), "a score is NaN: documents cannot be ordered")
     kept = np.zeros(len(score), bool)

@@ -1,8 +1,8 @@
 """Generative adversarial distillation from a teacher's text alone (arXiv:2511.10643).
 
-A discriminator learns to score the teacher's continuation of a prompt above the student's; the
-student is rewarded with its score, by a policy gradient relative to the other continuations of the
-same prompt. As the discriminator keeps training, the reward follows the student.
+A discriminator learns to score the teacher's continuation of a prompt above the student's. Its
+score is the student's reward in a policy gradient, relative to the other continuations of the same
+prompt. The discriminator keeps training, so the reward follows the student.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from moe_jax.model.transformer import Transformer
 
 
 class Discriminator(nnx.Module):
-    """A transformer read at the mean of its last hidden states, one score a sequence."""
+    """A transformer whose mean last hidden state gives one score for each sequence."""
 
     def __init__(self, config: ModelConfig, *, key: Array) -> None:
         self.trunk = Transformer(config, key=named_key(key, "trunk"))
@@ -55,17 +55,22 @@ def discriminator_loss(teacher: Float[Array, "N"], student: Float[Array, "N"]) -
 
 
 def accuracy(teacher: Float[Array, "N"], student: Float[Array, "N"]) -> Float[Array, ""]:
-    """Share of pairs in which the teacher's text scores higher; a tie counts half. 0.5: the student
-    cannot be told apart (or the discriminator has collapsed), 1: no useful reward is left."""
+    """Share of pairs in which the teacher's text scores higher. A tie counts half.
+
+    At 0.5 the discriminator cannot tell the two apart, or it has collapsed. At 1 no useful reward
+    is left.
+    """
     return jnp.mean(jnp.where(teacher == student, 0.5, teacher > student))
 
 
 def group_advantage(rewards: Float[Array, "P n"], epsilon: float = 1e-6) -> Float[Array, "P n"]:
     """(r - mean) / (std + epsilon) over the n continuations of a prompt (GRPO, arXiv:2402.03300).
 
-    The mean is the baseline: it does not depend on the action beyond a factor (n - 1)/n.
+    The mean is the policy gradient's baseline. It contains the continuation's own reward, which
+    only scales the gradient by (n - 1)/n.
     """
-    mean, std = rewards.mean(-1, keepdims=True), rewards.std(-1, keepdims=True)
+    mean = rewards.mean(-1, keepdims=True)
+    std = rewards.std(-1, keepdims=True)
     return (rewards - mean) / (std + epsilon)
 
 
@@ -79,7 +84,7 @@ def policy_loss(
     """- mean over sequences of mean over written tokens of min(r A, clip(r, 1 ± c) A),
     r = q / q_old (PPO, arXiv:1707.06347, eq. 7, with the advantage of the whole sequence).
 
-    On the first update after sampling r = 1 and its gradient is REINFORCE's, -A · grad log q.
+    On the first update after sampling, r = 1 and the gradient is REINFORCE's, -A · grad log q.
     """
     ratio = jnp.exp(log_q - lax.stop_gradient(old_log_q))
     gain = lax.stop_gradient(advantage)[:, None]
@@ -89,9 +94,9 @@ def policy_loss(
 
 
 def distinct(tokens: Int[Array, "B L"], order: int) -> float:
-    """Distinct n-grams / all n-grams of the sequences (arXiv:1510.03055): near 0 is mode collapse.
+    """Distinct n-grams / all n-grams of the sequences (arXiv:1510.03055). Near 0 is mode collapse.
 
-    It falls with the amount of text: compare equal amounts only.
+    The ratio falls with the amount of text, so compare equal amounts only.
     """
     rows = [tuple(row) for row in jax.device_get(tokens).tolist()]
     grams = [row[i : i + order] for row in rows for i in range(len(row) - order + 1)]

@@ -1,8 +1,8 @@
-"""Perturbed inputs: the worst one in a small ball, and the controls that are only random.
+"""Adversarial perturbations of the input, and random ones as controls.
 
-A shift of the embeddings in an L2 ball (virtual adversarial training, arXiv:1704.03976, on
-embeddings as in arXiv:1605.07725), or some tokens swapped for others to first order (HotFlip,
-arXiv:1712.06751). Neither looks at the next tokens as labels: a perturbation made from the
+The input is perturbed by a shift of the embeddings in an L2 ball (virtual adversarial training,
+arXiv:1704.03976, on embeddings as in arXiv:1605.07725), or by swapping tokens to first order
+(HotFlip, arXiv:1712.06751). Neither uses the next tokens as labels. A perturbation made from the
 cross-entropy of later targets would let a causal model read the targets off its input.
 """
 
@@ -17,7 +17,7 @@ Shift = Float[Array, "B L D"]
 
 
 def to_ball(direction: Shift, radius: Float[Array, "B"] | float) -> Shift:
-    """direction · radius / |direction|, each sequence by itself; a zero direction stays zero."""
+    """direction · radius / |direction| for each sequence. A zero direction stays zero."""
     direction = direction.astype(jnp.float32)
     # Scaled first: the squares of a gradient of 1e-25 would vanish in float32.
     largest = jnp.abs(direction).max(axis=(1, 2), keepdims=True)
@@ -28,13 +28,16 @@ def to_ball(direction: Shift, radius: Float[Array, "B"] | float) -> Shift:
 
 
 def radius_of(embedded: Float[Array, "B L D"], size: float) -> Float[Array, "B"]:
-    """size · the L2 norm of each sequence's embeddings, so that `size` has no unit."""
+    """size · the L2 norm of each sequence's embeddings, so that `size` has no unit.
+
+    No gradient passes through the result.
+    """
     norm = jnp.sqrt(jnp.sum(embedded.astype(jnp.float32) ** 2, axis=(1, 2)))
     return lax.stop_gradient(size * norm)
 
 
 def random_shift(key: Array, like: Shift, radius: Float[Array, "B"] | float) -> Shift:
-    """A direction drawn uniformly, of length `radius`: the control."""
+    """The control: a shift of length `radius` in a direction drawn uniformly."""
     return to_ball(jax.random.normal(key, like.shape), radius)
 
 
@@ -49,10 +52,10 @@ def adversarial_shift(
 ) -> Shift:
     """The shift of length `radius` that raises `apart`, KL(q(x) ‖ q(x + shift)), most.
 
-    KL has its minimum, 0, at no shift, so to second order it is shiftᵀ H shift / 2, and the worst
-    direction is H's leading eigenvector. Power iteration without H: d <- grad apart(probe · d), as
-    the gradient at a small shift is H · shift (arXiv:1704.03976, eq. 10-12). `probe` is the length
-    of that small shift as a fraction of `radius`. No gradient passes through the result.
+    KL has its minimum, 0, at no shift. To second order it is shiftᵀ H shift / 2, and the worst
+    direction is the leading eigenvector of H. The gradient at a small shift is H · shift, so power
+    iteration needs no H: d <- grad apart(probe · d) (arXiv:1704.03976, eq. 10-12). `probe` is the
+    length of the small shift as a fraction of `radius`. No gradient passes through the result.
     """
     direction = random_shift(key, like, 1.0)
     for _ in range(steps):
@@ -63,10 +66,14 @@ def adversarial_shift(
 def random_swaps(
     key: Array, tokens: Int[Array, "B L"], count: int, vocabulary: int
 ) -> Int[Array, "B L"]:
-    """`count` positions a row, never the first, get another token below `vocabulary`."""
-    where, what = jax.random.split(key)
-    score = jax.random.uniform(where, tokens.shape)
-    other = 1 + jax.random.randint(what, tokens.shape, 0, vocabulary - 1)
+    """The control: `count` random positions of a row get another random token below `vocabulary`.
+
+    The first position is never swapped.
+    """
+    position_key, token_key = jax.random.split(key)
+    score = jax.random.uniform(position_key, tokens.shape)
+    # Added modulo V, 1 … V-1 gives every token but the present one.
+    other = 1 + jax.random.randint(token_key, tokens.shape, 0, vocabulary - 1)
     return _swapped(tokens, score, (tokens + other) % vocabulary, count)
 
 
@@ -77,8 +84,10 @@ def adversarial_swaps(
     count: int,
     vocabulary: int,
 ) -> Int[Array, "B L"]:
-    """`count` positions a row, never the first, get the token below `vocabulary` that raises a loss
-    most: to first order, v at a position with embedding gradient g raises it by g · (E_v - E_now).
+    """`count` positions of a row get the token below `vocabulary` that raises a loss most.
+
+    To first order, token v at a position with embedding gradient g raises the loss by
+    g · (E_v - E_now). The first position is never swapped.
     """
     now = jnp.take(table, tokens, axis=0, mode="clip")
     rise = jnp.einsum("bld,vd->blv", gradient, table[:vocabulary])
@@ -87,7 +96,11 @@ def adversarial_swaps(
     return _swapped(tokens, rise.max(-1), rise.argmax(-1).astype(tokens.dtype), count)
 
 
-def _swapped(tokens: Array, score: Array, other: Array, count: int) -> Array:
+def _swapped(
+    tokens: Int[Array, "B L"], score: Float[Array, "B L"], other: Int[Array, "B L"], count: int
+) -> Int[Array, "B L"]:
+    """`tokens` with `other` at the `count` positions of a row that score highest."""
+    # The first token starts the document for all the later ones.
     score = score.at[:, 0].set(-jnp.inf)
     places = lax.top_k(score, count)[1]
     rows = jnp.arange(len(tokens))[:, None]

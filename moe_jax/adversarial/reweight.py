@@ -1,4 +1,4 @@
-"""Which data to train on by losses: DoReMi's min-max over sources, and selection by excess loss.
+"""Data chosen by losses: DoReMi's min-max over sources, and selection by excess loss.
 
 DoReMi (arXiv:2305.10429, algorithm 1) is a game: the proxy model minimises a weighted loss, and the
 weights rise where the proxy is furthest above a reference model. The averaged weights are the
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from moe_jax.config import require
+from moe_jax.base.errors import require
 
 
 def group_excess(
@@ -33,10 +33,11 @@ def doremi_update(
 ) -> Float[Array, "G"]:
     """a <- normalise(a · exp(rate · l)); a <- (1 - smoothing) · a + smoothing / G.
 
-    Exponentiated gradient ascent; the mixture with the uniform distribution keeps every source
-    alive. UserError: smoothing outside [0, 1].
+    This is exponentiated gradient ascent. The mixture with the uniform distribution keeps every
+    source's weight above 0. UserError: smoothing outside [0, 1].
     """
     require(0 <= smoothing <= 1, f"smoothing is {smoothing}: it must lie between 0 and 1")
+    # The maximum cancels in the normalisation, and keeps exp from overflowing.
     risen = weights * jnp.exp(rate * (excess - excess.max()))
     return (1 - smoothing) * risen / risen.sum() + smoothing / weights.shape[0]
 
@@ -44,18 +45,22 @@ def doremi_update(
 def item_weights(
     weights: Float[Array, "G"], proportions: Float[Array, "G"], group: Int[Array, "N"]
 ) -> Float[Array, "N"]:
-    """a_g / pi_g: what an item drawn with its source's proportion pi_g weighs, so that the expected
-    loss is sum_g a_g · loss_g."""
+    """a_g / pi_g, the weight of an item whose source g is drawn with proportion pi_g.
+
+    The expected weighted loss is then sum_g a_g · loss_g.
+    """
     return weights[group] / proportions[group]
 
 
 def excess_selection(
     losses: Float[Array, "N"], reference: Float[Array, "N"], keep: int
 ) -> Int[Array, "keep"]:
-    """The items with the largest loss - reference (RHO-LOSS, arXiv:2206.07137, eq. 3): learnable,
-    worth learning and not yet learnt, if the reference was trained on clean data.
+    """Indices of the `keep` items with the largest loss - reference (RHO-LOSS, arXiv:2206.07137,
+    eq. 3).
 
-    Not adversarial: nobody maximises against the model. UserError: there are not so many items.
+    If the reference was trained on clean data, these are the items that can be learnt and are not
+    learnt yet. The selection is not adversarial: nothing maximises against the model. UserError:
+    fewer than `keep` items.
     """
     require(
         0 < keep <= losses.shape[0],

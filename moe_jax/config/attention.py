@@ -32,6 +32,10 @@ class AttentionConfig:
     """mla: width of the rotary part. All heads share its key."""
     v_dim: int = 32
     """mla: width of a head's value."""
+    implementation: Literal["auto", "reference", "blockwise", "cudnn"] = "auto"
+    """How attention is computed (model/attention/api.py). reference keeps all B·H·L² scores.
+    blockwise keeps one block of scores at a time. cudnn needs an NVIDIA GPU of compute capability
+    8.0 or more and compute_dtype bfloat16 or float16. auto takes the best that can run."""
 
     def __post_init__(self) -> None:
         owner = "model.attention"

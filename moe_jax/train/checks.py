@@ -11,6 +11,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.base.machine import require_memory, require_space
 from moe_jax.base.result import output_folder
 from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
+from moe_jax.model.attention import check_attention
 from moe_jax.moe.implementation import implementation
 from moe_jax.train.engine import Engine
 from moe_jax.train.state import abstract_state, tree_bytes
@@ -23,6 +24,7 @@ def check(engine: Engine, task: Task) -> Path:
     config = task.config
     engine.check()
     check_kernels(config)
+    check_attention(config.model, config.data.length)
     require_memory(config.preset, engine.memory_bytes() + task.memory_bytes())
     out = output_folder(config.out)
     # The kept ones, the best one, and the one that is being written.

@@ -15,14 +15,18 @@ SAME = (
     *("rope_base", "mtp_depth", "moe.shared_experts", "moe.normalise", "moe.scale", "moe.rule"),
     *("moe.groups", "moe.capacity_factor"),
 )
-"""Settings, or beginnings of their names, without which the student does not compute what the
-teacher does; the sizes and number of its experts are its own."""
+"""Settings, or beginnings of their names, that the student must share with its teacher: without
+them it computes something else. The sizes and the number of its experts are its own."""
+HOW = "implementation"
+"""The last part of the name of a setting that changes how something is computed, and not what."""
 
 
 def upcycle_config(config: TrainConfig, dense: ModelConfig) -> UpcycleConfig:
     """How the teacher becomes a student of this shape. UserError: the experts are no whole parts of
     its feed-forward, or do not make whole copies of it."""
-    moe, distill, hidden = config.model.moe, config.distill, dense.dense_hidden
+    moe = config.model.moe
+    distill = config.distill
+    hidden = dense.dense_hidden
     require(
         hidden % moe.expert_hidden == 0,
         f"distill.upcycle: model.moe.expert_hidden={moe.expert_hidden} does not divide the "
@@ -56,7 +60,7 @@ def require_upcyclable(config: TrainConfig, dense: ModelConfig) -> None:
     change = [
         _option(name, value)
         for name, value in wanted.items()
-        if name.startswith(same) and student[name] != value
+        if name.startswith(same) and not name.endswith(HOW) and student[name] != value
     ]
     require(not change, f"distill.upcycle needs the teacher's shape: {' '.join(change)}")
 

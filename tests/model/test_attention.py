@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig
-from moe_jax.model.attention import attend, document_context, make_attention, rotary_width
+from moe_jax.model.attention import (
+    AttentionMask,
+    attend,
+    document_context,
+    make_attention,
+    rotary_width,
+)
 from moe_jax.model.rope import rotation
 from tests import oracle
 from tests.conftest import GQA, MLA
@@ -77,9 +83,10 @@ def test_equals_the_direct_formula(config):
     np.testing.assert_allclose(out[0], formula(module, x, config, model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa", "mla"])
-def test_gradients_reach_earlier_tokens_of_the_document_only(config):
-    module, model = build(config)
+def test_gradients_reach_earlier_tokens_of_the_document_only(config, implementation):
+    module, model = build(replace(config, implementation=implementation))
     attention = document_context(model, jnp.asarray(SEGMENTS))
     x = jax.random.normal(jax.random.key(0), (1, 9, WIDTH))
     jacobian = jax.jacobian(lambda x: module(x, attention)[0].sum(axis=-1)[0])(x)
@@ -99,11 +106,13 @@ def test_a_shift_of_all_positions_changes_nothing():
     np.testing.assert_allclose(module(x, shifted)[0], module(x, attention)[0], rtol=1e-3, atol=1e-4)
 
 
-def test_softmax_is_taken_in_float32():
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_softmax_is_taken_in_float32(implementation):
     """Two keys whose logits differ by less than bfloat16 resolves at their size."""
     query = jnp.full((1, 1, 1, 64), 8.0, jnp.bfloat16)
     key = jnp.full((1, 2, 1, 64), 8.0, jnp.bfloat16).at[0, 1, 0, 0].set(8.5)
     value = jnp.array([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1)
-    out = attend(query, key, value, jnp.ones((1, 1, 2), bool))
+    both = AttentionMask(jnp.asarray(1), jnp.ones((1, 1), int), jnp.ones((1, 2), int))
+    out = attend(query, key, value, both, implementation)
     expected = 1 / (1 + np.exp(-0.5))  # logits 512 and 512.5; bfloat16 is spaced by 4 there
     np.testing.assert_allclose(float(out[0, 0, 0, 0]), expected, rtol=1e-2)

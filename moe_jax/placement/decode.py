@@ -1,6 +1,6 @@
 """Decoding with experts in tiers: attention and gate of a layer, fetch, experts, next layer.
 
-The routed experts' matrices are not part of the model here; an ExpertStore brings those that a
+The routed experts' matrices are not part of the model here. An ExpertStore brings those that a
 token needs. Each is computed as soon as it is there, so residents work while absent ones are read.
 One program computes any expert, and their outputs are summed in ascending order of their numbers,
 so the result is the same bit for bit whatever is resident and whoever came first. (What an
@@ -27,7 +27,7 @@ from moe_jax.model.generate import sample
 from moe_jax.model.stages import Context, Entered
 from moe_jax.moe.experts import expert_output
 from moe_jax.placement.files import write_experts
-from moe_jax.placement.store import Expert, ExpertStore
+from moe_jax.placement.store import Expert, ExpertStore, Lease
 
 
 class Chosen(NamedTuple):
@@ -108,19 +108,20 @@ class TieredDecoder:
         """As model.generate: `count` tokens after each prompt. The prompt is read position by
         position, since all of it at once would need most experts of a layer together."""
         batch, length = prompt.shape
-        caches, logits = self.empty_caches(batch, length + count), None
+        caches = self.empty_caches(batch, length + count)
+        logits = None
         tokens = np.asarray(prompt)
         for position in range(length):
             logits, caches = self.step(tokens[:, position], position, caches)
-        made = []
+        generated: list[np.ndarray] = []
         for index in range(count):
             assert logits is not None
             own = jax.random.fold_in(key, index)
             token = _sample(own, logits, vocabulary, temperature, top_k)
-            made.append(np.asarray(token))
+            generated.append(np.asarray(token))
             if index + 1 < count:
-                logits, caches = self.step(made[-1], length + index, caches)
-        return np.stack(made, axis=1) if made else np.zeros((batch, 0), np.int32)
+                logits, caches = self.step(generated[-1], length + index, caches)
+        return np.stack(generated, axis=1) if generated else np.zeros((batch, 0), np.int32)
 
     def empty_caches(self, batch: int, slots: int) -> tuple[Any, list[Cache]]:
         """Attention memory: of the dense blocks together, and of each sparse block."""
@@ -172,23 +173,23 @@ class TieredDecoder:
         share = _shares(chosen, np.asarray(decided.weights), active) if self.shares else None
         outputs: dict[int, Array] = {}
 
-        def compute(index: int, matrices: Expert) -> None:
-            outputs[index] = self._output(normed, matrices)
+        def compute(index: int, lease: Lease) -> None:
+            outputs[index] = lease.used_by(self._output(normed, lease.matrices))
 
         self.store.fetch(layer, active, following, rows=rows[active], share=share, arrived=compute)
         padding = min(chosen.size, experts) - len(active)
         filler = outputs[0] if outputs else normed.astype(jnp.float32)
         ids = np.concatenate([active, np.full(padding, -1)]).astype(np.int32)
-        made = [outputs[index] for index in range(len(active))]
-        return Leaving(decided, ids, made + [filler] * padding)
+        present = [outputs[index] for index in range(len(active))]
+        return Leaving(decided, ids, present + [filler] * padding)
 
     def _output(self, normed: Array, matrices: Expert) -> Array:
         """Of one expert, computed where its matrices are."""
-        where = matrices[0].sharding
-        if self.store.unified or where.device_set == {self.store.device}:
+        sharding = matrices[0].sharding
+        if self.store.unified or sharding.device_set == {self.store.device}:
             return _expert_output(normed, *matrices)
-        there = _expert_output(jax.device_put(normed, where), *matrices)
-        return jax.device_put(there, self.store.device)
+        output = _expert_output(jax.device_put(normed, sharding), *matrices)
+        return jax.device_put(output, self.store.device)
 
 
 def _shares(
@@ -206,7 +207,8 @@ def _by_rank(ahead: Int[np.ndarray, "B K"], experts: int) -> list[int]:
 
 
 def _check(config: ModelConfig, store: ExpertStore) -> None:
-    moe, files = config.moe, store.files
+    moe = config.moe
+    files = store.files
     require(config.moe_layers > 0, "a dense model (dense_layers equals layers) has no experts")
     require(
         moe.rule != "expert_choice" and moe.capacity_factor == 0,
@@ -214,10 +216,10 @@ def _check(config: ModelConfig, store: ExpertStore) -> None:
         "the tokens beside it: decoding with tiers needs a dropless rule by token",
     )
     shape = (config.moe_layers, moe.experts, config.width, 2 * moe.expert_hidden)
-    found = (files.layers, files.experts, *files.gate_up_shape)
+    stored = (files.layers, files.experts, *files.gate_up_shape)
     require(
-        found == shape,
-        f"{files.folder} holds experts of (layers, E, D, 2F) = {found}, the model has {shape}",
+        stored == shape,
+        f"{files.folder} holds experts of (layers, E, D, 2F) = {stored}, the model has {shape}",
     )
 
 
@@ -332,10 +334,11 @@ def save_experts(
 ) -> int:
     """Writes the routed experts of a model's sparse blocks for ExpertFiles, a file a layer.
 
-    `dtype`: what they are rounded to, on disk and wherever they are held; unset, not at all.
+    `dtype`: the type that they are rounded to, on disk and in every memory. Unset: not rounded.
     """
     moe: Any = parameters["sparse"]["blocks"]["moe"]  # pyright: ignore[reportIndexIssue]
-    gate_up, down = moe["gate_up"][...], moe["down"][...]
+    gate_up = moe["gate_up"][...]
+    down = moe["down"][...]
 
     def layers() -> Iterable[tuple[np.ndarray, np.ndarray]]:
         for layer in range(len(gate_up)):

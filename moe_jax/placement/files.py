@@ -1,284 +1,145 @@
-"""Experts on disk: a safetensors file a layer, each expert one contiguous, checksummed record.
+"""The experts of a trained model on disk, for decoding: written once, read one by one."""
 
-Records begin and end at pages, so that a read around the page cache lands where it is wanted, with
-no copy after it. They are read with positioned reads and not through a memory map: a page of a map
-that cannot be read kills the process (SIGBUS), where a read gives an error that can be told.
-"""
-
-import json
-import mmap
-import os
-import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
-from isal.isal_zlib import crc32
 from jaxtyping import Float, Int8
 
-from moe_jax.base.errors import UserError
-from moe_jax.base.files import disk_errors, write_atomically
+from moe_jax.base.files import disk_errors
 from moe_jax.config import require
+from moe_jax.placement.records.file import RecordFile, as_parts
+from moe_jax.placement.records.layout import NAMES, RecordLayout
+from moe_jax.placement.records.pages import ThreadBuffer
+from moe_jax.placement.records.store import RecordStore, file_name
 
 Matrices = tuple[Float[np.ndarray, "D twoF"], Float[np.ndarray, "F D"]]
 """One expert: (gate and up, down)."""
 Layer = tuple[Float[np.ndarray, "E D twoF"], Float[np.ndarray, "E F D"]]
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "I8": np.dtype(np.int8)}
-DTYPES["BF16"] = np.dtype(ml_dtypes.bfloat16)
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PAGE = 4096
-"""Alignment of reads that go around the operating system's page cache."""
-
-
-def write_experts(folder: Path, layers: Iterable[Layer], *, low_bit: bool = False) -> int:
-    """Writes folder/layer-NNN.safetensors for each (gate_up, down); returns the number of layers.
-
-    One layer at a time is in memory. Tensors are called expert-NNNNN.down and .gate_up; the files'
-    metadata holds the CRC-32 of each expert's record. With `low_bit` the matrices are rounded to
-    8-bit integers (`quantise`), each with a .…_scale: a quarter of float32's bytes. UserError: a
-    dtype that is not float32, float16 or bfloat16; a disk that fails.
-    """
-    count = 0
-    with disk_errors(folder):
-        for index, (gate_up, down) in enumerate(layers):
-            kinds = {np.dtype(gate_up.dtype), np.dtype(down.dtype)}
-            require(kinds <= NAMES.keys(), f"experts of {kinds} cannot be written: use float32")
-            records = [_tensors(gate_up[e], down[e], low_bit) for e in range(len(gate_up))]
-            write_atomically(folder / layer_name(index), _serialised(records))
-            count += 1
-    return count
+KIND = "parameters"
+REWRITE = "write the experts anew"
 
 
 def layer_name(layer: int) -> str:
     """File of a layer's experts."""
-    return f"layer-{layer:03d}.safetensors"
+    return file_name(KIND, layer)
+
+
+def write_experts(folder: Path, layers: Iterable[Layer], *, low_bit: bool = False) -> int:
+    """Writes one file for each layer's (gate_up, down) and returns the number of layers.
+
+    The files are in the safetensors format (placement.records.layout), with tensors called
+    expert-NNNNN.down and .gate_up. One layer at a time is in memory. With `low_bit`, matrices are
+    rounded to 8-bit integers (`quantise`), each with a .…_scale. They take a quarter of float32's
+    bytes. UserError: a dtype that is not float32, float16 or bfloat16, or a disk that fails.
+    """
+    count = 0
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for layer, (gate_up, down) in enumerate(layers):
+            dtypes = {np.dtype(gate_up.dtype), np.dtype(down.dtype)}
+            require(dtypes <= NAMES.keys(), f"experts of {dtypes} cannot be written: use float32")
+            _write_layer(folder / layer_name(layer), layer, _fields(gate_up, down, low_bit))
+            count += 1
+    return count
+
+
+def _write_layer(path: Path, layer: int, fields: dict[str, np.ndarray]) -> None:
+    """Writes the fields, [E, …] each, beside `path` and renames the whole file into place."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    experts = np.arange(len(fields["down"]))
+    layout = RecordLayout.of({name: field[0] for name, field in fields.items()})
+    try:
+        file = RecordFile.create(unfinished, layer, layout, len(experts), remedy=REWRITE)
+        try:
+            file.write(experts, as_parts(fields.values()))
+            file.finish()
+        finally:
+            file.close()
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _fields(gate_up: np.ndarray, down: np.ndarray, low_bit: bool) -> dict[str, np.ndarray]:
+    """The fields of a layer's records, [E, …] each, in their order on disk."""
+    if not low_bit:
+        return {"down": np.ascontiguousarray(down), "gate_up": np.ascontiguousarray(gate_up)}
+    fields: dict[str, np.ndarray] = {}
+    for name, matrices in (("down", down), ("gate_up", gate_up)):
+        quantised, scales = zip(*map(quantise, matrices), strict=True)
+        fields[name] = np.stack(quantised)
+        fields[f"{name}_scale"] = np.stack(scales)
+    return fields
 
 
 def quantise(
     matrix: Float[np.ndarray, "m n"],
 ) -> tuple[Int8[np.ndarray, "m n"], Float[np.ndarray, "n"]]:
-    """(q, scale) with matrix ≈ q · scale: a scale for each output, max |column| / 127, so that no
-    entry is off by more than half of it. A column of zeros has scale 1."""
+    """(q, scale) with matrix ≈ q · scale, where q are 8-bit integers.
+
+    Each output column has a scale of its own, max |column| / 127, so no entry is off by more than
+    half of its scale. A column of zeros has scale 1.
+    """
     matrix = np.asarray(matrix, np.float32)
     scale = np.abs(matrix).max(axis=0) / 127
     scale = np.where(scale == 0, 1, scale).astype(np.float32)
     return np.rint(matrix / scale).astype(np.int8), scale
 
 
-def _tensors(gate_up: np.ndarray, down: np.ndarray, low_bit: bool) -> dict[str, np.ndarray]:
-    """An expert's record, in its order."""
-    if not low_bit:
-        return {"down": np.ascontiguousarray(down), "gate_up": np.ascontiguousarray(gate_up)}
-    (down, down_scale), (gate_up, gate_up_scale) = quantise(down), quantise(gate_up)
-    return {
-        "down": down, "down_scale": down_scale, "gate_up": gate_up, "gate_up_scale": gate_up_scale,
-    }  # fmt: skip
-
-
-def _serialised(records: list[dict[str, np.ndarray]]) -> bytes:
-    """A layer in the safetensors format: 8 bytes of length, a header in JSON, and the tensors.
-
-    The library's own writer neither aligns nor orders records; the format allows spaces after the
-    header, and a tensor `.padding` fills the last page of a record.
-    """
-    header: dict[str, Any] = {}
-    content, checksums, position = [], [], 0
-    for index, record in enumerate(records):
-        body = b"".join(tensor.tobytes() for tensor in record.values())
-        for name, tensor in record.items():
-            header[f"expert-{index:05d}.{name}"] = {
-                "dtype": NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [position, position + tensor.nbytes],
-            }
-            position += tensor.nbytes
-        padding = -len(body) % PAGE
-        if padding:
-            header[f"expert-{index:05d}.padding"] = {
-                "dtype": "U8",
-                "shape": [padding],
-                "data_offsets": [position, position + padding],
-            }
-        position += padding
-        content.append(body + bytes(padding))
-        checksums.append(crc32(body))
-    header["__metadata__"] = {"crc32": json.dumps(checksums)}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
-    return b"".join([len(text).to_bytes(8, "little"), text, *content])
-
-
-class Field(NamedTuple):
-    """One tensor of a record."""
-
-    offset: int
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def end(self) -> int:
-        return self.offset + int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def view(self, memory: memoryview) -> np.ndarray:
-        """The tensor in a record's memory."""
-        return np.frombuffer(memory[self.offset : self.end], self.dtype).reshape(self.shape)
-
-
-class LayerFile(NamedTuple):
-    """What a file's header says."""
-
-    start: int
-    """Of the first record."""
-    stride: int
-    """From one record to the next, in whole pages."""
-    fields: tuple[tuple[str, Field], ...]
-    checksums: tuple[int, ...]
-
-
 class ExpertFiles:
-    """The experts that write_experts wrote, opened for reading.
+    """The experts that write_experts wrote, opened for reading by any number of threads.
 
-    `direct` reads around the page cache (O_DIRECT, Linux), for measuring the disk itself.
-    UserError: a file is missing, truncated or of another form; the message names it.
+    `direct` reads around the page cache (O_DIRECT, Linux), to measure the disk itself.
+    UserError: a file is missing, truncated or of another form. The message names it.
     """
 
     def __init__(self, folder: Path, *, direct: bool = False) -> None:
-        self.folder, self.direct = folder, direct
-        paths = sorted(folder.glob("layer-*.safetensors"))
-        require(len(paths) > 0, f"{folder} holds no experts (layer-000.safetensors, …)")
-        for index, path in enumerate(paths):
-            require(path.name == layer_name(index), f"{folder / layer_name(index)} is missing")
-        self.parts = [_read_header(path) for path in paths]
-        forms = {(part.stride, part.fields, len(part.checksums)) for part in self.parts}
-        require(len(forms) == 1, f"the layers in {folder} are not alike: {sorted(map(str, forms))}")
-        self.layers, self.experts = len(paths), len(self.parts[0].checksums)
-        self.record_bytes, self.fields = self.parts[0].stride, dict(self.parts[0].fields)
-        self.gate_up_shape, self.down_shape = (
-            self.fields["gate_up"].shape, self.fields["down"].shape,
-        )  # fmt: skip
+        self.folder = folder
+        self.records = RecordStore.open(folder, direct=direct, remedy=REWRITE)
+        self._files = self.records.files.get(KIND, [])
+        layout = self.records.layouts.get(KIND, RecordLayout(()))
+        self.fields = {field.name: field for field in layout.fields}
+        require(
+            {"down", "gate_up"} <= self.fields.keys() and all(f.written.all() for f in self._files),
+            f"{folder / layer_name(0)} is no file of experts: use write_experts",
+        )
+        self.layers = self.records.layers
+        self.experts = self.records.experts
+        self.gate_up_shape = self.fields["gate_up"].shape
+        self.down_shape = self.fields["down"].shape
         self.low_bit = "down_scale" in self.fields
         self.dtype = np.dtype(np.float32) if self.low_bit else self.fields["down"].dtype
         """Of the matrices as they are computed with."""
-        self.expert_bytes = max(field.end for field in self.fields.values())
+        self.record_bytes = layout.stride
+        self.expert_bytes = layout.size
         """Without the padding."""
-        self._descriptors = [_open(path, direct) for path in paths]
-        self._local = threading.local()
+        self._buffer = ThreadBuffer(self.record_bytes)
 
     def read(self, layer: int, expert: int, memory: memoryview | None = None) -> Matrices:
-        """One expert, as views of `memory` (page_memory(record_bytes)); without it, of a buffer
-        that the same thread's next read overwrites. A low-bit expert is multiplied out.
+        """One expert, as views of `memory`, which is page_memory(record_bytes).
 
-        UserError: it cannot be read, is truncated, or its checksum does not hold.
+        Without it they are views of a buffer that the same thread's next read overwrites. The
+        matrices of a low-bit expert are multiplied by their scales, into memory of their own.
+        UserError: the record cannot be read, is truncated, or its checksum does not hold.
         """
         if memory is None:
-            if not hasattr(self._local, "memory"):
-                self._local.memory = page_memory(self.record_bytes)
-            memory = self._local.memory
-        assert memory is not None
-        self._read_record(layer, expert, memory)
+            memory = self._buffer.get(self.record_bytes)
+        self._files[layer].read_adjacent(expert, memory)
         return self.matrices(memory)
 
     def matrices(self, memory: memoryview) -> Matrices:
         """(gate_up, down) of a record that is in memory."""
-        found = {name: field.view(memory) for name, field in self.fields.items()}
+        gate_up = self.fields["gate_up"].view(memory)
+        down = self.fields["down"].view(memory)
         if self.low_bit:
             return (
-                found["gate_up"] * found["gate_up_scale"],
-                found["down"] * found["down_scale"],
+                gate_up * self.fields["gate_up_scale"].view(memory),
+                down * self.fields["down_scale"].view(memory),
             )
-        return found["gate_up"], found["down"]
-
-    def _read_record(self, layer: int, expert: int, memory: memoryview) -> None:
-        part = self.parts[layer]
-        who = f"expert {expert} of layer {layer} in {self.folder / layer_name(layer)}"
-        try:
-            found = self._read_fully(layer, memory, part.start + expert * part.stride)
-        except OSError as error:
-            raise UserError(f"{who} cannot be read: {error.strerror}") from error
-        if found < self.expert_bytes:
-            raise UserError(f"{who} is truncated: write the experts anew")
-        if crc32(memory[: self.expert_bytes]) != part.checksums[expert]:
-            raise UserError(f"{who} is corrupt (its checksum does not hold): write it anew")
-
-    def _read_fully(self, layer: int, memory: memoryview, begin: int) -> int:
-        """Bytes read into `memory`: all of it, or what the file has."""
-        found = 0
-        while found < len(memory):
-            # A direct read that comes back short and unaligned has met the end of the file.
-            got = os.preadv(self._descriptors[layer], [memory[found:]], begin + found)
-            if got == 0 or (self.direct and got % PAGE):
-                return found + got
-            found += got
-        return found
+        return gate_up, down
 
     def close(self) -> None:
-        """Closes the files; nothing can be read afterwards."""
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
-
-
-def page_memory(size: int) -> memoryview:
-    """Zeroed memory that begins at a page, as direct reads want it."""
-    return memoryview(mmap.mmap(-1, size))
-
-
-def _open(path: Path, direct: bool) -> int:
-    flag = getattr(os, "O_DIRECT", None) if direct else 0
-    require(flag is not None, "direct reads need Linux (O_DIRECT)")
-    try:
-        return os.open(path, os.O_RDONLY | (flag or 0))
-    except OSError as error:
-        hint = " with O_DIRECT: its file system may not offer it" if direct else ""
-        raise UserError(f"{path} cannot be opened{hint}: {error.strerror}") from error
-
-
-def _read_header(path: Path) -> LayerFile:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length < size else b""
-    if len(text) < length or length == 0:
-        raise UserError(f"{path} is truncated: it ends inside its header; write the experts anew")
-    try:
-        found = _parse(json.loads(text), 8 + length)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is no file of experts: use write_experts") from error
-    require(
-        found is not None, f"{path} is no file of experts: its records are not equal whole pages"
-    )
-    assert found is not None
-    if size < found.start + len(found.checksums) * found.stride:
-        first = max(0, size - found.start) // found.stride
-        raise UserError(
-            f"{path} is truncated: it has {size} of "
-            f"{found.start + len(found.checksums) * found.stride} bytes, so expert {first} and "
-            "those after it are damaged; write the experts anew"
-        )
-    return found
-
-
-def _parse(header: dict[str, Any], data: int) -> LayerFile | None:
-    """None where the records do not follow each other at whole pages."""
-    checksums = tuple(int(c) for c in json.loads(header.pop("__metadata__")["crc32"]))
-    records: list[dict[str, tuple]] = [{} for _ in checksums]
-    for key, tensor in header.items():
-        expert, name = key.removeprefix("expert-").split(".")
-        dtype = np.dtype(np.uint8) if name == "padding" else DTYPES[tensor["dtype"]]
-        records[int(expert)][name] = (tensor["data_offsets"][0], dtype, tuple(tensor["shape"]))
-    first = records[0]
-    fields = {name: Field(*first[name]) for name in first}
-    stride = max(field.end for field in fields.values())
-    alike = all(
-        {n: (o - index * stride, d, s) for n, (o, d, s) in record.items()} == first
-        for index, record in enumerate(records)
-    )
-    fields.pop("padding", None)
-    if not {"down", "gate_up"} <= fields.keys():
-        raise KeyError("another kind of file")
-    if not alike or data % PAGE or stride % PAGE:
-        return None
-    return LayerFile(data, stride, tuple(fields.items()), checksums)
+        """Closes the files. Nothing can be read afterwards."""
+        self.records.close()

@@ -1,7 +1,7 @@
 """Who is resident: exact capacities, admission and eviction, replay of a trace, Belady's bound.
 
 A step is one layer's turn: the distinct experts that its tokens need. Residents among them are
-hits; the others pass through a buffer beside the residents, and afterwards each may take a place.
+hits. The others pass through a buffer beside the residents, and afterwards each may take a place.
 """
 
 from collections.abc import Collection, Iterable
@@ -20,7 +20,7 @@ Step = tuple[int, Int[np.ndarray, "n"]]
 
 
 class Change(NamedTuple):
-    """What one step did; experts numbered over all layers."""
+    """What one step did. Experts are numbered over all layers."""
 
     hits: Int[np.ndarray, "hits"]
     misses: Int[np.ndarray, "misses"]
@@ -31,7 +31,7 @@ class Change(NamedTuple):
 class Placement:
     """At most `capacity` residents of layers · experts, chosen by `policy`.
 
-    `pool`: all layers share the capacity; `quota`: each has capacity // layers of it, the first
+    `pool`: all layers share the capacity. `quota`: each has capacity // layers of it, the first
     ones take the remainder.
     """
 
@@ -44,7 +44,10 @@ class Placement:
             f"the policy is for {policy.size} experts, not {layers} layers of {experts}",
         )
         require(scope in ("pool", "quota"), f"unknown scope '{scope}': use pool or quota")
-        self.policy, self.layers, self.experts, self.scope = policy, layers, experts, scope
+        self.policy = policy
+        self.layers = layers
+        self.experts = experts
+        self.scope = scope
         self.capacity = min(capacity, policy.size)
         self.resident = np.zeros(policy.size, bool)
 
@@ -56,12 +59,12 @@ class Placement:
         return slice(layer * self.experts, (layer + 1) * self.experts), min(share, self.experts)
 
     def fill(self) -> list[int]:
-        """Makes the most worthy experts resident; returns them. For a static start."""
+        """Makes the experts of the highest scores resident and returns them: a static start."""
         self.resident[:] = False
         for layer in range(self.layers if self.scope == "quota" else 1):
             scope, room = self.room(layer)
             rivals = np.arange(self.policy.size)[scope]
-            order = np.argsort(-self.policy.worth(rivals), kind="stable")
+            order = np.argsort(-self.policy.score(rivals), kind="stable")
             self.resident[rivals[order[:room]]] = True
         return np.flatnonzero(self.resident).tolist()
 
@@ -69,7 +72,7 @@ class Placement:
         self, layer: int, experts: Int[np.ndarray, "n"], barred: Collection[int] = ()
     ) -> Change:
         """One step: `experts` of `layer`, distinct, are used. The `barred` ones, numbered over all
-        layers, are not kept, whatever they are worth."""
+        layers, are not kept, whatever their scores."""
         ids = layer * self.experts + np.asarray(experts)
         self.policy.use(ids)
         inside = self.resident[ids]
@@ -79,15 +82,16 @@ class Placement:
         return Change(ids[inside], misses, admitted, evicted)
 
     def make_room(self, layer: int, count: int, keep: Collection[int]) -> list[int]:
-        """Evicts `count` residents, the least worthy but for those to `keep`, before `layer` needs
-        their places: out of its own quota if that is enough."""
+        """Evicts the `count` residents of the lowest scores before `layer` needs their places.
+
+        Those to `keep` stay. They come out of the layer's own quota if that is enough."""
         free = self.resident.copy()
         free[list(keep)] = False
         scope, _ = self.room(layer)
         if free[scope].sum() < count:
             scope = slice(0, self.policy.size)
         rivals = np.flatnonzero(free[scope]) + scope.start
-        evicted = rivals[np.argsort(self.policy.worth(rivals), kind="stable")[:count]]
+        evicted = rivals[np.argsort(self.policy.score(rivals), kind="stable")[:count]]
         self.resident[evicted] = False
         return evicted.tolist()
 
@@ -97,16 +101,17 @@ class Placement:
         scope, room = self.room(layer)
         residents = np.flatnonzero(self.resident[scope]) + scope.start
         before = residents.tolist()
-        held = list(zip(self.policy.worth(residents).tolist(), before, strict=True))
-        heapify(held)  # the least worthy, and of equal ones the first, is held[0]
-        for entry in zip(self.policy.worth(np.array(newcomers)).tolist(), newcomers, strict=True):
-            if len(held) < room:
-                heappush(held, entry)
-            elif room and entry[0] > (1 + self.policy.hysteresis) * held[0][0]:
-                heapreplace(held, entry)
-        after = {e for _, e in held}
+        heap = list(zip(self.policy.score(residents).tolist(), before, strict=True))
+        heapify(heap)  # heap[0] has the lowest score, and of equal scores the lowest number
+        for entry in zip(self.policy.score(np.array(newcomers)).tolist(), newcomers, strict=True):
+            if len(heap) < room:
+                heappush(heap, entry)
+            elif room and entry[0] > (1 + self.policy.hysteresis) * heap[0][0]:
+                heapreplace(heap, entry)
+        after = {e for _, e in heap}
         evicted, admitted = sorted({*before} - after), sorted(after - {*before})
-        self.resident[evicted], self.resident[admitted] = False, True
+        self.resident[evicted] = False
+        self.resident[admitted] = True
         return admitted, evicted
 
 
@@ -118,12 +123,12 @@ class Replay(NamedTuple):
 
     @property
     def hit_rate(self) -> float:
-        """Hits of all uses; 1 for no use at all."""
+        """Hits of all uses, and 1 for no use at all."""
         return self.hits / self.uses if self.uses else 1.0
 
 
 def replay(placement: Placement, steps: Iterable[Step]) -> Replay:
-    """Runs the steps through the placement, which keeps what it has learnt."""
+    """Runs the steps through the placement, whose policy keeps its statistics."""
     uses = hits = 0
     for layer, experts in steps:
         change = placement.use(layer, experts)
@@ -153,17 +158,17 @@ def belady(steps: list[Step], layers: int, experts: int, capacity: int) -> Repla
         hits += int(resident[ids].sum())
         next_use[ids] = after
         resident[ids] = True
-        held = np.flatnonzero(resident)
-        if len(held) > capacity:
-            resident[held[np.argsort(next_use[held], kind="stable")[capacity:]]] = False
+        present = np.flatnonzero(resident)
+        if len(present) > capacity:
+            resident[present[np.argsort(next_use[present], kind="stable")[capacity:]]] = False
     return Replay(uses, hits)
 
 
 def _next_uses(numbered: list[np.ndarray], size: int) -> list[np.ndarray]:
     """For every step, when each of its experts is used next: a step's number, or their count."""
     soonest = np.full(size, len(numbered))
-    found: list[np.ndarray] = []
+    uses: list[np.ndarray] = []
     for index in range(len(numbered) - 1, -1, -1):
-        found.append(soonest[numbered[index]].copy())
+        uses.append(soonest[numbered[index]].copy())
         soonest[numbered[index]] = index
-    return found[::-1]
+    return uses[::-1]

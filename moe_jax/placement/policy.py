@@ -1,8 +1,8 @@
-"""Which experts are worth keeping in fast memory: one number for each, updated at every use.
+"""Which experts should stay in fast memory: one score for each, updated at every use.
 
 Experts of all layers are numbered together, layer · E + expert, N in all. A policy gives every one
-a worth; placement.place decides with it who leaves and who enters. No policy ever changes a result:
-an expert that is not resident is fetched.
+a score, and placement.place decides by the scores who leaves and who enters. No policy ever changes
+a result: an expert that is not resident is fetched.
 """
 
 from abc import ABC, abstractmethod
@@ -15,21 +15,23 @@ from moe_jax.config import require
 
 
 class Policy(ABC):
-    """Worth of keeping each of `size` experts; equal ones go in the order of their numbers.
+    """Scores `size` experts. Those of equal scores are evicted in the order of their numbers.
 
-    `hysteresis`: a newcomer replaces the least worthy resident only where its worth exceeds that
-    one's by this fraction. 0 asks for any advantage, so an expert that is not better than what is
-    there is used once and not kept.
+    `hysteresis`: a newcomer replaces the resident of the lowest score only if its own score exceeds
+    that one by this fraction. 0 asks for any advantage. An expert without it is used once and not
+    kept.
     """
 
     name: str
     fixed = False
-    """Whether its worths never change, so that no resident ever leaves."""
+    """Whether its scores never change, so that no resident ever leaves."""
 
     def __init__(self, size: int, hysteresis: float = 0.0) -> None:
         require(size > 0, f"placement over {size} experts: there must be at least one")
         require(hysteresis >= 0, f"hysteresis is {hysteresis}: it must not be negative")
-        self.size, self.hysteresis, self.now = size, hysteresis, 0
+        self.size = size
+        self.hysteresis = hysteresis
+        self.now = 0
 
     def use(self, experts: Int[np.ndarray, "n"]) -> None:
         """The distinct `experts` are used together, one step after the last use."""
@@ -38,15 +40,15 @@ class Policy(ABC):
 
     @abstractmethod
     def _use(self, experts: Int[np.ndarray, "n"]) -> None:
-        """Updates what `worth` is computed from; `now` is the step's number."""
+        """Updates the statistics behind `score`. `now` is the step's number."""
 
     @abstractmethod
-    def worth(self, experts: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-        """Not negative; higher ones stay."""
+    def score(self, experts: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+        """Never negative. The experts of the highest scores stay."""
 
 
 class LRU(Policy):
-    """Least recently used leaves: worth = number of the step of the last use."""
+    """Least recently used leaves: score = number of the step of the last use."""
 
     name = "lru"
 
@@ -57,12 +59,12 @@ class LRU(Policy):
     def _use(self, experts: np.ndarray) -> None:
         self.last[experts] = self.now
 
-    def worth(self, experts: np.ndarray) -> np.ndarray:
+    def score(self, experts: np.ndarray) -> np.ndarray:
         return self.last[experts].astype(float)
 
 
 class LFU(Policy):
-    """Least frequently used leaves: worth = uses so far, whether resident or not."""
+    """Least frequently used leaves: score = uses so far, whether resident or not."""
 
     name = "lfu"
 
@@ -73,12 +75,12 @@ class LFU(Policy):
     def _use(self, experts: np.ndarray) -> None:
         self.count[experts] += 1
 
-    def worth(self, experts: np.ndarray) -> np.ndarray:
+    def score(self, experts: np.ndarray) -> np.ndarray:
         return self.count[experts]
 
 
 class DecayedLFU(Policy):
-    """worth = sum over uses of 2^(-age / half_life), age in steps (LRFU, Lee et al. 2001).
+    """score = sum over uses of 2^(-age / half_life), age in steps (LRFU, Lee et al. 2001).
 
     The sum is kept scaled by 2^(now / half_life), so that a step touches the used experts only.
     """
@@ -88,40 +90,43 @@ class DecayedLFU(Policy):
     def __init__(self, size: int, hysteresis: float = 0.0, half_life: float = 64.0) -> None:
         super().__init__(size, hysteresis)
         require(half_life > 0, f"half_life is {half_life}: it must be positive")
-        self.half_life, self.origin = half_life, 0
+        self.half_life = half_life
+        self.origin = 0
         self.scaled = np.zeros(size)
 
     def _use(self, experts: np.ndarray) -> None:
-        if self.now - self.origin > 500 * self.half_life:  # long before 2^1023
+        # A float64 overflows beyond 2^1023: the origin moves long before.
+        if self.now - self.origin > 500 * self.half_life:
             self.scaled *= 2.0 ** (-(self.now - self.origin) / self.half_life)
             self.origin = self.now
         self.scaled[experts] += 2.0 ** ((self.now - self.origin) / self.half_life)
 
-    def worth(self, experts: np.ndarray) -> np.ndarray:
+    def score(self, experts: np.ndarray) -> np.ndarray:
         return self.scaled[experts] * 2.0 ** (-(self.now - self.origin) / self.half_life)
 
 
 class LFRU(Policy):
-    """Frequent and recent: worth = uses / (1 + steps since the last use)."""
+    """Frequent and recent: score = uses / (1 + steps since the last use)."""
 
     name = "lfru"
 
     def __init__(self, size: int, hysteresis: float = 0.25) -> None:
         super().__init__(size, hysteresis)
-        self.count, self.last = np.zeros(size), np.zeros(size, np.int64)
+        self.count = np.zeros(size)
+        self.last = np.zeros(size, np.int64)
 
     def _use(self, experts: np.ndarray) -> None:
         self.count[experts] += 1
         self.last[experts] = self.now
 
-    def worth(self, experts: np.ndarray) -> np.ndarray:
+    def score(self, experts: np.ndarray) -> np.ndarray:
         return self.count[experts] / (1 + self.now - self.last[experts])
 
 
 class Successor(Policy):
-    """Recent use, and what usually comes next: worth = rate + chance.
+    """Recent use, and what usually comes next: score = rate + chance.
 
-    rate: uses a token lately (DecayedLFU's sum over the half life's mean); chance: how often the
+    rate: uses a token lately (DecayedLFU's sum over the half life's mean). chance: how often the
     expert was used right after those that its layer used last, the mean over these of
     counts[before, after] / sum over after. Counts begin at 1/E, so that at first all are alike.
     """
@@ -133,7 +138,8 @@ class Successor(Policy):
     ) -> None:
         super().__init__(size, hysteresis)
         require(layers > 0 and size % layers == 0, f"{size} experts do not divide over {layers}")
-        self.recent, self.experts = DecayedLFU(size, 0.0, half_life), size // layers
+        self.recent = DecayedLFU(size, 0.0, half_life)
+        self.experts = size // layers
         self.rate = layers * np.log(2) / half_life  # a use every token sums up to its inverse
         shape = (layers, self.experts, self.experts)
         self.counts = np.full(shape, 1 / self.experts)
@@ -147,19 +153,21 @@ class Successor(Policy):
             return
         layer = int(experts[0]) // self.experts
         start = layer * self.experts
-        own, before, counts = experts - start, self.last[layer], self.counts[layer]
+        own = experts - start
+        before = self.last[layer]
+        counts = self.counts[layer]
         counts[before[:, None], own] += 1
         self.sums[layer][before] += len(own)
         self.last[layer] = own
         # len(own), the number that comes next, times the mean over `own`.
         self.chance[start : start + self.experts] = (1 / self.sums[layer][own]) @ counts[own]
 
-    def worth(self, experts: np.ndarray) -> np.ndarray:
-        return self.rate * self.recent.worth(experts) + self.chance[experts]
+    def score(self, experts: np.ndarray) -> np.ndarray:
+        return self.rate * self.recent.score(experts) + self.chance[experts]
 
 
 class Static(Policy):
-    """The placement never changes: worth = how often each expert was used in a calibration run."""
+    """The placement never changes: score = how often each expert was used in a calibration run."""
 
     name = "static"
     fixed = True
@@ -172,7 +180,7 @@ class Static(Policy):
     def _use(self, experts: np.ndarray) -> None:
         pass
 
-    def worth(self, experts: np.ndarray) -> np.ndarray:
+    def score(self, experts: np.ndarray) -> np.ndarray:
         return self.frequency[experts]
 
 
@@ -180,13 +188,13 @@ ONLINE: dict[str, Callable[[int, int], Policy]] = {
     **{kind.name: lambda size, _, kind=kind: kind(size) for kind in (LRU, LFU, DecayedLFU, LFRU)},
     Successor.name: Successor,
 }
-"""Policies that learn as they go, by name; each takes the number of experts and of layers."""
+"""Policies that learn as they go, by name. Each takes the number of experts and of layers."""
 
 
 def make_policy(
     name: str, size: int, layers: int = 1, frequency: Float[np.ndarray, "N"] | None = None
 ) -> Policy:
-    """The policy called `name` for `size` experts in `layers`; `static` needs frequencies.
+    """The policy called `name` for `size` experts in `layers`. `static` needs frequencies.
     UserError: there is none."""
     if name == Static.name:
         require(frequency is not None, "placement policy static needs a trace to count uses in")

@@ -23,9 +23,9 @@ LIMIT = 1_000_000
 
 
 def open_trace(path: Path, experts: int = 0) -> Trace:
-    """The trace in a file or folder, whichever of the known forms it has; other names are ours.
+    """The trace in a file or folder, whichever of the known forms it has. Other names are ours.
 
-    `experts`: how many a layer has; 0: the highest number that occurs, and one more.
+    `experts`: how many a layer has. 0 means the highest number that occurs, and one more.
     UserError: it cannot be read as what its name says.
     """
     readers = {".npy": _array, ".jsonl": _megatron}
@@ -53,15 +53,15 @@ def open_trace(path: Path, experts: int = 0) -> Trace:
 
 def _array(path: Path) -> np.ndarray:
     try:
-        found = np.load(path, allow_pickle=False)
+        chosen = np.load(path, allow_pickle=False)
     except ValueError as error:
         raise UserError(f"{path} is no array that NumPy saved: {error}") from error
-    require(found.dtype.kind in "iu", f"{path} holds {found.dtype}, not expert numbers")
-    return found
+    require(chosen.dtype.kind in "iu", f"{path} holds {chosen.dtype}, not expert numbers")
+    return chosen
 
 
 def _megatron(path: Path) -> np.ndarray:
-    """Records of the decoder, tokens in the order of their steps; a step without all layers, as a
+    """Records of the decoder, tokens in the order of their steps. A step without all layers, as a
     killed run leaves it, is passed over."""
     steps: dict[Any, dict[int, list]] = defaultdict(dict)
     for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -34,16 +34,18 @@ def fit(trace: Trace) -> ZipfMarkov:
     """Parameters whose traces resemble `trace`.
 
     exponent: least squares of log popularity over log rank, every domain and layer centred on its
-    own mean; repeat: (o - c) / (1 - c), where o is the share of a token's experts that it has in
+    own mean. repeat: (o - c) / (1 - c), where o is the share of a token's experts that it has in
     common with the token before it in its domain, and c the same share with a token of the domain
-    drawn at random; switch: changes of domain over tokens.
+    drawn at random. switch: changes of domain over tokens.
     """
-    experts, per_token = trace.experts, trace.chosen.shape[2]
+    experts = trace.experts
+    per_token = trace.chosen.shape[2]
     changed = trace.domain[1:] != trace.domain[:-1]
     used = np.unique(trace.domain)
     overlap = _overlap(trace.chosen[1:], trace.chosen[:-1])[~changed].mean()
     generator = np.random.default_rng(0)
-    chance, slopes = [], []
+    chance: list[tuple[float, int]] = []
+    slopes: list[float] = []
     for domain in used:
         own = trace.chosen[trace.domain == domain]
         chance.append((_overlap(own, generator.permutation(own)).mean(), len(own)))
@@ -61,7 +63,9 @@ def fit(trace: Trace) -> ZipfMarkov:
     )
 
 
-def _overlap(one: Int[np.ndarray, "T L K"], other: Int[np.ndarray, "T L K"]) -> np.ndarray:
+def _overlap(
+    one: Int[np.ndarray, "T layers K"], other: Int[np.ndarray, "T layers K"]
+) -> np.ndarray:
     """Share of the first token's experts that the second one has too: [T]."""
     same = one[..., :, None] == other[..., None, :]
     return same.any(axis=-1).mean(axis=(1, 2))
@@ -91,29 +95,32 @@ def generate_trace(parameters: ZipfMarkov, tokens: int, seed: int = 0) -> Trace:
         [[generator.permutation(p.experts) for _ in range(p.layers)] for _ in range(p.domains)]
     )
     log_odds = np.log(popularity)[rankings]  # [domains, layers, E]
-    domain, previous = 0, None
+    domain = 0
+    previous = None
     chosen = np.empty((tokens, p.layers, p.per_token), np.uint16)
     labels = np.empty(tokens, np.int16)
     for token in range(tokens):
         if p.domains > 1 and token and generator.random() < p.switch:
             domain = (domain + int(generator.integers(1, p.domains))) % p.domains
         previous = _draw(log_odds[domain], previous, p, generator)
-        chosen[token], labels[token] = previous, domain
+        chosen[token] = previous
+        labels[token] = domain
     names = tuple(f"domain {index}" for index in range(p.domains))
     return Trace(chosen, labels, p.experts, names, f"Zipf-Markov {p._asdict()}, seed {seed}")
 
 
 def _draw(
-    log_odds: Float[np.ndarray, "L E"],
-    previous: Int[np.ndarray, "L K"] | None,
+    log_odds: Float[np.ndarray, "layers E"],
+    previous: Int[np.ndarray, "layers K"] | None,
     p: ZipfMarkov,
     generator: np.random.Generator,
-) -> Int[np.ndarray, "L K"]:
+) -> Int[np.ndarray, "layers K"]:
     """One token's experts: Gumbel top-K draws by popularity without replacement, and kept experts
     come before all others."""
     score = log_odds + generator.gumbel(size=log_odds.shape)
     if previous is not None:
         kept = generator.random(previous.shape) < p.repeat
+        # 1e6 is more than any Gumbel draw, so a kept expert is always among the first K.
         rows = np.arange(len(score))[:, None]
         score[rows, previous] += np.where(kept, 1e6, 0.0)
     return np.argsort(-score, axis=1)[:, : p.per_token]

@@ -30,7 +30,7 @@ class Trace:
     """The experts that each token used, in the order of the tokens."""
 
     chosen: Int[np.ndarray, "T layers K"]
-    """Experts, best first; `experts` for nobody."""
+    """Experts, best first. The number `experts` stands for nobody."""
     domain: Int[np.ndarray, "T"]
     """Index into `domains`."""
     experts: int
@@ -51,7 +51,8 @@ class Trace:
 
     def part(self, start: int, stop: int | None = None) -> "Trace":
         """Tokens start … stop - 1."""
-        chosen, domain = self.chosen[start:stop], self.domain[start:stop]
+        chosen = self.chosen[start:stop]
+        domain = self.domain[start:stop]
         return Trace(chosen, domain, self.experts, self.domains, self.note)
 
     def frequency(self) -> Int[np.ndarray, "N"]:
@@ -70,16 +71,16 @@ class Trace:
         tokens = len(self.chosen) // batch
         require(tokens > 0, f"the trace has {len(self.chosen)} tokens, fewer than batch={batch}")
         rows = self.chosen[: tokens * batch].reshape(batch, tokens, self.layers, -1)
-        found: list[Step] = []
+        steps: list[Step] = []
         for token in range(tokens):
             for layer in range(self.layers):
                 distinct = np.unique(rows[:, token, layer])
-                found.append((layer, distinct[distinct < self.experts]))
-        return found
+                steps.append((layer, distinct[distinct < self.experts]))
+        return steps
 
 
 class TraceWriter:
-    """Appends tokens to a new trace file; use it as a context.
+    """Appends tokens to a new trace file. Use it as a context.
 
     What was appended before a kill can be read. UserError: the file exists, or the disk fails.
     """
@@ -97,7 +98,9 @@ class TraceWriter:
         require(not path.exists(), f"{path} exists: a trace is never overwritten, remove it first")
         require(0 < experts < 2**16, f"a trace holds up to 65535 experts, not {experts}")
         require(len(set(domains)) == len(domains) > 0, f"domains {list(domains)} are not distinct")
-        self.path, self.shape, self.experts = path, (layers, per_token), experts
+        self.path = path
+        self.shape = (layers, per_token)
+        self.experts = experts
         self.domains = tuple(domains)
         self._dtype = np.dtype(np.uint8 if experts < 256 else "<u2")
         header = {
@@ -156,30 +159,34 @@ def read_trace(path: Path) -> Trace:
         raise UserError(f"cannot read the trace {path}: {error.strerror}") from error
     try:
         fields = json.loads(header)
-        shape = fields["layers"], fields["per_token"]
-        experts, domains = int(fields["experts"]), tuple(fields["domains"])
+        shape = (fields["layers"], fields["per_token"])
+        experts = int(fields["experts"])
+        domains = tuple(fields["domains"])
         require(fields["version"] == VERSION, f"{path} is a trace of version {fields['version']}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a routing trace: its first line is no header") from error
     dtype = np.dtype(np.uint8 if experts < 256 else "<u2")
-    chosen, labels = [], []
+    chosen: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     for payload in _blocks(path, body):
         tokens = len(payload) // (2 + shape[0] * shape[1] * dtype.itemsize)
         labels.append(np.frombuffer(payload, "<i2", tokens))
         chosen.append(np.frombuffer(payload, dtype, offset=2 * tokens).reshape(tokens, *shape))
     require(len(chosen) > 0, f"{path} holds no tokens: its run ended before the first was written")
-    tokens, label = np.concatenate(chosen), np.concatenate(labels)
-    return Trace(tokens, label, experts, domains, fields.get("note", ""))
+    tokens = np.concatenate(chosen)
+    return Trace(tokens, np.concatenate(labels), experts, domains, fields.get("note", ""))
 
 
 def _blocks(path: Path, body: bytes) -> Iterator[bytes]:
-    position, number = 0, 0
+    position = 0
+    number = 0
     while position + BLOCK.size <= len(body):
         length, checksum = BLOCK.unpack_from(body, position)
         payload = body[position + BLOCK.size : position + BLOCK.size + length]
         if len(payload) < length:
-            return
+            return  # a killed run leaves part of its last block
         if zlib.crc32(payload) != checksum:
             raise UserError(f"{path}: block {number} is damaged (its checksum does not hold)")
         yield zlib.decompress(payload)
-        position, number = position + BLOCK.size + length, number + 1
+        position += BLOCK.size + length
+        number += 1

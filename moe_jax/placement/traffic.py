@@ -1,11 +1,13 @@
-"""What a store of experts has moved, and a look-ahead that watches itself."""
+"""Counters: what a store of experts has moved, and when."""
 
 from dataclasses import dataclass, field
+from threading import Lock
+from time import perf_counter
 from typing import NamedTuple
 
 
 class Copy(NamedTuple):
-    """One expert brought to the device, in seconds since the store was made."""
+    """One expert brought to the device, in seconds since the store was created."""
 
     expert: int
     begin: float
@@ -16,11 +18,11 @@ class Copy(NamedTuple):
 
 @dataclass
 class Traffic:
-    """What a store has done since it was made or `reset`."""
+    """What a store has done since it was created or `reset`."""
 
     uses: int = 0
     hits: int = 0
-    """Uses that found their expert resident."""
+    """Uses whose expert was resident."""
     ahead: int = 0
     """Uses that were no hits, but whose expert a prediction had asked for."""
     computed: int = 0
@@ -31,41 +33,41 @@ class Traffic:
     host_bytes: int = 0
     """Bytes brought to the device from host memory."""
     wasted_bytes: int = 0
-    """Of all these, those of predictions that did not come true."""
+    """Of all these, the bytes of predictions that did not come true."""
     waited: float = 0.0
     """Seconds in which `fetch` read, or waited for reads and copies."""
     peak_bytes: int = 0
     """Most bytes of experts on the device at once."""
     copies: list[Copy] = field(default_factory=list)
     fetches: list[tuple[float, float]] = field(default_factory=list)
-    """(begin, end) of every `fetch`; between two of them the caller computes."""
+    """(begin, end) of every `fetch`. Between two of them the caller computes."""
 
     @property
     def hit_rate(self) -> float:
         return self.hits / self.uses if self.uses else 1.0
 
 
-class Ahead:
-    """Look-ahead that watches itself: below a floor of recall it only watches.
+class TrafficMeter:
+    """The store's counters and their clock. `copied` may be called in any thread, all else in the
+    store's own."""
 
-    recall: share of a layer's needed experts that were predicted, averaged over about 50 steps.
-    """
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.reset()
 
-    def __init__(self, experts: int, recall_floor: float) -> None:
-        self.experts, self.recall_floor, self.recall = experts, recall_floor, 1.0
-        self._predicted: tuple[int, set[int]] | None = None
+    def reset(self) -> None:
+        """Counts from zero, and the clock begins anew."""
+        self.traffic = Traffic()
+        self._born = perf_counter()
 
-    @property
-    def active(self) -> bool:
-        return self.experts > 0 and self.recall >= self.recall_floor
+    def now(self) -> float:
+        """Seconds since the last reset."""
+        return perf_counter() - self._born
 
-    def predict(self, layer: int, experts: list[int]) -> None:
-        self._predicted = layer, set(experts)
-
-    def compare(self, layer: int, needed: list[int]) -> None:
-        """Learns what `layer` really needed, if its experts were predicted."""
-        predicted, self._predicted = self._predicted, None
-        if predicted is None or predicted[0] != layer or not needed:
-            return
-        found = len(predicted[1] & set(needed)) / len(needed)
-        self.recall += 0.02 * (found - self.recall)
+    def copied(self, expert: int, begin: float, ahead: bool, *, disk: int, host: int) -> None:
+        """Counts one expert brought to a memory since `begin`, with its bytes by where it was."""
+        copy = Copy(expert, begin, self.now(), ahead)
+        with self._lock:
+            self.traffic.disk_bytes += disk
+            self.traffic.host_bytes += host
+            self.traffic.copies.append(copy)

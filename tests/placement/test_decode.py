@@ -29,7 +29,7 @@ def split(config):
 def store(folder, name, slots, working_set, **settings):
     files = ExpertFiles(folder)
     size = files.layers * files.experts
-    made = ExpertStore(
+    experts = ExpertStore(
         files,
         make_policy(name, size, files.layers, np.arange(size)),
         device_bytes=slots * files.expert_bytes,
@@ -37,8 +37,8 @@ def store(folder, name, slots, working_set, **settings):
         **settings,
     )
     if name == "static":
-        made.fill()
-    return made
+        experts.fill()
+    return experts
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_the_models_own_tokens(small_model, tmp_path, attention, temperature, ch
     expected = generate(graph, (parameters, router), prompt, jax.random.key(2), **settings)
     with store(tmp_path, "lru", 6, 4, look_ahead=2) as tiers:
         decoder = TieredDecoder(config, parameters, router, tiers)
-        found = decoder.generate(prompt, jax.random.key(2), **settings)
+        tokens = decoder.generate(prompt, jax.random.key(2), **settings)
         assert tiers.traffic.hits < tiers.traffic.uses  # some experts did have to come
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(tokens, expected)
 
 
 def test_the_same_bits_whatever_is_resident(small_model, tmp_path):
@@ -72,11 +72,12 @@ def test_the_same_bits_whatever_is_resident(small_model, tmp_path):
     def logits(*arguments, **settings):
         with store(tmp_path, *arguments, **settings) as tiers:
             decoder = TieredDecoder(small_model, parameters, router, tiers)
-            caches, found = decoder.empty_caches(2, len(tokens)), []
+            caches = decoder.empty_caches(2, len(tokens))
+            outputs = []
             for position, token in enumerate(tokens):
                 out, caches = decoder.step(token, position, caches)
-                found.append(np.asarray(out))
-            return np.stack(found)
+                outputs.append(np.asarray(out))
+            return np.stack(outputs)
 
     everything = logits("static", 16, 4)
     for name in ("static", "lru", "lfu", "decayed_lfu", "lfru"):
@@ -127,11 +128,12 @@ def test_experts_in_the_memory_of_another_device_are_computed_there(small_model,
             tiers.unified = device == jax.devices()[0]
             decoder = TieredDecoder(small_model, *parts, tiers)
             with jax.default_device(device):
-                caches, found = decoder.empty_caches(2, len(tokens)), []
+                caches = decoder.empty_caches(2, len(tokens))
+                outputs = []
                 for position, token in enumerate(tokens):
                     out, caches = decoder.step(token, position, caches)
-                    found.append(np.asarray(out))
-            return np.stack(found), tiers.traffic
+                    outputs.append(np.asarray(out))
+            return np.stack(outputs), tiers.traffic
 
     here, accelerator = jax.devices()[:2]
     exact, _ = logits(here)

@@ -49,8 +49,8 @@ def slow_chance(expert, history):
     return sum(followed(before) for before in own[-1])
 
 
-def slow_worth(name, expert, uses, now, history):
-    """Worth of one expert from the list of the steps of its uses (numbered from 1)."""
+def slow_score(name, expert, uses, now, history):
+    """Score of one expert from the list of the steps of its uses (numbered from 1)."""
     if name == "lru":
         return max(uses, default=0)
     if name == "lfu":
@@ -79,7 +79,7 @@ def test_every_policy_follows_its_definition(steps, name, capacity, scope):
         for e in ids:
             uses[e].append(now)
         history.append((layer, ids))
-        worth = {e: slow_worth(name, e, uses[e], now, history) for e in uses}
+        score = {e: slow_score(name, e, uses[e], now, history) for e in uses}
         expected_hits = [e for e in ids if e in resident]
         for e in ids:
             if e in resident or e in expected_hits:
@@ -91,8 +91,8 @@ def test_every_policy_follows_its_definition(steps, name, capacity, scope):
             if len(rivals) < room:
                 resident.add(e)
             elif rivals:
-                weakest = min(rivals, key=lambda r: (worth[r], r))
-                if worth[e] > margin * worth[weakest] * (1 + 1e-12):
+                weakest = min(rivals, key=lambda r: (score[r], r))
+                if score[e] > margin * score[weakest] * (1 + 1e-12):
                     resident -= {weakest}
                     resident.add(e)
         before = set(np.flatnonzero(placement.resident).tolist())
@@ -137,9 +137,9 @@ def test_belady_equals_the_best_of_all_placements(steps, capacity):
     for layer, experts in steps:
         ids = {layer * EXPERTS + int(e) for e in experts}
         following: dict[frozenset, int] = {}
-        for held, hits in best.items():
-            hits += len(held & ids)
-            for kept in combinations(sorted(held | ids), capacity):
+        for residents, hits in best.items():
+            hits += len(residents & ids)
+            for kept in combinations(sorted(residents | ids), capacity):
                 key = frozenset(kept)
                 following[key] = max(following.get(key, 0), hits)
         best = following
@@ -166,7 +166,7 @@ def test_static_never_moves_and_takes_the_most_frequent():
     assert quota.fill() == [0, 3, 4]
 
 
-def test_room_is_made_by_the_least_worthy_of_the_layers_own():
+def test_room_is_made_by_the_lowest_scores_of_the_layers_own():
     place = Placement(Static(np.arange(8.0)), layers=2, experts=4, capacity=6, scope="quota")
     assert place.fill() == [1, 2, 3, 5, 6, 7]
     assert place.make_room(1, 2, keep=[5]) == [6, 7]
@@ -191,9 +191,9 @@ def test_decay_forgets_and_does_not_overflow():
         policy.use(np.array([0]))
     for _ in range(5000):
         policy.use(np.array([1]))
-    worth = policy.worth(np.array([0, 1]))
-    assert worth[0] < 1e-9
-    assert worth[1] == pytest.approx(1 / (1 - 2**-0.5))
+    score = policy.score(np.array([0, 1]))
+    assert score[0] < 1e-9
+    assert score[1] == pytest.approx(1 / (1 - 2**-0.5))
 
 
 @pytest.mark.parametrize(

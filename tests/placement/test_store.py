@@ -1,14 +1,13 @@
 """Files of experts name their damage; the store gives the right experts within its budget."""
 
 import os
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
 import pytest
 
 from moe_jax.base.errors import UserError
-from moe_jax.placement import files as expert_files
 from moe_jax.placement.files import ExpertFiles, layer_name, write_experts
 from moe_jax.placement.memory import SharedMemory
 from moe_jax.placement.policy import LFU, LRU, ONLINE, Static, make_policy
@@ -29,7 +28,8 @@ def matrices(dtype=np.float32):
 
 
 def record_start(files, layer, expert):
-    return files.parts[layer].start + expert * files.parts[layer].stride
+    file = files.records.files["parameters"][layer]
+    return file.start + expert * file.stride
 
 
 @pytest.fixture
@@ -98,7 +98,9 @@ def test_a_truncated_file_is_named(folder, cut):
     ):
         files.read(2, 4)  # the file shrinks while it is open
     expected = {"header": "inside its header", "first": "expert 0 and", "last": "expert 4 and"}
-    with pytest.raises(UserError, match=rf"layer-002.safetensors is truncated.*{expected[cut]}"):
+    with pytest.raises(
+        UserError, match=rf"layer-002.parameters.safetensors is truncated.*{expected[cut]}"
+    ):
         ExpertFiles(folder)
 
 
@@ -106,7 +108,7 @@ def test_missing_and_foreign_files_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="holds no experts"):
         ExpertFiles(tmp_path)
     (folder / layer_name(0)).unlink()
-    with pytest.raises(UserError, match=r"layer-000.safetensors is missing"):
+    with pytest.raises(UserError, match=r"layer-000.parameters.safetensors is missing"):
         ExpertFiles(folder)
     (folder / layer_name(0)).write_bytes((5).to_bytes(8, "little") + b"[1,2]" * 9)
     with pytest.raises(UserError, match="no file of experts"):
@@ -148,13 +150,13 @@ def test_the_right_experts_within_the_budget(whole_files, name, slots, host, on_
             layer = step % LAYERS
             experts = np.sort(rng.permutation(EXPERTS)[: rng.integers(1, 3)])
             ahead = rng.permutation(EXPERTS)[:3] if layer + 1 < LAYERS else None
-            for expert, found in zip(experts, store.fetch(layer, experts, ahead), strict=True):
-                np.testing.assert_array_equal(found[0], content[layer][0][expert])
-                np.testing.assert_array_equal(found[1], content[layer][1][expert])
+            for expert, lease in zip(experts, store.fetch(layer, experts, ahead), strict=True):
+                np.testing.assert_array_equal(lease.matrices[0], content[layer][0][expert])
+                np.testing.assert_array_equal(lease.matrices[1], content[layer][1][expert])
         traffic = store.traffic
         assert 0 < traffic.peak_bytes <= budget(slots)
-        assert len(store._below) <= host
-        assert not store._below.keys() & store._resident.keys()
+        assert len(store.tiers.host) <= host
+        assert not store.tiers.host.keys() & store.tiers.resident.keys()
         assert traffic.hits + traffic.ahead + traffic.computed <= traffic.uses
         assert (traffic.computed > 0) == (on_miss == "compute" and slots < 19)
         copied = traffic.disk_bytes + traffic.host_bytes
@@ -162,7 +164,7 @@ def test_the_right_experts_within_the_budget(whole_files, name, slots, host, on_
         if host == 0:
             assert traffic.host_bytes == 0
         if slots == 19:
-            assert store.placement.capacity == LAYERS * EXPERTS
+            assert store.residency.placement.capacity == LAYERS * EXPERTS
 
 
 def test_a_budget_below_the_working_set_states_the_minimum(folder):
@@ -178,7 +180,7 @@ def test_a_failing_read_stops_the_fetch_and_names_the_expert(folder, monkeypatch
         def broken(*_):
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(expert_files.os, "preadv", broken)
+        monkeypatch.setattr(os, "preadv", broken)
         with pytest.raises(UserError, match=r"expert 3 of layer 1 .*: Input/output error"):
             store.fetch(1, np.array([3]))
         store.fetch(0, np.array([0, 1]))  # residents are still there
@@ -198,19 +200,19 @@ def test_predictions_that_come_true_are_counted_and_wrong_ones_switch_off(folder
             store.fetch(1, np.array([2, 3]))
         assert store.traffic.ahead == 10
         assert store.traffic.wasted_bytes == 0
-        assert store.ahead.recall == 1
+        assert store.residency.ahead.recall == 1
         for _ in range(40):
             store.fetch(0, np.array([0]), [0, 1])
             store.fetch(1, np.array([2, 3]))
-        assert not store.ahead.active
+        assert not store.residency.ahead.active
         copies = len(store.traffic.copies)
         store.fetch(0, np.array([0]), [2, 3])
-        assert not store._arriving
+        assert not store.tiers.arriving
         assert len(store.traffic.copies) == copies + 1
         for _ in range(60):
             store.fetch(0, np.array([0]), [2, 3])
             store.fetch(1, np.array([2, 3]))
-        assert store.ahead.active
+        assert store.residency.ahead.active
 
 
 def test_eight_bit_copies_are_close_and_a_quarter_of_the_size(tmp_path):
@@ -222,11 +224,11 @@ def test_eight_bit_copies_are_close_and_a_quarter_of_the_size(tmp_path):
     assert files.dtype == np.float32
     for layer, (gate_up, down) in enumerate(content):
         for expert in range(EXPERTS):
-            for found, exact in zip(
+            for low, exact in zip(
                 files.read(layer, expert), (gate_up[expert], down[expert]), strict=True
             ):
                 half_a_step = np.abs(exact).max(axis=0) / 127 / 2
-                assert (np.abs(found - exact) <= half_a_step * (1 + 1e-5)).all()
+                assert (np.abs(low - exact) <= half_a_step * (1 + 1e-5)).all()
 
 
 def test_absent_experts_of_little_weight_are_served_by_eight_bit_copies(folder, tmp_path):
@@ -237,13 +239,13 @@ def test_absent_experts_of_little_weight_are_served_by_eight_bit_copies(folder, 
     ) as store:
         share = np.array([0.9, 0.1])
         heavy, light = store.fetch(0, np.array([1, 3]), share=share)
-        np.testing.assert_array_equal(heavy[0], matrices()[0][0][1])
-        np.testing.assert_array_equal(light[0], low.read(0, 3)[0])
+        np.testing.assert_array_equal(heavy.matrices[0], matrices()[0][0][1])
+        np.testing.assert_array_equal(light.matrices[0], low.read(0, 3)[0])
         assert store.traffic.low_bit == 1
         store.settle()
-        assert set(store._resident) == {1}  # what stood in is not kept
+        assert set(store.tiers.resident) == {1}  # what stood in is not kept
         again = store.fetch(0, np.array([3]), share=np.array([0.6]))
-        np.testing.assert_array_equal(again[0][0], matrices()[0][0][3])
+        np.testing.assert_array_equal(again[0].matrices[0], matrices()[0][0][3])
 
 
 def test_the_sizes_that_a_device_computes_with_in_place_are_read_without_a_copy(tmp_path):
@@ -284,9 +286,9 @@ def test_residents_are_handed_over_before_others_are_read(whole_files):
         store.fetch(0, np.array([1, 3]))
         order = []
 
-        def arrived(index, matrices):
+        def arrived(index, lease):
             order.append((index, len(store.traffic.copies)))
-            np.testing.assert_array_equal(matrices[0], files.read(0, (1, 2, 3)[index])[0])
+            np.testing.assert_array_equal(lease.matrices[0], files.read(0, (1, 2, 3)[index])[0])
 
         store.fetch(0, np.array([1, 2, 3]), arrived=arrived)
         assert order == [(0, 2), (2, 2), (1, 3)]
@@ -301,7 +303,7 @@ def test_a_layer_that_misses_takes_the_places_of_others(folder):
             store.fetch(layer, np.array(experts))
         store.settle()
         assert store.traffic.peak_bytes <= budget(5)
-        assert np.flatnonzero(store.placement.resident).tolist() == [0, 10, 11, 12]
+        assert np.flatnonzero(store.residency.placement.resident).tolist() == [0, 10, 11, 12]
 
 
 def test_more_experts_than_the_working_set_are_refused(folder):
@@ -328,9 +330,35 @@ def test_a_prediction_that_could_not_be_read_is_forgotten(folder, monkeypatch):
         store.fetch(0, np.array([0]))
         store.settle()
         with monkeypatch.context() as broken_disk:
-            broken_disk.setattr(expert_files.os, "preadv", broken)
+            broken_disk.setattr(os, "preadv", broken)
             store.fetch(0, np.array([0]), [3])
-            wait(store._arriving.values())
+            wait(store.tiers.arriving.values())
         for expert in (1, 3):  # the prediction was wrong, and then it is right
-            (found,) = store.fetch(1, np.array([expert]))
-            np.testing.assert_array_equal(found[0], matrices()[1][0][expert])
+            (lease,) = store.fetch(1, np.array([expert]))
+            np.testing.assert_array_equal(lease.matrices[0], matrices()[1][0][expert])
+
+
+def test_a_lease_ends_with_the_next_fetch(whole_files):
+    with ExpertStore(
+        ExpertFiles(whole_files), LRU(15), device_bytes=budget(4), working_set=2
+    ) as store:
+        (lease,) = store.fetch(0, np.array([1]))
+        store.settle()
+        output = lease.used_by(lease.matrices[0] * 2)
+        store.fetch(1, np.array([2]))
+        assert output.is_ready()
+        with pytest.raises(AssertionError, match="fetched before the last fetch"):
+            _ = lease.matrices
+
+
+def test_a_store_belongs_to_one_thread(whole_files):
+    with (
+        ExpertStore(
+            ExpertFiles(whole_files), LRU(15), device_bytes=budget(4), working_set=2
+        ) as store,
+        ThreadPoolExecutor(1) as other,
+    ):
+        store.fetch(0, np.array([1]))
+        for call in (store.settle, store.fill, store.reset, lambda: store.fetch(0, np.array([1]))):
+            with pytest.raises(AssertionError, match="called from a second thread"):
+                other.submit(call).result()

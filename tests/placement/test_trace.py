@@ -95,13 +95,13 @@ def test_steps_are_the_distinct_experts_of_a_batch():
 def test_the_fit_finds_the_parameters_and_the_hit_rate():
     given = ZipfMarkov(3, 24, 2, domains=2, exponent=1.0, repeat=0.4, switch=0.01)
     trace = generate_trace(given, 6000, seed=1)
-    found = fit(trace)
-    assert found.repeat == pytest.approx(given.repeat, abs=0.05)
-    assert found.switch == pytest.approx(given.switch, rel=0.5)
-    assert found.exponent == pytest.approx(given.exponent, abs=0.25)
+    fitted = fit(trace)
+    assert fitted.repeat == pytest.approx(given.repeat, abs=0.05)
+    assert fitted.switch == pytest.approx(given.switch, rel=0.5)
+    assert fitted.exponent == pytest.approx(given.exponent, abs=0.25)
     rates = [
         replay(Placement(LRU(72), 3, 24, 18), t.steps()).hit_rate
-        for t in (trace, generate_trace(found, 6000, seed=2))
+        for t in (trace, generate_trace(fitted, 6000, seed=2))
     ]
     assert rates[0] == pytest.approx(rates[1], abs=0.05)
 

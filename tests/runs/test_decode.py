@@ -11,7 +11,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.config import DecodePlacement
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
-from moe_jax.placement.files import ExpertFiles
+from moe_jax.placement.files import ExpertFiles, layer_name
 from moe_jax.runs import decode as decoding
 from moe_jax.runs.decode import open_decoder, prepare_decoding
 from moe_jax.runs.load import load_run
@@ -37,7 +37,7 @@ def written(run, placement):
 
 def test_every_budget_gives_the_models_own_tokens(run):
     tokens, prompt, store = written(run, DecodePlacement())
-    assert store.placement.capacity == store.files.layers * store.files.experts
+    assert store.residency.placement.capacity == store.files.layers * store.files.experts
     trained = load_run(run)
     states = trained.state.parameters, trained.state.router
     graph = graph_of(trained.config.model)
@@ -55,10 +55,10 @@ def test_every_budget_gives_the_models_own_tokens(run):
 
 def test_what_is_prepared_is_not_prepared_again_and_needs_no_run(run, monkeypatch):
     folder = prepare_decoding(run)
-    before = (folder / "layer-000.safetensors").stat().st_mtime_ns
+    before = (folder / layer_name(0)).stat().st_mtime_ns
     monkeypatch.setattr(decoding, "load_run", None)
     assert prepare_decoding(run) == folder
-    assert (folder / "layer-000.safetensors").stat().st_mtime_ns == before
+    assert (folder / layer_name(0)).stat().st_mtime_ns == before
     (folder / "model.json").write_text("{")
     with pytest.raises(TypeError):  # it would be loaded
         prepare_decoding(run)

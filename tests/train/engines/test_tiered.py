@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,12 +24,12 @@ from moe_jax.config import (
     PlacementConfig,
     TrainConfig,
 )
-from moe_jax.placement.shelf import Shelf
+from moe_jax.placement.records.store import RecordStore
 from moe_jax.runs.load import load_run
 from moe_jax.runs.run import run_training
 from moe_jax.train import loop
 from moe_jax.train.engines.tiered import engine as tiered
-from moe_jax.train.engines.tiered import store as tier_store
+from moe_jax.train.engines.tiered import residency
 from moe_jax.train.engines.tiered.chunks import Sizes
 from moe_jax.train.engines.tiered.engine import (
     TieredEngine,
@@ -206,15 +208,15 @@ def everywhere(tmp_path_factory):
     def run(mode):
         found = {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tier_store, "DECIDE_EVERY", 2)
-            patch.setattr(tier_store, "HYSTERESIS", 0.0)
+            patch.setattr(residency, "DECIDE_EVERY", 2)
+            patch.setattr(residency, "HYSTERESIS", 0.0)
             for name, place in PLACES.items():
                 config = small(mode=mode, **{**place, "budget": place["budget"] or "1MB"})
                 config = config if place["budget"] else least(config)
                 one = Tiers(config, tmp_path_factory.mktemp("place"))
-                before = one.experts.placement.resident.copy()
+                before = one.experts.residency.placement.resident.copy()
                 one.run(0, 9)
-                swapped = bool(np.any(before != one.experts.placement.resident))
+                swapped = bool(np.any(before != one.experts.residency.placement.resident))
                 lines = list(one.step.lines.values())
                 found[name] = (one.losses, one.state(), int(before.sum()), swapped, lines)
                 one.close()
@@ -316,9 +318,11 @@ def test_a_corrupt_row_stops_the_update_and_is_named(tiers):
     one = tiers(least(small(mode="sparse")))
     one.run(0, 2)
     one.experts.drain()
-    path = one.experts.shelf.path("parameters", 1)
+    path = one.experts.records.store.path("parameters", 1)
     path.write_bytes(bytes(b ^ 1 for b in path.read_bytes()))
-    with pytest.raises(UserError, match=r"^expert \d+ of layer 1 in .*parameters is corrupt"):
+    with pytest.raises(
+        UserError, match=r"^expert \d+ of layer 1 in .*parameters.safetensors is corrupt"
+    ):
         one.run(2, 3)
 
 
@@ -424,7 +428,9 @@ def test_a_disk_that_fails_in_mid_run_is_a_line_and_the_last_checkpoint_is_good(
 
 def test_a_checkpoint_whose_experts_are_damaged_is_passed_over(tiered_run):
     run_training(tiered_run)
-    newest = Path(tiered_run.out) / "checkpoints" / "12" / "experts" / "layer-000.moments"
+    newest = (
+        Path(tiered_run.out) / "checkpoints" / "12" / "experts" / "layer-000.moments.safetensors"
+    )
     newest.write_bytes(newest.read_bytes()[:-1])
     assert load_run(tiered_run.out).step == 8
 
@@ -439,13 +445,13 @@ def test_samples_need_all_experts_within_the_budget(tiered_run, capsys):
     assert "⟫" in (Path(out) / "samples.txt").read_text()
 
 
-def test_a_shelf_holds_what_the_experts_hold(tiers):
+def test_a_saved_store_holds_what_the_experts_hold(tiers):
     """A save is complete by itself: no row of it is unwritten."""
     one = tiers(small(mode="exact"))
     one.run(0, 2)
     one.state()
-    saved = Shelf.opened(one.folder / "checkpoint" / "experts")
-    assert all(table.all() for table in saved.written.values())
+    saved = RecordStore.open(one.folder / "checkpoint" / "experts")
+    assert all(file.written.all() for files in saved.files.values() for file in files)
     saved.close()
 
 
@@ -454,3 +460,27 @@ def test_the_ledger_keeps_to_the_budget():
     sizes = Sizes(config, row_shapes(config))
     assert 0 < sizes.quota < 12
     assert sizes.device <= 80_000 < sizes.device + 2 * row_shapes(config).record_bytes
+
+
+def test_calls_out_of_order_and_from_another_thread_are_refused(tiers):
+    one = tiers(small())
+    one.run(0, 1)
+    experts = one.experts
+    with ThreadPoolExecutor(1) as other:
+        for call in (experts.drain, lambda: experts.prefetch(0), lambda: experts.need(0, [0])):
+            with pytest.raises(AssertionError, match="called from a second thread"):
+                other.submit(call).result()
+    with pytest.raises(AssertionError, match="called from a second thread"):
+        experts._updater.fill(None, 0, np.arange(1))  # its own thread has called before
+    going_on = threading.Event()
+    experts.threads.submit("bring", going_on.wait)
+    experts.prefetch(0, np.arange(3))
+    gradients = tuple(jnp.zeros((12, *s.shape)) for s in experts.shapes.parameters)
+    try:
+        with pytest.raises(AssertionError, match="layer 0 is still being brought"):
+            experts.put_gradient(0, np.arange(3), gradients)
+        with pytest.raises(AssertionError, match="still being brought"):
+            experts.end_update([np.arange(3)] * 2, True, 1.0)
+    finally:
+        going_on.set()
+    experts.drain()

@@ -1,11 +1,10 @@
-"""What training with tiers has on the device: slabs, residents, and the programs on them.
+"""The device memory of training with tiers: how a budget is spent, resident chunks, and programs.
 
 Rows are brought up to date a chunk at a time, residents as well as those from below, by one and the
 same program: in programs for other numbers of rows XLA rounds differently (its vectorised power
 differs from the scalar one in the last bit), and then results would depend on the budget.
 """
 
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -13,26 +12,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from moe_jax.config import PlacementConfig, TrainConfig, require
 from moe_jax.train.engines.tiered.rows import RowShapes, make_advance
 from moe_jax.train.engines.tiered.trunk import Matrices
+
+KINDS = ("parameters", "moments", "gradients")
 
 
 class Sizes:
     """How a device budget is spent. UserError: it is below one layer's working set."""
 
     def __init__(self, config: TrainConfig, shapes: RowShapes) -> None:
-        model, moe = config.model, config.model.moe
-        self.layers, self.experts = model.moe_layers, moe.experts
-        self.chunk = max(1, moe.experts // 16)
+        self.layers = config.model.moe_layers
+        self.experts = config.model.moe.experts
+        self.chunk = max(1, self.experts // 16)
         """Experts that are brought up to date together."""
-        own, record = shapes.parameter_bytes, shapes.record_bytes
-        # Two slabs and two layers' gradients (at work, and read ahead or being written), and two
-        # chunks on their way in and out.
-        slabs = 4 * self.experts * own
-        self.working = slabs + 2 * self.chunk * (2 * record - own)
+        own = shapes.parameter_bytes
+        record = shapes.record_bytes
+        # Two layer buffers and two layers' gradients (one in use, and one being read or written),
+        # and two chunks on their way in and out.
+        layers = 4 * self.experts * own
+        self.working = layers + 2 * self.chunk * (2 * record - own)
         budget = config.placement.device_bytes
         require(
             budget >= self.working,
@@ -47,58 +49,42 @@ class Sizes:
         chunks = -(-self.quota // self.chunk)
         self.device = self.working + self.layers * chunks * self.chunk * record
         """Bytes of the budget that are used."""
-        self.host = config.placement.host_bytes // sum(map(sum, shapes.kinds().values()))
+        self.host = config.placement.host_bytes // record
+        """Experts that host memory holds."""
 
 
 @dataclass(eq=False)
-class Slab:
-    """The matrices of one layer's experts on the device; rows that are not `filled` are anything
-    finite, computed with weight 0 and never read."""
-
-    matrices: Matrices
-    filled: Bool[np.ndarray, "E"]
-    layer: int = -1
-    job: "Future[None] | None" = None
-
-
-@dataclass(eq=False)
-class Held:
-    """A chunk of residents, [chunk, …]; rows beyond the last resident are anything."""
+class ResidentChunk:
+    """Residents of one layer, [chunk, …]. Rows beyond the last resident are anything."""
 
     ids: Int[np.ndarray, "n"]
     rows: dict[str, Matrices]
-    """By kind: parameters, moments, gradients."""
+    """By kind."""
 
 
 class Residents:
     """The experts of one layer that stay on the device, in ascending order."""
 
     def __init__(self, ids: Int[np.ndarray, "R"], chunk: int, shapes: RowShapes) -> None:
-        def zeros(parts: tuple[jax.ShapeDtypeStruct, ...]) -> Matrices:
-            return tuple(jnp.zeros((chunk, *s.shape), s.dtype) for s in parts)
+        def zeros(kind: str) -> Matrices:
+            return tuple(jnp.zeros((chunk, *s.shape), s.dtype) for s in shapes.of(kind))
 
-        self.ids, self.chunk, own = ids, chunk, shapes.parameters
+        self.ids = ids
+        self.chunk = chunk
         self.chunks = [
-            Held(
-                ids[begin : begin + chunk],
-                {
-                    "parameters": zeros(own),
-                    "moments": zeros(shapes.moments),
-                    "gradients": zeros(own),
-                },
-            )
+            ResidentChunk(ids[begin : begin + chunk], {kind: zeros(kind) for kind in KINDS})
             for begin in range(0, len(ids), chunk)
         ]
 
     def load(self, kind: str, arrays: list[np.ndarray]) -> None:
         """Replaces the rows of a kind, [R, …] each."""
-        for index, held in enumerate(self.chunks):
-            own = slice(index * self.chunk, index * self.chunk + len(held.ids))
-            held.rows[kind] = tuple(jnp.asarray(padded(a[own], self.chunk)) for a in arrays)
+        for index, chunk in enumerate(self.chunks):
+            own = slice(index * self.chunk, index * self.chunk + len(chunk.ids))
+            chunk.rows[kind] = tuple(jnp.asarray(padded(a[own], self.chunk)) for a in arrays)
 
     def on_host(self, kind: str) -> list[np.ndarray]:
         """The rows of a kind, [R, …] each."""
-        parts = [[np.asarray(m)[: len(h.ids)] for m in h.rows[kind]] for h in self.chunks]
+        parts = [[np.asarray(m)[: len(c.ids)] for m in c.rows[kind]] for c in self.chunks]
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
@@ -112,7 +98,7 @@ class Programs:
 
 
 def programs_of(config: TrainConfig) -> Programs:
-    """Those of a config, shared by all runs that differ in where experts live alone."""
+    """Those of a config, shared by all runs that differ only in where experts live."""
     return _programs(replace(config, placement=PlacementConfig(), out=""))
 
 
@@ -122,15 +108,16 @@ def _programs(config: TrainConfig) -> Programs:
 
 
 def _place(
-    slab: Matrices, rows: Matrices, places: Int[Array, "n"], count: Int[Array, ""]
+    buffer: Matrices, rows: Matrices, places: Int[Array, "n"], count: Int[Array, ""]
 ) -> Matrices:
-    """slab[places[i]] = rows[i] for i < count."""
+    """buffer[places[i]] = rows[i] for i < count."""
 
-    def body(i: Array, slab: Matrices) -> Matrices:
-        pairs = zip(slab, rows, strict=True)
-        return tuple(lax.dynamic_update_index_in_dim(s, r[i], places[i], 0) for s, r in pairs)
+    # A loop and no scatter: padding repeats place 0, and a scatter would write there as well.
+    def body(i: Array, buffer: Matrices) -> Matrices:
+        pairs = zip(buffer, rows, strict=True)
+        return tuple(lax.dynamic_update_index_in_dim(b, r[i], places[i], 0) for b, r in pairs)
 
-    return lax.fori_loop(0, count, body, slab)
+    return lax.fori_loop(0, count, body, buffer)
 
 
 def padded(part: np.ndarray, size: int) -> np.ndarray:

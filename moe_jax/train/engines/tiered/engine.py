@@ -13,7 +13,8 @@ from moe_jax.config import TrainConfig, require
 from moe_jax.data.tokens import TokenArray
 from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.rules import with_sharding
-from moe_jax.placement.shelf import Shelf, as_parts
+from moe_jax.placement.records.file import as_parts
+from moe_jax.placement.records.store import RecordStore
 from moe_jax.train.checkpoint import EXPERTS
 from moe_jax.train.engines.dense import DenseEngine
 from moe_jax.train.engines.tiered.chunks import Sizes
@@ -174,7 +175,7 @@ def open_experts(
         if checkpoint is None:
             experts.initialise()
         else:
-            saved = Shelf.opened(checkpoint / EXPERTS)
+            saved = RecordStore.open(checkpoint / EXPERTS)
             experts.restore(saved, updates)
             saved.close()
     except BaseException:
@@ -194,14 +195,14 @@ def save_experts(experts: TieredExperts, out: Path, step: int) -> Path:
 
 def assembled(config: TrainConfig, trunk: TrainState, checkpoint: Path) -> TrainState:
     """The whole state, as the ordinary path would have it, from a checkpoint's two parts."""
-    saved = Shelf.opened(checkpoint / EXPERTS)
+    saved = RecordStore.open(checkpoint / EXPERTS)
     try:
         return assemble(abstract_state(config), trunk, _stacked(saved, row_shapes(config)))
     finally:
         saved.close()
 
 
-def _stacked(saved: Shelf, shapes: RowShapes) -> Callable[[str], list[Any]]:
+def _stacked(saved: RecordStore, shapes: RowShapes) -> Callable[[str], list[Any]]:
     def rows(kind: str) -> list[Any]:
         own = shapes.moments if kind == "moments" else shapes.parameters
         stacked = [np.empty((saved.layers, saved.experts, *s.shape), s.dtype) for s in own]

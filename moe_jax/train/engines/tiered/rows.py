@@ -1,22 +1,22 @@
-"""A training state in two parts: the trunk, and the routed experts of the sparse blocks as rows.
+"""The routed experts of the sparse blocks as rows, and the optimizer on rows.
 
-The trunk is every parameter but those experts' matrices (the module of multi-token prediction, with
-its own experts, belongs to it). An expert's rows are its matrices, its part of every optimizer
-moment, and its gradient; the optimizer works on rows as it would on the whole model.
+An expert has a row of each kind: its matrices (parameters), its part of every optimizer moment
+(moments), and its gradient (gradients). The optimizer works on rows as it would on the whole model.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
 
 from moe_jax.config import TrainConfig
-from moe_jax.train.engines.tiered.trunk import Matrices, of_expert, with_experts
+from moe_jax.placement.records.layout import RecordLayout
+from moe_jax.train.engines.tiered.trunk import EXPERT, Matrices, of_expert, with_experts
 from moe_jax.train.optimizer import clipped, make_optimizer
 
 
@@ -32,11 +32,19 @@ class RowShapes(NamedTuple):
     parameters: tuple[jax.ShapeDtypeStruct, ...]
     moments: tuple[jax.ShapeDtypeStruct, ...]
 
-    def kinds(self) -> dict[str, tuple[int, ...]]:
-        """Bytes of the parts of each kind of row, for placement.shelf."""
-        parameters = tuple(_bytes(part) for part in self.parameters)
-        moments = tuple(_bytes(part) for part in self.moments)
-        return {"parameters": parameters, "moments": moments, "gradients": parameters}
+    def of(self, kind: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The arrays of a kind of row."""
+        return self.moments if kind == "moments" else self.parameters
+
+    def layouts(self) -> dict[str, RecordLayout]:
+        """The records of each kind on disk."""
+        matrices = RecordLayout.of(dict(zip(EXPERT, self.parameters, strict=True)))
+        moments = {f"moment_{index}": part for index, part in enumerate(self.moments)}
+        return {
+            "parameters": matrices,
+            "moments": RecordLayout.of(moments),
+            "gradients": matrices,
+        }
 
     @property
     def parameter_bytes(self) -> int:
@@ -49,13 +57,14 @@ class RowShapes(NamedTuple):
 
 
 def _bytes(part: jax.ShapeDtypeStruct) -> int:
-    return int(np.prod(part.shape)) * part.dtype.itemsize
+    return math.prod(part.shape) * part.dtype.itemsize
 
 
 def row_shapes(config: TrainConfig) -> RowShapes:
     """Shapes of an expert's rows under the configured optimizer."""
     model = config.model
-    width, hidden = model.width, model.moe.expert_hidden
+    width = model.width
+    hidden = model.moe.expert_hidden
     dtype = jnp.dtype(model.param_dtype)
     parameters = (
         jax.ShapeDtypeStruct((hidden, width), dtype),
@@ -74,28 +83,31 @@ def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-class Due(NamedTuple):
-    """The updates that rows lack; arrays of the host or of JAX."""
+class PendingUpdates(NamedTuple):
+    """The updates that each of n rows lacks: start … stop - 1. Arrays of the host or of JAX.
+
+    An update is numbered by the count of updates before it.
+    """
 
     start: Int[Any, "n"]
-    """The first of them, by the count of updates done before it; ..."""
     stop: Int[Any, "n"]
-    """... and the one after the last (nothing is due where it is `start`)."""
-    made: Int[Any, "n"]
-    """The update that the rows' gradient belongs to; in all others it is zero."""
+    gradient_update: Int[Any, "n"]
+    """The update that the row's gradient belongs to. In all others its gradient is zero."""
     norm: Float[Any, "n"]
     """The global gradient norm of that update, for clipping."""
 
 
 def make_advance(config: TrainConfig) -> Callable[..., tuple[Matrices, Matrices]]:
-    """(parameters, moments, gradients, Due) -> (parameters, moments) after the due updates.
+    """(parameters, moments, gradients, PendingUpdates) -> (parameters, moments) after the updates.
 
-    Each row goes through the configured optimizer by itself, at the count and learning rate of the
-    update in question: the same arithmetic whenever it is done, and whatever lies beside it. With
-    every missed update due (placement.mode exact) that is dense AdamW. With the gradient's own
-    alone (sparse) it is lazy AdamW: an expert that no token chose keeps its parameters and moments
-    bit for bit, where dense AdamW decays both and lets the parameters drift by the old moments;
-    bias correction goes by the updates of the whole model, as in dense AdamW.
+    Each row goes through the configured optimizer by itself, at the count and learning rate of its
+    update. The arithmetic is the same whenever it is done, and whatever lies beside the row.
+
+    placement.mode exact: every missed update is pending, and the result is dense AdamW.
+    sparse: the gradient's own update alone is pending, which is lazy AdamW. An expert that no token
+    chose keeps its parameters and moments bit for bit. Dense AdamW decays both, and lets the
+    parameters drift by the old moments. Bias correction counts the updates of the whole model in
+    both modes.
     """
     optimizer = make_optimizer(config.optim, config.steps)
     limit = config.optim.clip_norm
@@ -117,17 +129,21 @@ def make_advance(config: TrainConfig) -> Callable[..., tuple[Matrices, Matrices]
         new = [(a + b).astype(a.dtype) for a, b in zip(p, jax.tree.leaves(updates), strict=True)]
         return tuple(new), tuple(leaf for path, leaf in _leaves(state) if of_expert(path))
 
-    def row(p: Matrices, m: Matrices, g: Matrices, count: Array, due: Due) -> Any:
-        g = clipped(g, due.norm, limit)
-        g = jax.tree.map(lambda leaf: jnp.where(count == due.made, leaf, 0), g)
+    def row(p: Matrices, m: Matrices, g: Matrices, count: Array, pending: PendingUpdates) -> Any:
+        g = clipped(g, pending.norm, limit)
+        own = count == pending.gradient_update
+        g = jax.tree.map(lambda leaf: jnp.where(own, leaf, 0), g)
         return jax.tree.map(
-            lambda a, b: jnp.where(count < due.stop, a, b), one(p, m, g, count), (p, m)
+            lambda a, b: jnp.where(count < pending.stop, a, b), one(p, m, g, count), (p, m)
         )
 
-    def advance(p: Matrices, m: Matrices, g: Matrices, due: Due) -> tuple[Matrices, Matrices]:
-        def body(i: Array, held: tuple[Matrices, Matrices]) -> tuple[Matrices, Matrices]:
-            return jax.vmap(row)(*held, g, due.start + i, due)
+    def advance(
+        p: Matrices, m: Matrices, g: Matrices, pending: PendingUpdates
+    ) -> tuple[Matrices, Matrices]:
+        def body(i: Array, rows: tuple[Matrices, Matrices]) -> tuple[Matrices, Matrices]:
+            # Rows that lack fewer updates than others pass through the rest unchanged.
+            return jax.vmap(row)(*rows, g, pending.start + i, pending)
 
-        return lax.fori_loop(0, jnp.max(due.stop - due.start), body, (p, m))
+        return lax.fori_loop(0, jnp.max(pending.stop - pending.start), body, (p, m))
 
     return advance

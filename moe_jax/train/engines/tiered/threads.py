@@ -9,14 +9,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 
 Task = Literal["bring", "read", "write"]
-"""bring: to a slab, up to date; read and write: the tiers below, for those who bring."""
+"""bring: to a layer buffer, up to date. read and write: the tiers below, for the thread that
+brings."""
 
 
 class Span(NamedTuple):
-    """Seconds of perf_counter for a task; in which its thread waited for what is to be written
-    (compute); or in which the update waited (wait)."""
+    """When something was done, in seconds of perf_counter."""
 
     what: str
+    """A task, or "compute" while its thread waited for the device, or "wait" while the update
+    waited."""
     begin: float
     end: float
 
@@ -36,13 +38,13 @@ class Threads:
     def submit(
         self, task: Task, call: Callable[..., Any], *arguments: Any, computed: Any = ()
     ) -> "Future[Any]":
-        """Has the thread of `task` make the call, once the arrays `computed` are there."""
+        """Has the thread of `task` make the call, once the arrays `computed` are ready."""
 
         def run() -> Any:
             if computed:
-                with self.noted("compute"):
+                with self.timed("compute"):
                     jax.block_until_ready(computed)
-            with self.noted(task):
+            with self.timed(task):
                 return call(*arguments)
 
         future = self._pools[task].submit(run)
@@ -51,7 +53,7 @@ class Threads:
         return future
 
     @contextmanager
-    def noted(self, what: str) -> Iterator[None]:
+    def timed(self, what: str) -> Iterator[None]:
         """Adds a span for what is done in the context."""
         begin = perf_counter()
         try:
@@ -61,10 +63,11 @@ class Threads:
 
     def take_spans(self) -> list[Span]:
         """Those since the last call."""
-        spans, self.spans = self.spans, []
+        spans = self.spans
+        self.spans = []
         return spans
 
     def close(self) -> None:
-        """Ends the threads; what has not begun is dropped."""
+        """Ends the threads. Tasks that have not begun are dropped."""
         for pool in self._pools.values():
             pool.shutdown(cancel_futures=True)

@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(Settings(), argv, QUESTION)
     out = output_folder(settings.out)
     rows = [
-        Row(name, count_parameters(config.resolved_model()), PUBLISHED.get(name))
+        Row(name, count_parameters(config.resolved().model), PUBLISHED.get(name))
         for name, config in PRESETS.items()
     ]
     Console(width=150).print(_table(rows))

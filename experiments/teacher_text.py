@@ -27,7 +27,8 @@ from moe_jax.base.result import output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import DataConfig, require
 from moe_jax.data.tokens import TokenArray, prepare
-from moe_jax.distill.teacher import Teacher, split_model
+from moe_jax.distill.teacher import Teacher
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.runs.load import decode_until_end
 from moe_jax.runs.teacher import find_teacher
@@ -89,7 +90,7 @@ def written(teacher: Teacher, prompts: np.ndarray, settings: Settings, first: in
     # The last batch repeats its prompts, so that one program of one shape writes all batches.
     full = np.resize(prompts, (settings.batch, prompts.shape[1]))
     continued = generate(
-        split_model(teacher.model)[0],
+        graph_of(teacher.model),
         (teacher.parameters, teacher.router),
         jnp.asarray(full),
         # Drawn from the batch's place, so that an interrupted run writes the same texts.

@@ -32,10 +32,11 @@ from moe_jax.config.presets import PRESETS
 from moe_jax.model.attention import document_context
 from moe_jax.model.count import train_flops_per_token
 from moe_jax.model.transformer import Transformer
-from moe_jax.objectives.next_token import token_nats
+from moe_jax.objectives.base import token_nats
 from moe_jax.study.results import publish
 from moe_jax.study.short_runs import ShortRun, Variant, paired_runs, update_speedup
-from moe_jax.train.step import init_state, make_step
+from moe_jax.train.state import init_state
+from moe_jax.train.step import make_step
 
 QUESTION = "How fast is the training step, and where does the time go?"
 
@@ -100,8 +101,8 @@ def step_seconds(config: TrainConfig, repeats: int) -> tuple[float, float]:
 
 def part_seconds(config: TrainConfig, rate: float, repeats: int) -> list[Part]:
     """Forward and backward of each part alone, at the shapes of one update."""
-    model_config = config.resolved_model()
-    model = Transformer(model_config, rngs=nnx.Rngs(config.seed))
+    model_config = config.resolved().model
+    model = Transformer(model_config, key=jax.random.key(config.seed))
     batch = make_batch(config)
     length = config.data.length
     tokens = batch["tokens"][:, :length]
@@ -235,7 +236,7 @@ def share_measurements(parts: list[Part], step: float, rate: float) -> list[Meas
 def flops_per_step(config: TrainConfig) -> float:
     """Useful FLOPs of one update."""
     tokens = config.batch * config.data.length
-    return train_flops_per_token(config.resolved_model(), config.data.length) * tokens
+    return train_flops_per_token(config.resolved().model, config.data.length) * tokens
 
 
 def gemm_text(rate: float) -> str:

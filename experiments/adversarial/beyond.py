@@ -19,8 +19,9 @@ from experiments.adversarial.lab import PLAIN, Lab, Method
 from experiments.adversarial.settings import run_config, student_config
 from experiments.adversarial.text import shuffled_batches, windows_of
 from moe_jax.base.result import Measurement
-from moe_jax.objectives.adversarial import State, guess_objective, smoothed_objective, states
-from moe_jax.objectives.distillation import DistillConfig, online_objective
+from moe_jax.config import DistillConfig
+from moe_jax.objectives.adversarial import guess_objective, smoothed_objective
+from moe_jax.objectives.distillation import States, online_objective
 from moe_jax.study.arms import Runs, run_arms
 from moe_jax.study.results import Comparison, interval_of
 
@@ -73,37 +74,37 @@ class Trainer:
         documents, _ = lab.text.draw("pool", lab.scale.beyond_documents, seed)
         self.windows = windows_of(documents)
 
-    def train(self, regime: Regime, method: Method = PLAIN, seed: int | None = None) -> State:
+    def train(self, regime: Regime, method: Method = PLAIN, seed: int | None = None) -> States:
         """A model of the students' size, from `seed` or the trainer's own."""
         seed = self.seed if seed is None else seed
         model = student_config(dropout=regime.dropout)
         steps = max(1, round(regime.units * self.lab.scale.beyond_steps))
         config = run_config(model, steps, seed, weight_decay=regime.decay)
-        return states(self.lab.train(config, shuffled_batches(self.windows, seed), method))
+        return self.lab.train(config, shuffled_batches(self.windows, seed), method).model_states()
 
-    def teacher(self, regime: Regime, number: int = 0) -> State:
+    def teacher(self, regime: Regime, number: int = 0) -> States:
         """A plain run with another start and order than the student's."""
         return self.train(regime, seed=self.seed + OTHER_START + number)
 
-    def taught(self, teachers: list[State], units: float, chosen: Chosen) -> State:
+    def taught(self, teachers: list[States], units: float, chosen: Chosen) -> States:
         """Cross-entropy and the mean divergence from the teachers."""
         settings = DistillConfig(alpha=chosen.alpha, temperature=chosen.temperature)
         objective = online_objective(settings, [student_config()] * len(teachers))
         method = Method(f"taught by {len(teachers)} {settings}", objective, (teachers,))
         return self.train(chosen.regime(units), method)
 
-    def smoothed(self, chosen: Chosen) -> State:
+    def smoothed(self, chosen: Chosen) -> States:
         """Label smoothing: soft targets without a teacher."""
         method = Method("smoothed", smoothed_objective(0.1))
         return self.train(chosen.regime(chosen.units), method)
 
-    def guessed(self, teacher: State, units: float, chosen: Chosen) -> State:
+    def guessed(self, teacher: States, units: float, chosen: Chosen) -> States:
         """A teacher without its dark knowledge (adversarial.controls)."""
         objective = guess_objective(chosen.alpha, student_config())
         method = Method(f"guess {chosen.alpha}", objective, (teacher,))
         return self.train(chosen.regime(units), method)
 
-    def bits(self, state: State) -> dict[str, float]:
+    def bits(self, state: States) -> dict[str, float]:
         return self.lab.bits(student_config(), state)
 
 
@@ -131,7 +132,7 @@ def _plain_bits(trainer: Trainer, regime: Regime) -> float:
     return trainer.lab.store.once(name, lambda: trainer.bits(trainer.train(regime)))["bits"]
 
 
-def _taught_bits(trainer: Trainer, teacher: Callable[[], State], chosen: Chosen) -> float:
+def _taught_bits(trainer: Trainer, teacher: Callable[[], States], chosen: Chosen) -> float:
     def train() -> dict[str, float]:
         return trainer.bits(trainer.taught([teacher()], 3.0, chosen))
 
@@ -139,19 +140,19 @@ def _taught_bits(trainer: Trainer, teacher: Callable[[], State], chosen: Chosen)
     return trainer.lab.store.once(name, train)["bits"]
 
 
-Arm = Callable[[Trainer, Chosen], State]
+Arm = Callable[[Trainer, Chosen], States]
 
 
-def _plain(trainer: Trainer, chosen: Chosen) -> State:
+def _plain(trainer: Trainer, chosen: Chosen) -> States:
     return trainer.train(chosen.regime(chosen.units))
 
 
-def _reseeded(trainer: Trainer, chosen: Chosen) -> State:
+def _reseeded(trainer: Trainer, chosen: Chosen) -> States:
     """Plain training with another start: how much the start alone changes."""
     return trainer.teacher(chosen.regime(chosen.units), 7)
 
 
-def _given_teacher(trainer: Trainer, chosen: Chosen, number: int = 0) -> State:
+def _given_teacher(trainer: Trainer, chosen: Chosen, number: int = 0) -> States:
     """The best plain model, as the given_… arms have it."""
     return trainer.teacher(chosen.regime(chosen.units), number)
 
@@ -159,12 +160,12 @@ def _given_teacher(trainer: Trainer, chosen: Chosen, number: int = 0) -> State:
 # An update of a student that reads n teachers costs 1 + n/3 plain ones: a forward pass is a third.
 
 
-def _self_kd(trainer: Trainer, chosen: Chosen) -> State:
+def _self_kd(trainer: Trainer, chosen: Chosen) -> States:
     """2 units of teacher, 3 units of updates at 4/3."""
     return trainer.taught([trainer.teacher(chosen.regime(2.0))], 3.0, chosen)
 
 
-def _generations(trainer: Trainer, chosen: Chosen) -> State:
+def _generations(trainer: Trainer, chosen: Chosen) -> States:
     """2 units of teacher, and two generations of 1.5 units of updates at 4/3."""
     state = trainer.teacher(chosen.regime(2.0))
     for _ in range(2):
@@ -172,28 +173,28 @@ def _generations(trainer: Trainer, chosen: Chosen) -> State:
     return state
 
 
-def _ensemble(trainer: Trainer, chosen: Chosen) -> State:
+def _ensemble(trainer: Trainer, chosen: Chosen) -> States:
     """Two teachers of 1.5 units, 1.8 units of updates at 5/3."""
     teachers = [trainer.teacher(chosen.regime(1.5), number) for number in range(2)]
     return trainer.taught(teachers, 1.8, chosen)
 
 
-def _guess_and_uniform(trainer: Trainer, chosen: Chosen) -> State:
+def _guess_and_uniform(trainer: Trainer, chosen: Chosen) -> States:
     return trainer.guessed(trainer.teacher(chosen.regime(2.0)), 3.0, chosen)
 
 
-def _given_self_kd(trainer: Trainer, chosen: Chosen) -> State:
+def _given_self_kd(trainer: Trainer, chosen: Chosen) -> States:
     return trainer.taught([_given_teacher(trainer, chosen)], BUDGET, chosen)
 
 
-def _given_generations(trainer: Trainer, chosen: Chosen) -> State:
+def _given_generations(trainer: Trainer, chosen: Chosen) -> States:
     state = _given_teacher(trainer, chosen)
     for _ in range(2):
         state = trainer.taught([state], BUDGET, chosen)
     return state
 
 
-def _given_ensemble(trainer: Trainer, chosen: Chosen) -> State:
+def _given_ensemble(trainer: Trainer, chosen: Chosen) -> States:
     teachers = [_given_teacher(trainer, chosen, number) for number in range(2)]
     return trainer.taught(teachers, BUDGET, chosen)
 

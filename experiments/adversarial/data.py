@@ -22,12 +22,12 @@ from moe_jax.adversarial.reweight import (
     item_weights,
 )
 from moe_jax.base.result import Measurement
-from moe_jax.config import TrainConfig
-from moe_jax.objectives.adversarial import WEIGHT, states, weighted_objective
-from moe_jax.objectives.distillation import DistillConfig, online_objective
+from moe_jax.config import DistillConfig, TrainConfig
+from moe_jax.objectives.adversarial import WEIGHT, weighted
+from moe_jax.objectives.distillation import online_objective
 from moe_jax.study.arms import Runs, run_arms, seed_values
 from moe_jax.study.results import Comparison, interval_of, seed_mean
-from moe_jax.train.step import TrainState
+from moe_jax.train.state import TrainState
 
 MARK = 0.3 / np.log(2)
 """Bits by which the filter should beat uniform sampling (0.3 nats)."""
@@ -63,8 +63,8 @@ def doremi_weights(lab: Lab, pool: Pool) -> np.ndarray:
     def play() -> dict[str, Any]:
         config = run_config(student_config(), lab.scale.data_steps, pool.seed)
         shares = pool.proportions()
-        reference = states(lab.train(config, (rows for rows, _ in pool.mixture(shares))))
-        step = lab.step(config, Method("weighted", weighted_objective))
+        reference = lab.train(config, (rows for rows, _ in pool.mixture(shares))).model_states()
+        step = lab.step(config, Method("weighted", weighted))
         read = lab.reader(config.model)
         state = lab.start(config.model, pool.seed)
         weights = jnp.asarray(shares, jnp.float32)
@@ -74,7 +74,7 @@ def doremi_weights(lab: Lab, pool: Pool) -> np.ndarray:
             rows, source = next(game)
             batch = batch_of(rows)
             group = jnp.asarray(source)
-            losses = read(states(state), batch), read(reference, batch)
+            losses = read(state.model_states(), batch), read(reference, batch)
             weights = doremi_update(weights, group_excess(*losses, group, len(SOURCES)))
             of_row = item_weights(weights, jnp.asarray(shares), group)
             state, _ = step(state, {**batch, WEIGHT: of_row})
@@ -98,7 +98,7 @@ def train_on_excess(lab: Lab, pool: Pool, config: TrainConfig) -> TrainState:
     candidates = shuffled_batches(np.arange(len(windows)), config.seed, 2 * BATCH)
     for _ in range(config.steps):
         index = next(candidates)
-        loss = read(states(state), batch_of(windows[index]))
+        loss = read(state.model_states(), batch_of(windows[index]))
         chosen = excess_selection(loss, jnp.asarray(reference[index]), BATCH)
         state, _ = step(state, batch_of(windows[index[np.asarray(chosen)]]))
     return state
@@ -127,7 +127,7 @@ def train_arm(lab: Lab, pool: Pool, arm: str) -> dict[str, float]:
             objective = online_objective(DistillConfig(), [lab.teacher_model])
             method = Method("kd", objective, ([lab.teacher],))
         state = lab.train(config, batches_of(lab, pool, arm.removeprefix("kd_")), method)
-    return lab.bits(config.model, states(state))
+    return lab.bits(config.model, state.model_states())
 
 
 def run(lab: Lab) -> Runs:

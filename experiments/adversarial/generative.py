@@ -30,9 +30,9 @@ from experiments.adversarial.settings import student_config
 from moe_jax.adversarial.generative import distinct
 from moe_jax.base.result import Measurement
 from moe_jax.config import ModelConfig
-from moe_jax.distill.teacher import split_model
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.attention import document_context
-from moe_jax.objectives.adversarial import State
+from moe_jax.objectives.distillation import States
 from moe_jax.study.arms import Run, Runs, run_arms
 from moe_jax.study.results import Comparison, interval_of, seed_mean
 
@@ -58,7 +58,7 @@ CONTROLS = ("frozen", "random", "on_policy_kd")
 """The adversary is compared with the best of these."""
 
 
-def frontier(lab: Lab, start: WarmStart, student: State) -> dict[str, list[float]]:
+def frontier(lab: Lab, start: WarmStart, student: States) -> dict[str, list[float]]:
     """Three numbers for each of TEMPERATURES.
 
     teacher_on_own: the teacher's bits a byte on the student's text. own_on_teacher: the student's
@@ -81,9 +81,9 @@ def frontier(lab: Lab, start: WarmStart, student: State) -> dict[str, list[float
 
 def _written_bits(lab: Lab, model: ModelConfig) -> Any:
     """bits(state, rows, temperature): a model's mean bits a byte of what follows the prompts."""
-    graph = split_model(model)[0]
+    graph = graph_of(model)
 
-    def nats(state: State, tokens: Any, temperature: Any) -> Any:
+    def nats(state: States, tokens: Any, temperature: Any) -> Any:
         built = nnx.merge(graph, *state)
         attention = document_context(model, jnp.ones_like(tokens[:, :-1]))
         hidden, _, _ = built.hidden(tokens[:, :-1], attention)
@@ -94,7 +94,7 @@ def _written_bits(lab: Lab, model: ModelConfig) -> Any:
 
     compiled = lab.compiled(("written", model), lambda: nats)
 
-    def bits(state: State, rows: np.ndarray, temperature: float) -> float:
+    def bits(state: States, rows: np.ndarray, temperature: float) -> float:
         return float(compiled(state, jnp.asarray(rows, jnp.int32), temperature)) / math.log(2)
 
     return bits

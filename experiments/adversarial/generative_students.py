@@ -23,19 +23,18 @@ from experiments.adversarial.settings import (
 )
 from experiments.adversarial.text import shuffled_batches, windows_of
 from moe_jax.adversarial.generative import group_advantage, make_discriminator
-from moe_jax.config import ModelConfig
-from moe_jax.distill.teacher import split_model
+from moe_jax.config import DistillConfig, ModelConfig
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
-from moe_jax.objectives.adversarial import (
+from moe_jax.objectives.base import OWN
+from moe_jax.objectives.distillation import States, online_objective, own_batch
+from moe_jax.objectives.policy import (
     ADVANTAGE,
     DiscriminatorState,
     GenerativeConfig,
-    State,
     make_discriminator_step,
     policy_objective,
-    states,
 )
-from moe_jax.objectives.distillation import OWN, DistillConfig, online_objective, own_batch
 
 PROMPT = 16
 """Bytes that are given and continued."""
@@ -54,11 +53,11 @@ FIRST_ROUND = 10_000
 
 
 def continuations(
-    model: ModelConfig, state: State, prompts: np.ndarray, seed: int, temperature: float = 1.0
+    model: ModelConfig, state: States, prompts: np.ndarray, seed: int, temperature: float = 1.0
 ) -> np.ndarray:
     """int[B, LENGTH + 1]: prompts int[B, PROMPT] and what a model writes after them."""
     written = generate(
-        split_model(model)[0],
+        graph_of(model),
         state,
         jnp.asarray(prompts, jnp.int32),
         jax.random.key(seed),
@@ -100,9 +99,9 @@ class WarmStart:
         write = partial(continuations, lab.teacher_model, lab.teacher)
         return np.concatenate([write(p, 1000 * self.seed + i) for i, p in enumerate(parts)])
 
-    def _train_student(self) -> State:
+    def _train_student(self) -> States:
         config = run_config(self.model, self.lab.scale.warm_steps, self.seed)
-        return states(self.lab.train(config, shuffled_batches(self.text, self.seed)))
+        return self.lab.train(config, shuffled_batches(self.text, self.seed)).model_states()
 
     def teacher_rows(self, index: int) -> np.ndarray:
         """The teacher's text of a round: PROMPTS rows, each once for every sample of its group."""
@@ -111,7 +110,7 @@ class WarmStart:
         return np.repeat(chosen, SETTINGS.group, axis=0)
 
     def continued(
-        self, student: State, rows: np.ndarray, seed: int, temperature: float
+        self, student: States, rows: np.ndarray, seed: int, temperature: float
     ) -> np.ndarray:
         """What a student writes after the beginnings of rows."""
         return continuations(self.model, student, rows[:, :PROMPT], seed, temperature)
@@ -144,7 +143,7 @@ def updates(lab: Lab, arm: str) -> int:
     return round(lab.scale.rounds * round_flops() / own)
 
 
-def train_arm(start: WarmStart, arm: str, rate: float) -> tuple[State, dict[str, Any]]:
+def train_arm(start: WarmStart, arm: str, rate: float) -> tuple[States, dict[str, Any]]:
     """(student, the discriminator's accuracy in each round if the arm has rounds)."""
     if arm == "warm":
         return start.student, {}
@@ -155,15 +154,15 @@ def train_arm(start: WarmStart, arm: str, rate: float) -> tuple[State, dict[str,
     return _train_rewarded(start, arm, rate)
 
 
-def _train_on_text(start: WarmStart, rate: float) -> State:
+def _train_on_text(start: WarmStart, rate: float) -> States:
     """Sequence-level distillation goes on."""
     lab = start.lab
     config = run_config(start.model, updates(lab, "sequence_kd"), start.seed, learning_rate=rate)
     batches = shuffled_batches(start.text, start.seed + 100)
-    return states(lab.train(config, batches, PLAIN, lab.restart(config, start.student)))
+    return lab.train(config, batches, PLAIN, lab.restart(config, start.student)).model_states()
 
 
-def _train_on_own_text(start: WarmStart, rate: float) -> State:
+def _train_on_own_text(start: WarmStart, rate: float) -> States:
     """On-policy distillation: the student's text, the teacher's probabilities."""
     lab = start.lab
     config = run_config(start.model, updates(lab, "on_policy_kd"), start.seed, learning_rate=rate)
@@ -175,10 +174,10 @@ def _train_on_own_text(start: WarmStart, rate: float) -> State:
         rows = {"tokens": jnp.asarray(next(batches), jnp.int32)}
         batch = own_batch(settings, start.model, state, rows, BYTES)
         state, _ = step(state, batch, [lab.teacher])
-    return states(state)
+    return state.model_states()
 
 
-def _train_rewarded(start: WarmStart, arm: str, rate: float) -> tuple[State, dict[str, Any]]:
+def _train_rewarded(start: WarmStart, arm: str, rate: float) -> tuple[States, dict[str, Any]]:
     """The policy gradient on the discriminator's scores, or on those of a control."""
     lab = start.lab
     rounds = updates(lab, arm)
@@ -191,7 +190,7 @@ def _train_rewarded(start: WarmStart, arm: str, rate: float) -> tuple[State, dic
     accuracy = []
     for index in range(rounds):
         rows = start.teacher_rows(FIRST_ROUND + index)
-        own = start.continued(states(state), rows, ROUND_TEXT + index, SETTINGS.temperature)
+        own = start.continued(state.model_states(), rows, ROUND_TEXT + index, SETTINGS.temperature)
         # The frozen arm computes the update, too, so that all arms report the accuracy.
         updated, _, right = start.discriminator_step(discriminator, rows, own)
         accuracy.append(float(right))
@@ -200,7 +199,7 @@ def _train_rewarded(start: WarmStart, arm: str, rate: float) -> tuple[State, dic
         random = arm == "random"
         rewards = rng.standard_normal(len(own)) if random else scores(discriminator, own)
         state, _ = step(state, _policy_batch(own, rewards), start.student)
-    return states(state), {"accuracy": accuracy}
+    return state.model_states(), {"accuracy": accuracy}
 
 
 def _policy_batch(own: np.ndarray, rewards: Any) -> dict[str, jax.Array]:

@@ -18,12 +18,15 @@ from flax import nnx
 from experiments.adversarial.settings import LENGTH, Scale, run_config, teacher_config
 from experiments.adversarial.text import Text, batch_of, shuffled_batches, windows_of
 from moe_jax.config import ModelConfig, TrainConfig
-from moe_jax.distill.teacher import split_model
-from moe_jax.objectives.adversarial import State, sequence_nats, states
-from moe_jax.objectives.next_token import losses
+from moe_jax.model.abstract import abstract_states, graph_of
+from moe_jax.objectives.adversarial import sequence_nats
+from moe_jax.objectives.base import Objective
+from moe_jax.objectives.distillation import States
+from moe_jax.objectives.next_token import next_token
 from moe_jax.study.arms import RunStore
 from moe_jax.train.optimizer import make_optimizer
-from moe_jax.train.step import Objective, TrainState, init_state, make_step
+from moe_jax.train.state import TrainState, init_state
+from moe_jax.train.step import make_step
 
 READ_ROWS = 160
 """Windows that are read at once. The number is fixed, so that reading is compiled once."""
@@ -35,7 +38,7 @@ class Method:
 
     name: str
     """Stands for the objective: steps are compiled once for each name and model."""
-    objective: Objective = losses
+    objective: Objective = next_token
     operands: tuple[Any, ...] = ()
     """Arguments of the step after the batch, such as the teacher's (parameters, router)."""
 
@@ -80,7 +83,7 @@ class Lab:
             self._starts[same, seed] = jax.jit(lambda: init_state(config))()
         return self._starts[same, seed]
 
-    def restart(self, config: TrainConfig, student: State) -> TrainState:
+    def restart(self, config: TrainConfig, student: States) -> TrainState:
         """A trained student with a fresh optimizer and schedule."""
         parameters, router = student
         optimizer = make_optimizer(config.optim, config.steps).init(parameters)
@@ -113,16 +116,16 @@ class Lab:
             state, _ = step(state, batch, *method.operands)
         return state
 
-    def reader(self, model: ModelConfig) -> Callable[[State, Any], Any]:
+    def reader(self, model: ModelConfig) -> Callable[[States, Any], Any]:
         """reader(state, batch) -> float32[B], the mean nats a byte of each window."""
-        graph = split_model(model)[0]
+        graph = graph_of(model)
 
         def build() -> Callable[..., Any]:
             return lambda state, batch: sequence_nats(nnx.merge(graph, *state), batch, LENGTH)
 
         return self.compiled(("nats", replace(model, dropout=0.0)), build)
 
-    def nats(self, model: ModelConfig, state: State, windows: np.ndarray) -> np.ndarray:
+    def nats(self, model: ModelConfig, state: States, windows: np.ndarray) -> np.ndarray:
         """Mean nats a byte of each window, for any number of windows."""
         read = self.reader(model)
         padding = np.repeat(windows[:1], -len(windows) % READ_ROWS, axis=0)
@@ -131,7 +134,7 @@ class Lab:
         parts = [read(state, batch_of(padded[i : i + READ_ROWS])) for i in starts]
         return np.concatenate([np.asarray(p) for p in parts])[: len(windows)]
 
-    def bits(self, model: ModelConfig, state: State) -> dict[str, float]:
+    def bits(self, model: ModelConfig, state: States) -> dict[str, float]:
         """Bits per byte of the held-out text: each domain, and `bits`, the mean of the domains."""
         of_domain = {
             domain: float(self.nats(model, state, windows).mean() / math.log(2))
@@ -144,18 +147,18 @@ class Lab:
         return teacher_config(self.scale.teacher_width)
 
     @cached_property
-    def teacher(self) -> State:
+    def teacher(self) -> States:
         """The teacher of all seeds, trained on clean text that no student reads."""
 
-        def train() -> State:
+        def train() -> States:
             documents, _ = self.text.draw("teacher", 3000, 0)
             config = run_config(self.teacher_model, self.scale.teacher_steps, learning_rate=3e-3)
             print(f"training the teacher, {config.steps} steps", flush=True)
-            return states(self.train(config, shuffled_batches(windows_of(documents), 0)))
+            return self.train(config, shuffled_batches(windows_of(documents), 0)).model_states()
 
         return self.trained("teacher", self.teacher_model, train)
 
-    def trained(self, name: str, model: ModelConfig, train: Callable[[], State]) -> State:
+    def trained(self, name: str, model: ModelConfig, train: Callable[[], States]) -> States:
         """A model's (parameters, router), from DIR/runs if an earlier call has trained it."""
-        structure = split_model(model)[1:]
+        structure = abstract_states(model)
         return self.store.arrays_once(name, structure, train)

@@ -11,7 +11,7 @@ from experiments.adversarial.lab import Lab, Method
 from experiments.adversarial.settings import run_config, student_config, window_flops
 from experiments.adversarial.text import shuffled_batches, windows_of
 from moe_jax.base.result import Measurement
-from moe_jax.objectives.adversarial import PerturbConfig, perturbed_objective, states
+from moe_jax.objectives.adversarial import PerturbConfig, perturbed_objective
 from moe_jax.study.arms import Runs, run_arms
 from moe_jax.study.results import Comparison, interval_of
 
@@ -55,7 +55,7 @@ def train_arm(lab: Lab, arm: str, seed: int) -> dict[str, float]:
     objective = perturbed_objective(ARMS[arm], lab.teacher_model)
     method = Method(f"perturbed {ARMS[arm]}", objective, (lab.teacher,))
     state = lab.train(config, shuffled_batches(windows_of(documents), seed), method)
-    return lab.bits(config.model, states(state))
+    return lab.bits(config.model, state.model_states())
 
 
 def run(lab: Lab) -> Runs:

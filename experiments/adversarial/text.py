@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.adversarial.settings import BATCH, DOCUMENT, LENGTH, WINDOWS
-from moe_jax.objectives.next_token import Batch
+from moe_jax.objectives.base import Batch
 from moe_jax.study.domains import DOMAINS, LIMIT, write_corpus
 
 SHARES = {"code": 0.5, "prose": 0.3, "tables": 0.2}

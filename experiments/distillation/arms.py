@@ -158,8 +158,8 @@ def flops_per_token(arm: Arm, config: TrainConfig) -> float:
     writes adds one of its own for the fraction that it writes.
     """
     length = config.data.length
-    reading = train_flops_per_token(teacher_config().resolved_model(), length) / 3
-    own = train_flops_per_token(config.resolved_model(), length)
+    reading = train_flops_per_token(teacher_config().resolved().model, length) / 3
+    own = train_flops_per_token(config.resolved().model, length)
     return own * (1 + arm.on_policy / 3) + (reading if arm.alpha else 0.0)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_jax.config import TrainConfig
 from moe_jax.study.arms import Run, Runs
-from moe_jax.train.step import TrainState
+from moe_jax.train.state import TrainState
 
 
 class Curve(NamedTuple):

@@ -45,7 +45,8 @@ from moe_jax.objectives.distillation import (
 from moe_jax.study.arms import RunStore, run_arms
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.optimizer import make_optimizer
-from moe_jax.train.step import TrainState, init_state, make_step
+from moe_jax.train.state import TrainState, init_state
+from moe_jax.train.step import make_step
 
 TEACHER_TEXT = 1000
 """Added to a seed for its teacher's batches. The teacher reads other text than its students, who
@@ -84,7 +85,7 @@ class Lab:
         if seed not in self._teachers:
             self.train("teacher", seed)
         state = self._teachers[seed]
-        model = teacher_config().resolved_model()
+        model = teacher_config().resolved().model
         return Teacher(model, state.parameters, state.router, self.data.tokenizer)
 
     def train(self, name: str, seed: int) -> tuple[Curve, TrainState]:
@@ -115,7 +116,7 @@ class Lab:
         if key not in self._steps:
             objective: Any = ()
             if arm.online:
-                teachers = [teacher_config().resolved_model()]
+                teachers = [teacher_config().resolved().model]
                 objective = (online_objective(distillation(arm), teachers),)
             elif arm.alpha:
                 objective = (cached_objective(distillation(arm)),)
@@ -157,13 +158,13 @@ class Lab:
         settings = distillation(arm)
         if not is_on_policy(settings, config.seed, index):
             return text_batch(batch)
-        model = config.resolved_model()
+        model = config.resolved().model
         return own_batch(settings, model, state, batch, self.data.tokenizer.vocabulary)
 
     def _traits(self, arm: Arm, config: TrainConfig, state: TrainState) -> dict[str, Any]:
         if not arm.examined:
             return {}
-        model = config.resolved_model()
+        model = config.resolved().model
         student = (state.parameters, state.router)
         found = traits.of_experts(model, student)
         if arm.alpha:

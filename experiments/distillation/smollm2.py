@@ -33,7 +33,6 @@ from moe_jax.interop.gguf import SMOLLM2, find
 from moe_jax.model.count import count_parameters, train_flops_per_token
 from moe_jax.study.plots import plot_band
 from moe_jax.study.results import publish, seed_difference, seed_mean, significance
-from moe_jax.train.step import state_bytes
 
 QUESTION = "What does a published pre-trained teacher give a small mixture of experts?"
 UPCYCLED = UpcycleConfig(experts=4, experts_per_token=2)

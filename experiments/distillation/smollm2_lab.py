@@ -21,6 +21,7 @@ from experiments.distillation.curves import (
 from moe_jax.config import (
     AttentionConfig,
     DataConfig,
+    DistillConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -32,10 +33,11 @@ from moe_jax.distill.cache import CacheConfig, TeacherCache, build_cache, make_o
 from moe_jax.distill.teacher import Teacher
 from moe_jax.interop.gguf import SMOLLM2
 from moe_jax.model.count import train_flops_per_token
-from moe_jax.objectives.distillation import DistillConfig, cached_objective, online_objective
+from moe_jax.objectives.distillation import cached_objective, online_objective
 from moe_jax.study.arms import RunStore, run_arms
 from moe_jax.train.evaluate import make_evaluator
-from moe_jax.train.step import TrainState, init_state, make_step
+from moe_jax.train.state import TrainState, init_state
+from moe_jax.train.step import make_step
 
 LENGTH = 128
 BATCH = 2

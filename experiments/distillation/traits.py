@@ -18,7 +18,8 @@ from moe_jax.data.batches import Windows
 from moe_jax.data.tokens import TokenArray
 from moe_jax.distill.cache import CacheConfig, build_cache
 from moe_jax.distill.specialise import specialisation
-from moe_jax.distill.teacher import Teacher, split_model
+from moe_jax.distill.teacher import Teacher
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.study.domains import DOMAINS, domain_texts
 
@@ -77,7 +78,7 @@ def of_own_text(
         rows = range(begin, begin + batch)
         prompt = jnp.stack([windows[row]["tokens"][:PROMPT] for row in rows])
         written = generate(
-            split_model(model)[0],
+            graph_of(model),
             state,
             prompt,
             jax.random.fold_in(jax.random.key(0), begin),
@@ -86,8 +87,8 @@ def of_own_text(
             temperature=1.0,
         )
         tokens = jnp.concatenate([prompt, written.astype(prompt.dtype)], axis=1)
-        of_teacher = _nats(*teacher[1:3], tokens, graph=split_model(teacher.model)[0])
-        of_student = _nats(*state, tokens, graph=split_model(model)[0])
+        of_teacher = _nats(*teacher[1:3], tokens, graph=graph_of(teacher.model))
+        of_student = _nats(*state, tokens, graph=graph_of(model))
         total += float((of_teacher - of_student).sum())
     return {"own_text_bits": total / math.log(2) / (WRITTEN * count)}
 

@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.hot_cold.variants import Variant, open_files
+from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.placement.memory import Held, device_memory, host_memory
 from moe_jax.placement.place import Step
 from moe_jax.placement.store import READERS
 from moe_jax.runs.load import Trained
 from moe_jax.study.domains import held_out_texts
-from moe_jax.train.step import graph_of
 
 STRETCH = 1000
 """Characters of one domain before the next."""
@@ -108,7 +108,7 @@ def text_windows(run: Trained, corpus: Path, count: int) -> Int[np.ndarray, "N L
 
 def fused_seconds(run: Trained, windows: Int[np.ndarray, "N L"]) -> float:
     """Seconds a token of the model's own generate, all experts resident, one compiled loop."""
-    graph = graph_of(run.config.resolved_model())
+    graph = graph_of(run.config.resolved().model)
     states = (run.state.parameters, run.state.router)
     prompt = windows[:1, :1]
     seconds = []

@@ -29,7 +29,8 @@ from moe_jax.train.engines.tiered.engine import check_tiers, open_experts
 from moe_jax.train.engines.tiered.rows import row_shapes
 from moe_jax.train.engines.tiered.step import TieredStep
 from moe_jax.train.engines.tiered.trunk import init_trunk
-from moe_jax.train.step import init_state, make_step
+from moe_jax.train.state import init_state
+from moe_jax.train.step import make_step
 
 SHARE = 0.25
 """The device budget as a part of the experts' parameters and moments."""

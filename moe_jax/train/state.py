@@ -33,6 +33,10 @@ class TrainState(NamedTuple):
     key: Array
     """Random key data (uint32[2]) that the steps' keys, and sampling, are derived from."""
 
+    def model_states(self) -> tuple[nnx.State, nnx.State]:
+        """(parameters, router biases): what nnx.merge takes besides the model's graph."""
+        return self.parameters, self.router
+
     def step_key(self) -> Array:
         """The random key of the next update."""
         return jax.random.fold_in(jax.random.wrap_key_data(self.key), self.step)

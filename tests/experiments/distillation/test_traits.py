@@ -9,14 +9,15 @@ from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import make_tokenizer
 from moe_jax.data.tokens import TokenArray
 from moe_jax.distill.cache import CacheConfig
-from moe_jax.distill.teacher import Teacher, split_model
+from moe_jax.distill.teacher import Teacher
+from moe_jax.model.abstract import abstract_states, graph_of
 
 
 def test_a_cache_along_the_batches(tmp_path):
     """Each row's samples are those that the teacher draws for exactly the tokens of that row."""
     tokenizer = make_tokenizer("bytes", ())
-    model = arms.teacher_config().resolved_model()
-    _, abstract, router = split_model(model)
+    model = arms.teacher_config().resolved().model
+    abstract, router = abstract_states(model)
     keys = iter(jax.random.split(jax.random.key(0), 99))
     parameters = jax.tree.map(lambda p: 0.1 * jax.random.normal(next(keys), p.shape), abstract)
     teacher = Teacher(model, parameters, router, tokenizer)
@@ -27,7 +28,7 @@ def test_a_cache_along_the_batches(tmp_path):
     config = CacheConfig("top_k", count=5, batch=4, shard=8)
     cached = list(traits.with_cache(batches, teacher, config, tmp_path))
     assert len(cached) == 5
-    built = nnx.merge(split_model(model)[0], parameters, router)
+    built = nnx.merge(graph_of(model), parameters, router)
     for batch, beside in zip(batches, cached, strict=True):
         np.testing.assert_array_equal(beside["tokens"], batch["tokens"])
         logits = built(*(batch[k][:, :16] for k in ("tokens", "segments")))[..., :258]

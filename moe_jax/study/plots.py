@@ -22,7 +22,7 @@ def plot_band(
 
 def highest_mean_first(values: Mapping[str, ArrayLike]) -> list[str]:
     """The arms in the order of plot_dots: it draws upwards, so the best loss is the top line."""
-    return sorted(values, key=lambda arm: -float(np.mean(values[arm])))
+    return sorted(values, key=lambda arm: -float(np.asarray(values[arm], float).mean()))
 
 
 def plot_dots(

@@ -101,7 +101,7 @@ def step_seconds(config: TrainConfig, repeats: int) -> tuple[float, float]:
 
 def part_seconds(config: TrainConfig, rate: float, repeats: int) -> list[Part]:
     """Forward and backward of each part alone, at the shapes of one update."""
-    model_config = config.resolved().model
+    model_config = config.model
     model = Transformer(model_config, key=jax.random.key(config.seed))
     batch = make_batch(config)
     length = config.data.length
@@ -116,7 +116,7 @@ def part_seconds(config: TrainConfig, rate: float, repeats: int) -> list[Part]:
     parts = {  # module, its call, times a step
         "attention": (block.attention, lambda part, x: part(x, attention)[0], layers),
         "routed experts": (block.moe, lambda part, x: part(x)[0], sparse),
-        "shared expert": (block.feed_forward, lambda part, x: part(x), sparse),
+        "shared expert": (block.shared_experts, lambda part, x: part(x), sparse),
         "norms": (block.attention_norm, lambda part, x: part(x), 2 * layers),
     }
     flops = part_flops(model_config, length)
@@ -236,7 +236,7 @@ def share_measurements(parts: list[Part], step: float, rate: float) -> list[Meas
 def flops_per_step(config: TrainConfig) -> float:
     """Useful FLOPs of one update."""
     tokens = config.batch * config.data.length
-    return train_flops_per_token(config.resolved().model, config.data.length) * tokens
+    return train_flops_per_token(config.model, config.data.length) * tokens
 
 
 def gemm_text(rate: float) -> str:
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(Settings(), argv, QUESTION)
     out = output_folder(settings.out)
     repeats = 3 if settings.quick else settings.repeats
-    config = replace(preset(PRESETS, settings.preset), seed=settings.seed)
+    config = replace(preset(PRESETS, settings.preset), seed=settings.seed).resolved()
     compiled, step = step_seconds(config, repeats)
     runs, rate = paired_runs(TRAIN, config, VARIANTS, 1 if settings.quick else 3)
     parts = part_seconds(config, rate, repeats)

@@ -31,7 +31,6 @@ from moe_jax.adversarial.generative import distinct
 from moe_jax.base.result import Measurement
 from moe_jax.config import ModelConfig
 from moe_jax.model.abstract import graph_of
-from moe_jax.model.attention import document_context
 from moe_jax.objectives.distillation import States
 from moe_jax.study.arms import Run, Runs, run_arms
 from moe_jax.study.results import Comparison, interval_of, seed_mean
@@ -85,8 +84,7 @@ def _written_bits(lab: Lab, model: ModelConfig) -> Any:
 
     def nats(state: States, tokens: Any, temperature: Any) -> Any:
         built = nnx.merge(graph, *state)
-        attention = document_context(model, jnp.ones_like(tokens[:, :-1]))
-        hidden, _, _ = built.hidden(tokens[:, :-1], attention)
+        hidden, _ = built.hidden(tokens[:, :-1], jnp.ones_like(tokens[:, :-1]))
         logits = built.logits(hidden)[..., :BYTES] / temperature
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]

@@ -172,7 +172,8 @@ def _train_on_own_text(start: WarmStart, rate: float) -> States:
     state = lab.restart(config, start.student)
     for _ in range(config.steps):
         rows = {"tokens": jnp.asarray(next(batches), jnp.int32)}
-        batch = own_batch(settings, start.model, state, rows, BYTES)
+        student = state.model_states()
+        batch = own_batch(settings, start.model, student, rows, state.step_key(), BYTES)
         state, _ = step(state, batch, [lab.teacher])
     return state.model_states()
 

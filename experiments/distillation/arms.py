@@ -148,7 +148,9 @@ def teacher_config() -> TrainConfig:
     data = DataConfig(
         tokenizer="bytes", length=128, validation_fraction=0.03, validation_tokens=30_000
     )
-    return TrainConfig(batch=16, model=model, data=data, optim=OptimConfig(learning_rate=3e-3))
+    return TrainConfig(
+        batch=16, model=model, data=data, optim=OptimConfig(learning_rate=3e-3)
+    ).resolved()
 
 
 def flops_per_token(arm: Arm, config: TrainConfig) -> float:
@@ -158,8 +160,8 @@ def flops_per_token(arm: Arm, config: TrainConfig) -> float:
     writes adds one of its own for the fraction that it writes.
     """
     length = config.data.length
-    reading = train_flops_per_token(teacher_config().resolved().model, length) / 3
-    own = train_flops_per_token(config.resolved().model, length)
+    reading = train_flops_per_token(teacher_config().model, length) / 3
+    own = train_flops_per_token(config.model, length)
     return own * (1 + arm.on_policy / 3) + (reading if arm.alpha else 0.0)
 
 

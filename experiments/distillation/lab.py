@@ -85,7 +85,7 @@ class Lab:
         if seed not in self._teachers:
             self.train("teacher", seed)
         state = self._teachers[seed]
-        model = teacher_config().resolved().model
+        model = teacher_config().model
         return Teacher(model, state.parameters, state.router, self.data.tokenizer)
 
     def train(self, name: str, seed: int) -> tuple[Curve, TrainState]:
@@ -116,7 +116,7 @@ class Lab:
         if key not in self._steps:
             objective: Any = ()
             if arm.online:
-                teachers = [teacher_config().resolved().model]
+                teachers = [teacher_config().model]
                 objective = (online_objective(distillation(arm), teachers),)
             elif arm.alpha:
                 objective = (cached_objective(distillation(arm)),)
@@ -158,13 +158,20 @@ class Lab:
         settings = distillation(arm)
         if not is_on_policy(settings, config.seed, index):
             return text_batch(batch)
-        model = config.resolved().model
-        return own_batch(settings, model, state, batch, self.data.tokenizer.vocabulary)
+        model = config.model
+        return own_batch(
+            settings,
+            model,
+            state.model_states(),
+            batch,
+            state.step_key(),
+            self.data.tokenizer.vocabulary,
+        )
 
     def _traits(self, arm: Arm, config: TrainConfig, state: TrainState) -> dict[str, Any]:
         if not arm.examined:
             return {}
-        model = config.resolved().model
+        model = config.model
         student = (state.parameters, state.router)
         found = traits.of_experts(model, student)
         if arm.alpha:

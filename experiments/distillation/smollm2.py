@@ -33,6 +33,7 @@ from moe_jax.interop.gguf import SMOLLM2, find
 from moe_jax.model.count import count_parameters, train_flops_per_token
 from moe_jax.study.plots import plot_band
 from moe_jax.study.results import publish, seed_difference, seed_mean, significance
+from moe_jax.train.state import abstract_state, tree_bytes
 
 QUESTION = "What does a published pre-trained teacher give a small mixture of experts?"
 UPCYCLED = UpcycleConfig(experts=4, experts_per_token=2)
@@ -99,7 +100,7 @@ def costs(lab: SmolLM2Lab) -> list[Measurement]:
     mixture = sparse_config(lab.teacher.model, UPCYCLED)
     flops_per_second = teacher.tokens_per_second * reading
     seconds = train_flops_per_token(mixture, LENGTH) * lab.tokens / flops_per_second
-    state_gb = state_bytes(replace(lab.config(), model=mixture)) / 1e9
+    state_gb = tree_bytes(abstract_state(replace(lab.config(), model=mixture))) / 1e9
     parameters = count_parameters(lab.config().model).total
     per_second = "tokens/s into the cache"
     predicted = "PREDICTED hours a run on these tokens, at the FLOP/s of the teacher's reading"

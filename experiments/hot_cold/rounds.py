@@ -13,7 +13,7 @@ from jaxtyping import Int
 from experiments.hot_cold.variants import Variant, open_files
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
-from moe_jax.placement.memory import Held, device_memory, host_memory
+from moe_jax.placement.memory import LoadedExpert, device_memory, host_memory
 from moe_jax.placement.place import Step
 from moe_jax.placement.store import READERS
 from moe_jax.runs.load import Trained
@@ -66,15 +66,15 @@ def measure_bandwidth(folder: Path, seconds: float = 0.7) -> Bandwidth:
     host_side = host_memory(files, 4 * READERS, device, compute=False)
     copies = [host_side.read(index % files.layers, 0, files) for index in range(4 * READERS)]
 
-    def read(order: np.random.Generator) -> Held:
+    def read(order: np.random.Generator) -> LoadedExpert:
         layer = int(order.integers(files.layers))
         expert = int(order.integers(files.experts))
         return device_side.read(layer, expert, files)
 
-    def copy(order: np.random.Generator) -> Held:
+    def copy(order: np.random.Generator) -> LoadedExpert:
         return device_side.copy(copies[order.integers(len(copies))])
 
-    def rate(bring: Callable[[np.random.Generator], Held]) -> float:
+    def rate(bring: Callable[[np.random.Generator], LoadedExpert]) -> float:
         begin = time.perf_counter()
 
         def run(seed: int) -> int:
@@ -108,7 +108,7 @@ def text_windows(run: Trained, corpus: Path, count: int) -> Int[np.ndarray, "N L
 
 def fused_seconds(run: Trained, windows: Int[np.ndarray, "N L"]) -> float:
     """Seconds a token of the model's own generate, all experts resident, one compiled loop."""
-    graph = graph_of(run.config.resolved().model)
+    graph = graph_of(run.config.model)
     states = (run.state.parameters, run.state.router)
     prompt = windows[:1, :1]
     seconds = []

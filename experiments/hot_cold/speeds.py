@@ -58,7 +58,7 @@ class Comparison:
     def of_belady(self, v: Variant) -> float:
         """Hits over the most that so many residents can have (Belady's optimum)."""
         model = v.decoder.config
-        residents = v.decoder.store.placement.capacity
+        residents = v.decoder.store.residency.placement.capacity
         bound = belady(self.steps, model.moe_layers, model.moe.experts, residents)
         return v.traffic.hit_rate / max(bound.hit_rate, 1e-9)
 
@@ -80,7 +80,7 @@ class Comparison:
         expected = np.stack(self.full.logits)
         for v in self.by_name.values():
             store = v.decoder.store
-            same_processor = store.unified or store.on_miss == "copy"
+            same_processor = store.unified or not store.tiers.compute_in_host
             if v is self.float32 or store.low_bit is not None or not same_processor:
                 continue
             if not np.array_equal(np.stack(v.logits), expected):
@@ -155,7 +155,7 @@ def variant_rows(c: Comparison, v: Variant) -> list[Row]:
         ("of_ceiling", c.of_ceiling(v), "ratio", "max"),
         ("hit_rate", traffic.hit_rate, "fraction", None),
         ("ahead_rate", traffic.ahead / uses, "fraction", None),
-        ("recall", v.decoder.store.ahead.recall, "fraction, at the end", None),
+        ("recall", v.decoder.store.residency.ahead.recall, "fraction, at the end", None),
         ("disk_bytes_per_token", traffic.disk_bytes / c.tokens, "bytes", None),
         ("waited", waited, "ms a token, for reads and copies", None),
         ("peak_expert_bytes", traffic.peak_bytes, "bytes", None),

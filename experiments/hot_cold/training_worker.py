@@ -25,7 +25,7 @@ from moe_jax.config import (
     PlacementConfig,
     TrainConfig,
 )
-from moe_jax.train.engines.tiered.engine import check_tiers, open_experts
+from moe_jax.train.engines.tiered.engine import TieredEngine, open_experts
 from moe_jax.train.engines.tiered.rows import row_shapes
 from moe_jax.train.engines.tiered.step import TieredStep
 from moe_jax.train.engines.tiered.trunk import init_trunk
@@ -99,6 +99,7 @@ def make_config(job: Job) -> TrainConfig:
         data=DataConfig(tokenizer="bytes", length=128),
         optim=OptimConfig(learning_rate=1e-3),
     )
+    config = config.resolved()
     if job.kind == "resident":
         return config
     placement = PlacementConfig(
@@ -111,8 +112,8 @@ def make_config(job: Job) -> TrainConfig:
 
 def expert_bytes(config: TrainConfig) -> int:
     """Parameters and moments of all routed experts."""
-    kinds = row_shapes(config).kinds()
-    one = sum(kinds["parameters"]) + sum(kinds["moments"])
+    shapes = row_shapes(config)
+    one = shapes.record_bytes - shapes.parameter_bytes  # without the gradient
     return one * config.model.moe_layers * config.model.moe.experts
 
 
@@ -147,7 +148,7 @@ def prepare(config: TrainConfig, blocking: bool) -> Prepared:
     if not config.placement.tiered:
         step = jax.jit(make_step(config), donate_argnums=0)
         return Prepared(jax.jit(init_state, static_argnums=0)(config), step, dict)
-    check_tiers(config)
+    TieredEngine(config).check()
     experts = open_experts(config, Path(config.out), None, 0)
     experts.threads.blocking = blocking
     tiered = TieredStep(config, experts)

@@ -63,7 +63,7 @@ class VariantBuilder:
         self.run = run
         self.folder = folder
         self.stack = stack
-        self.model = run.config.resolved().model
+        self.model = run.config.model
         self.layers = self.model.moe_layers
         self.total = self.layers * self.model.moe.experts
 

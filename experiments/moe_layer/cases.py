@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from moe_jax.config import MoEConfig
-from moe_jax.moe.layer import Parameters, moe_layer
+from moe_jax.moe.layer import Gate, Layer, moe_layer
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,8 @@ def layer(config: MoEConfig) -> Callable[[Array, Array, Array, Array], Array]:
     """Router, route, plan and experts: (x, router, gate_up, down) -> outputs [T, D]."""
 
     def run(x: Array, router: Array, gate_up: Array, down: Array) -> Array:
-        parameters = Parameters(router, jnp.zeros(config.experts), gate_up, down)
-        (out, _), _ = moe_layer(x[None], parameters, config)
-        return out[0]
+        gate = Gate(router, jnp.zeros(config.experts))
+        return moe_layer(x[None], Layer(gate, gate_up, down), config)[0][0]
 
     return run
 

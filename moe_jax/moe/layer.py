@@ -27,7 +27,7 @@ class RouterStats(NamedTuple):
     loss: Float[Array, ""]
     """The weighted balance losses, to be added to the objective."""
     experts: Int[Array, "B L K"] | None = None
-    """Each token's experts, E for nobody. The training step drops them."""
+    """Each token's experts, E for no expert. The training step drops them."""
 
 
 class Gate(NamedTuple):

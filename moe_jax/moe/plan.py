@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Int
-from moe_kernels.schedule import block_count, schedule
+from moe_kernels.schedule import block_count, choose_block_rows, schedule
 
 
 @jax.tree_util.register_dataclass
@@ -43,13 +43,6 @@ class Plan:
     """The experts compute at most so many rows together: S, or E times the capacity."""
 
 
-def block_rows(assignments: int, experts: int) -> int:
-    """Rows in a block: the mean load rounded up to a power of two, between 16 (the least that a
-    GPU's matrix units take) and 128."""
-    mean_load = -(-assignments // experts)
-    return min(128, max(16, 1 << (mean_load - 1).bit_length()))
-
-
 def sort_with_index(keys: Int[Array, "S"], below: int) -> tuple[Int[Array, "S"], Int[Array, "S"]]:
     """(sorted keys, their former indices), stable, for 0 <= keys < `below`.
 
@@ -75,14 +68,14 @@ def make_plan(
 ) -> Plan:
     """Sorts the assignments by expert, earlier tokens first, and lays out the blocks.
 
-    An assignment to expert `num_experts` is to none (route.NOBODY) and has no row. With a
+    An assignment to expert `num_experts` is to no expert and has no row. With a
     `capacity` an expert keeps its first so many assignments and the others have no row either;
     without one nothing is dropped. With `kernels` the same arrays are made by Triton kernels.
     """
     tokens, per_token = experts.shape
     assignments = tokens * per_token
     most = assignments if capacity is None else min(assignments, num_experts * capacity)
-    rows = block_rows(most, num_experts)
+    rows = choose_block_rows(most, num_experts)
     blocks = block_count(most, num_experts, rows)
     if kernels:
         made = schedule(experts, num_experts, rows, blocks, capacity)

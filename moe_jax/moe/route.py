@@ -19,9 +19,9 @@ class Routing(NamedTuple):
     """A routing decision, with what the balance losses need."""
 
     experts: Int[Array, "T K"]
-    """Chosen experts, best first, distinct within a token; E stands for nobody."""
+    """Chosen experts, best first, distinct within a token; E stands for no expert."""
     weights: Float[Array, "T K"]
-    """Factors on the chosen experts' outputs (float32); 0 for nobody."""
+    """Factors on the chosen experts' outputs (float32); 0 for no expert."""
     scores: Float[Array, "T E"]
     """Affinities before any bias: softmax or sigmoid of the logits (float32)."""
     logits: Float[Array, "T E"]

@@ -1,7 +1,7 @@
 """Which experts a token goes to: one function a rule, all from selection scores to expert ids.
 
 A rule takes (selection scores [T, E], config, context) and returns int32[T, slots]: a token's
-experts, best first, distinct, filled up with E for nobody. No gradient passes through a choice.
+experts, best first, distinct, filled up with E for no expert. No gradient passes through a choice.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 A file is one line of JSON (version, layers, experts, per_token, domains, note) and then blocks:
 length and CRC-32 of the payload (uint32 each, little-endian), and the payload, zlib of int16
-domain[T] followed by uint8 (E < 256) or uint16 experts[T, layers, K]. E stands for nobody.
+domain[T] followed by uint8 (E < 256) or uint16 experts[T, layers, K]. E stands for no expert.
 """
 
 import json
@@ -30,7 +30,7 @@ class Trace:
     """The experts that each token used, in the order of the tokens."""
 
     chosen: Int[np.ndarray, "T layers K"]
-    """Experts, best first. The number `experts` stands for nobody."""
+    """Experts, best first. The number `experts` stands for no expert."""
     domain: Int[np.ndarray, "T"]
     """Index into `domains`."""
     experts: int

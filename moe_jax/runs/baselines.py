@@ -1,4 +1,4 @@
-"""The compressors that a validation loss is shown beside, computed once for a text."""
+"""The compression baselines that a validation loss is shown beside, computed once for a text."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from moe_jax.data.cache import cache_folder, entry, usable
 from moe_jax.data.tokens import TokenData
 
 
-def text_yardsticks(data: TokenData, cache: str) -> dict[str, float]:
-    """Bits per byte of gzip -9, xz -9 and a byte 5-gram on the held-out text; kept in the cache."""
+def compression_baselines(data: TokenData, cache: str) -> dict[str, float]:
+    """Bits per byte of gzip -9, xz -9 and a byte 5-gram on the held-out text. They are kept in
+    the data cache."""
 
     def build(_: Path) -> dict[str, Any]:
         say("compressing the held-out text with gzip, xz and a 5-gram, once")
@@ -22,6 +23,6 @@ def text_yardsticks(data: TokenData, cache: str) -> dict[str, float]:
         }
 
     folder = cache_folder(cache)
-    name = f"yardsticks-{data.fingerprint}-{len(data.validation.tokens)}"
+    name = f"baselines-{data.fingerprint}-{len(data.validation.tokens)}"
     with usable(folder):
         return entry(folder / name, build, say)

@@ -58,11 +58,11 @@ class Trained:
         if stats is None:
             raise UserError("model.dense_layers equals model.layers: a dense model has no routing")
         experts = np.asarray(stats.experts)[:, 0]
-        nobody = model.config.moe.experts  # the number that stands for a choice not made
+        number = model.config.moe.experts  # as an expert's number it stands for no expert
         return [
             (
                 self.tokenizer.decode(np.asarray([token])),
-                [[e for e in layer if e < nobody] for layer in experts[:, position].tolist()],
+                [[e for e in layer if e < number] for layer in experts[:, position].tolist()],
             )
             for position, token in enumerate(np.asarray(prompt[0]))
             if position > 0

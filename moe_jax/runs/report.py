@@ -16,14 +16,14 @@ from moe_jax.base.result import Measurement, write_result
 from moe_jax.config import TrainConfig
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
-from moe_jax.runs.baselines import text_yardsticks
+from moe_jax.runs.baselines import compression_baselines
 from moe_jax.runs.load import decode_until_end
 from moe_jax.train.checkpoint import VALIDATION
 from moe_jax.train.loop import RunSummary
 from moe_jax.train.metrics import read_lines
 
 QUESTION = "How well does this model predict held-out text, and how fast did it learn?"
-YARDSTICK_NAMES = {
+BASELINE_NAMES = {
     "gzip_bits_per_byte": "gzip -9",
     "xz_bits_per_byte": "xz -9",
     "ngram_bits_per_byte": "the byte 5-gram",
@@ -38,11 +38,11 @@ def write_report(summary: RunSummary) -> None:
     if jax.process_index() != 0:
         return
     lines = list(read_lines(summary.out / "metrics.jsonl"))
-    yardsticks = text_yardsticks(summary.data, summary.config.data.cache)
+    baselines = compression_baselines(summary.data, summary.config.data.cache)
     write_atomically(summary.out / "samples.txt", samples)
-    draw_plots(lines, yardsticks, summary)
-    measurements = measure(lines, yardsticks, summary)
-    verdict = describe_verdict(lines, yardsticks)
+    draw_plots(lines, baselines, summary)
+    measurements = measure(lines, baselines, summary)
+    verdict = describe_verdict(lines, baselines)
     write_result(
         summary.out,
         experiment="train",
@@ -59,7 +59,7 @@ def write_report(summary: RunSummary) -> None:
 
 
 def measure(
-    lines: list[dict[str, Any]], yardsticks: dict[str, float], summary: RunSummary
+    lines: list[dict[str, Any]], baselines: dict[str, float], summary: RunSummary
 ) -> list[Measurement]:
     """The run's numbers under the names that others read."""
     seeds = [summary.config.seed]
@@ -68,10 +68,10 @@ def measure(
     achieved = None if speed is None else speed * summary.flops_per_token
     gemm = f"plain GEMM, {summary.gemm_rate / 1e9:.0f} GFLOP/s"
     utilisation = None if achieved is None else achieved / summary.gemm_rate
-    gzip = yardsticks["gzip_bits_per_byte"]
+    gzip = baselines["gzip_bits_per_byte"]
     return [
         Measurement(VALIDATION, bits, "bits/byte", "gzip -9", bits / gzip, seeds=seeds),
-        *(Measurement(name, value, "bits/byte") for name, value in yardsticks.items()),
+        *(Measurement(name, value, "bits/byte") for name, value in baselines.items()),
         Measurement("tokens_per_second", speed, "tokens/s"),
         Measurement("model_flop_utilisation", utilisation, "fraction", gemm, utilisation),
         Measurement("gemm_flops_per_second", summary.gemm_rate, "FLOP/s"),
@@ -94,10 +94,10 @@ def tokens_per_second(lines: list[dict[str, Any]], config: TrainConfig) -> float
     return len(seconds) * config.batch * config.data.length / sum(seconds) if seconds else None
 
 
-def describe_verdict(lines: list[dict[str, Any]], yardsticks: dict[str, float]) -> str:
+def describe_verdict(lines: list[dict[str, Any]], baselines: dict[str, float]) -> str:
     """One sentence that places the result among the compressors."""
     bits = last_validation(lines)
-    beaten = [YARDSTICK_NAMES[name] for name, value in yardsticks.items() if bits < value]
+    beaten = [BASELINE_NAMES[name] for name, value in baselines.items() if bits < value]
     below = " and ".join(beaten) or "none of gzip, xz and the 5-gram"
     return f"{bits:.3f} bits per byte on held-out text: below {below}"
 
@@ -135,13 +135,13 @@ def sample_continuations(summary: RunSummary) -> str:
 
 
 def draw_plots(
-    lines: list[dict[str, Any]], yardsticks: dict[str, float], summary: RunSummary
+    lines: list[dict[str, Any]], baselines: dict[str, float], summary: RunSummary
 ) -> None:
     """plots/loss.png, and for a mixture of experts load.png and router.png."""
     matplotlib.use("Agg")
     plots = summary.out / "plots"
     plots.mkdir(exist_ok=True)
-    _save(draw_loss(lines, yardsticks), plots / "loss.png")
+    _save(draw_loss(lines, baselines), plots / "loss.png")
     if any("load" in line for line in lines):
         _save(draw_load(lines), plots / "load.png")
         _save(draw_router(lines, summary.config.model.moe.experts), plots / "router.png")
@@ -162,7 +162,7 @@ def draw_smoothed(axes: Any, steps: list[int], values: Any, color: str, label: s
     axes.plot(steps[width - 1 :], smooth, color=color, label=label)
 
 
-def draw_loss(lines: list[dict[str, Any]], yardsticks: dict[str, float]) -> Figure:
+def draw_loss(lines: list[dict[str, Any]], baselines: dict[str, float]) -> Figure:
     """Training loss by step, and validation bits per byte among the compressors."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -172,8 +172,8 @@ def draw_loss(lines: list[dict[str, Any]], yardsticks: dict[str, float]) -> Figu
     left.legend()
     measured = [(x["step"], x[VALIDATION]) for x in lines if VALIDATION in x]
     right.plot(*zip(*measured, strict=True), marker="o", color="tab:blue", label="model")
-    for (name, value), style in zip(yardsticks.items(), ("--", "-.", ":"), strict=True):
-        right.axhline(value, linestyle=style, color="gray", label=YARDSTICK_NAMES[name])
+    for (name, value), style in zip(baselines.items(), ("--", "-.", ":"), strict=True):
+        right.axhline(value, linestyle=style, color="gray", label=BASELINE_NAMES[name])
     right.set(xlabel="step", ylabel="bits per byte", title="held-out text")
     right.set_xlim(left=0)
     right.legend()

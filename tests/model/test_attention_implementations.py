@@ -17,7 +17,7 @@ from moe_jax.model.attention import blockwise as by_blocks
 from moe_jax.model.attention import cudnn as by_cudnn
 from moe_jax.model.attention import reference as by_formula
 from moe_jax.model.attention.api import LONG, choose
-from moe_jax.model.block import REMAT_POLICIES
+from moe_jax.model.stages import REMAT_POLICIES
 from tests import oracle
 
 IMPLEMENTATIONS = {

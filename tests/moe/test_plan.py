@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_kernels.schedule import choose_block_rows
 
-from moe_jax.moe.plan import block_count, block_rows, make_plan, sort_with_index
+from moe_jax.moe.plan import block_count, make_plan, sort_with_index
 
 plan_of = jax.jit(make_plan, static_argnums=(1, 2))
 
@@ -92,7 +93,7 @@ def test_experts_without_tokens():
 
 @given(st.integers(1, 4000), st.integers(1, 300), st.data())
 def test_blocks_suffice_for_every_routing(assignments, experts, data):
-    rows = block_rows(assignments, experts)
+    rows = choose_block_rows(assignments, experts)
     touched = data.draw(st.integers(1, min(experts, assignments)))
     # The worst split over `touched` experts: as many blocks as possible hold a single row.
     needed = (touched - 1) + -(-(assignments - touched + 1) // rows)

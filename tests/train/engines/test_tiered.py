@@ -386,7 +386,7 @@ def test_a_run_in_tiers_is_resumed_bit_for_bit_and_loads_as_any_other(tiered_run
     run_training(with_budget(cut, "1MB"))
     assert losses(cut) == losses(tiered_run)
     assert not list((tmp_path / "cut").glob("experts-*"))
-    assert not (tmp_path / "cut" / "shelf").exists()
+    assert not (tmp_path / "cut" / "expert-records").exists()
     one, two = load_run(tiered_run.out), load_run(cut.out)
     assert_equal(by_name(one.state), by_name(two.state))
 

@@ -154,9 +154,9 @@ def expert_folder(config: TrainConfig, out: Path) -> Path:
     """Where a run's experts are on disk: a folder of its own, also in a placement.folder that
     other runs use."""
     if not config.placement.folder:
-        return out / "shelf"
+        return out / "expert-records"
     own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
-    return Path(config.placement.folder) / f"shelf-{out.name}-{own}"
+    return Path(config.placement.folder) / f"expert-records-{out.name}-{own}"
 
 
 def open_experts(

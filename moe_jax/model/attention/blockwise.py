@@ -159,8 +159,8 @@ def _backward(saved: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
             return d_query, d_key, d_value
 
         start = (jnp.zeros(query.shape[1:], jnp.float32), *carry)
-        d_query, *carry = lax.fori_loop(0, blocks.needed(i), key_block, start)
-        return tuple(carry), d_query
+        d_query, d_key, d_value = lax.fori_loop(0, blocks.needed(i), key_block, start)
+        return (d_key, d_value), d_query
 
     start = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
     (d_key, d_value), d_query = lax.scan(query_block, start, jnp.arange(len(query)))

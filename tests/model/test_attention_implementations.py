@@ -240,7 +240,8 @@ def test_blockwise_never_holds_all_scores():
 def test_blockwise_fits_deepseek_v3():
     """128 heads at L = 4096: 8.6 GB of scores for each sequence and layer.
 
-    Half of blockwise's 2.7 GB are float32 copies of bfloat16 arrays, which a CPU's products need.
+    Blockwise needs 2.7 GB, which grow with L and not with L²: blocks of queries, keys and values,
+    and their gradients in float32.
     """
     scores = 4 * 128 * 4096**2
     shape = (128, 128, 192, 128)

@@ -26,6 +26,7 @@ from moe_jax.placement.files import ExpertFiles, Layer, write_experts
 from moe_jax.placement.policy import make_policy
 from moe_jax.placement.store import ExpertStore
 from moe_jax.runs.load import load_run, newest_step
+from moe_jax.train.checkpoint import FORMAT
 from moe_jax.train.engines.tiered.trunk import without_experts
 
 TRUNK, MODEL, LOW_BIT = "trunk.safetensors", "model.json", "low-bit"
@@ -51,6 +52,7 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
         with disk_errors(folder):
             write_atomically(folder / TRUNK, save(_flat(trained.state)))
             facts = {
+                "format": FORMAT,
                 "step": wanted[0],
                 "dtype": dtype,
                 "loaded": trained.step,  # an older one, if the newest was damaged
@@ -62,7 +64,7 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
         files = ExpertFiles(folder)
         write_experts(folder / LOW_BIT, _read_all(files), low_bit=True)
         files.close()
-        about = {"step": wanted[0], "dtype": dtype}
+        about = {"format": FORMAT, "step": wanted[0], "dtype": dtype}
         write_atomically(folder / LOW_BIT / MODEL, json.dumps(about))
     return folder
 
@@ -71,7 +73,8 @@ def _prepared(folder: Path) -> tuple[int, str] | None:
     """(step, dtype of the experts) that the folder was written for."""
     try:
         about = json.loads((folder / MODEL).read_text())
-        return about["step"], about["dtype"]
+        # A folder of another format is written anew, from a checkpoint whose format is checked.
+        return (about["step"], about["dtype"]) if about["format"] == FORMAT else None
     except (OSError, ValueError, KeyError):
         return None
 

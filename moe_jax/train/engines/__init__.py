@@ -11,4 +11,4 @@ ENGINES: tuple[type[Engine], ...] = (TieredEngine, DenseEngine)
 
 def engine_of(config: TrainConfig) -> Engine:
     """The engine that these settings ask for."""
-    return next(kind for kind in ENGINES if kind.applies(config))(config)  # pyright: ignore
+    return next(kind for kind in ENGINES if kind.applies(config))(config)

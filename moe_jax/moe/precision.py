@@ -35,6 +35,7 @@ def _fp8(power_of_two: bool) -> Rounding:
 
 NONE = Rounding(lambda rows: rows, lambda matrices, parts: matrices)
 FP8 = {"float32": _fp8(False), "power_of_two": _fp8(True)}
-"""By `model.moe.fp8_scales`: rounds to the numbers that FP8 kernels multiply (E4M3 in tiles of 1x128
-and 128x128). Products are taken in float32, where that of two E4M3 values is exact. So this shows
-the numerics of FP8, and not its speed."""
+"""By `model.moe.fp8_scales`: rounds to the numbers that FP8 kernels multiply.
+
+These are E4M3 in tiles of 1x128 and 128x128. Products are taken in float32, where the product of
+two E4M3 values is exact. So this shows the numerics of FP8, and not its speed."""

@@ -1,4 +1,4 @@
-"""The compression baselines that a validation loss is shown beside, computed once for a text."""
+"""The compression baselines that are reported beside a validation loss, computed once for a text."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from moe_jax.data.tokens import TokenData
 
 
 def compression_baselines(data: TokenData, cache: str) -> dict[str, float]:
-    """Bits per byte of gzip -9, xz -9 and a byte 5-gram on the held-out text. They are kept in
-    the data cache."""
+    """Bits per byte of gzip -9, xz -9 and a byte 5-gram on the held-out text.
+
+    The data cache keeps them.
+    """
 
     def build(_: Path) -> dict[str, Any]:
         say("compressing the held-out text with gzip, xz and a 5-gram, once")
@@ -23,6 +25,7 @@ def compression_baselines(data: TokenData, cache: str) -> dict[str, float]:
         }
 
     folder = cache_folder(cache)
+    # The same corpus may be split at another size, which the fingerprint does not cover.
     name = f"baselines-{data.fingerprint}-{len(data.validation.tokens)}"
     with usable(folder):
         return entry(folder / name, build, say)

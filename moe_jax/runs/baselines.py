@@ -1,4 +1,4 @@
-"""The compression baselines that are reported beside a validation loss, computed once for a text."""
+"""The compression baselines beside a validation loss, computed once for each held-out text."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def compression_baselines(data: TokenData, cache: str) -> dict[str, float]:
         }
 
     folder = cache_folder(cache)
-    # The same corpus may be split at another size, which the fingerprint does not cover.
+    # The number of held-out tokens is no part of the fingerprint, and a run may use fewer of them.
     name = f"baselines-{data.fingerprint}-{len(data.validation.tokens)}"
     with usable(folder):
         return entry(folder / name, build, say)

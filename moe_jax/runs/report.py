@@ -34,7 +34,6 @@ CONTINUATION_TOKENS = 96
 
 def write_report(summary: RunSummary) -> None:
     """Writes plots/, samples.txt and result.json into the run's folder, and prints the verdict."""
-    # On every process, because sampling may run on a mesh of all. The files are the first one's.
     samples = sample_continuations(summary)
     if jax.process_index() != 0:
         return

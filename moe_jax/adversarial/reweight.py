@@ -18,7 +18,7 @@ def group_excess(
     group: Int[Array, "N"],
     groups: int,
 ) -> Float[Array, "G"]:
-    """l_g = mean over g's items of max(loss - reference, 0); 0 for a source without an item."""
+    """l_g = mean over g's items of max(loss - reference, 0). 0 for a source without an item."""
     excess = jnp.maximum(losses - reference, 0)
     sums = jnp.zeros(groups).at[group].add(excess)
     return sums / jnp.maximum(jnp.zeros(groups).at[group].add(1.0), 1)
@@ -37,7 +37,7 @@ def doremi_update(
     source's weight above 0. UserError: smoothing outside [0, 1].
     """
     require(0 <= smoothing <= 1, f"smoothing is {smoothing}: it must lie between 0 and 1")
-    # The maximum cancels in the normalisation, and keeps exp from overflowing.
+    # exp overflows float32 above 88. The maximum cancels in the normalisation, and keeps exp from overflowing.
     risen = weights * jnp.exp(rate * (excess - excess.max()))
     return (1 - smoothing) * risen / risen.sum() + smoothing / weights.shape[0]
 

@@ -49,7 +49,7 @@ class MTPModule(nnx.Module):
 
 
 class MultiTokenPrediction(nnx.Module):
-    """`mtp_depth` modules in a chain; embedding and head are the main model's."""
+    """`mtp_depth` modules in a chain. Embedding and head are the main model's."""
 
     def __init__(self, config: ModelConfig, *, key: Array) -> None:
         self.depth = config.mtp_depth

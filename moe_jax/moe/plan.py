@@ -89,6 +89,7 @@ def make_plan(
     load = jnp.diff(ends, prepend=0)
     counts = load if capacity is None else jnp.minimum(load, capacity)
     sorted_starts = ends - load  # first place of each expert in the sorted order, drops included
+    # Whole blocks for each expert. The matrix products of the kernels then need no masks.
     padded = -(-counts // rows) * rows
     padded_ends = jnp.cumsum(padded)
     starts = padded_ends - padded
@@ -112,4 +113,14 @@ def make_plan(
     row = row.reshape(tokens, per_token)
     if capacity is not None:
         experts = jnp.where(row < blocks * rows, experts, num_experts)
-    return Plan(load, counts, starts, assignment, row, experts, block_expert, rows, most)
+    return Plan(
+        load=load,
+        counts=counts,
+        starts=starts,
+        assignment=assignment,
+        row=row,
+        experts=experts,
+        block_expert=block_expert,
+        block_rows=rows,
+        most=most,
+    )

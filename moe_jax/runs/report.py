@@ -142,7 +142,7 @@ def draw_plots(
     lines: list[dict[str, Any]], baselines: dict[str, float], summary: RunSummary
 ) -> None:
     """plots/loss.png, and for a mixture of experts load.png and router.png."""
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # a machine without a display
     plots = summary.out / "plots"
     plots.mkdir(exist_ok=True)
     _save(draw_loss(lines, baselines), plots / "loss.png")
@@ -218,6 +218,7 @@ def draw_router(lines: list[dict[str, Any]], experts: int) -> Figure:
     steps = [x["step"] for x in routed]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    # Guarded for one expert, whose log E is 0.
     entropy = np.array([x["router_entropy"] for x in routed]) / max(np.log(experts), 1e-9)
     imbalance = np.array([x["load_imbalance"] for x in routed])
     for layer in range(entropy.shape[1]):

@@ -67,6 +67,7 @@ def model_key(config: TrainConfig) -> Array:
 
 def new_state(config: TrainConfig, parameters: nnx.State, router: nnx.State) -> TrainState:
     """The state before the first update, with these parameters and a fresh optimizer."""
+    # "steps" and model_key's "model" are independent keys of one seed.
     zero = jnp.zeros((), jnp.int32)
     optimizer = make_optimizer(config.optim, config.steps).init(parameters)
     key = jax.random.key_data(named_key(jax.random.key(config.seed), "steps"))

@@ -25,7 +25,7 @@ from moe_jax.train.engines.tiered.trunk import assemble, init_trunk, with_expert
 from moe_jax.train.state import Metrics, TrainState, abstract_state, tree_bytes
 
 
-# A function of its own, so that tests can pretend to have more devices.
+# A function of its own, so that tests on several simulated CPU devices can replace it.
 def visible_devices() -> int:
     """Number of devices of all processes."""
     return jax.device_count()

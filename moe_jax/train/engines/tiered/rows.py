@@ -135,6 +135,7 @@ def make_advance(config: TrainConfig) -> Callable[..., tuple[Matrices, Matrices]
 
     def row(p: Matrices, m: Matrices, g: Matrices, count: Array, pending: PendingUpdates) -> Any:
         g = clipped(g, pending.norm, limit)
+        # A missed update had a gradient of 0, which Adam and weight decay still act on.
         own = count == pending.gradient_update
         g = jax.tree.map(lambda leaf: jnp.where(own, leaf, 0), g)
         return jax.tree.map(

@@ -3,12 +3,12 @@
 While a layer computes, its experts are in a layer buffer: [E, …] arrays in which each expert has
 its own index. Meanwhile the buffer of the next layer is filled. The parts:
 
-- residency: which experts stay on the device;
-- chunks and buffers: the device's memory, residents and layer buffers;
-- update_log: which updates an expert lacks;
-- updater, row_io, writes: the thread that brings experts up to date, and what it reads and writes;
-- snapshot: the start of a run;
-- traffic: counters.
+- residency: which experts stay on the device
+- chunks and buffers: the device's memory, residents and layer buffers
+- update_log: which updates an expert lacks
+- updater, row_io, writes: the thread that brings experts up to date, and its reads and writes
+- snapshot: the start of a run
+- traffic: counters
 """
 
 from pathlib import Path
@@ -41,9 +41,9 @@ class TieredExperts:
 
     The calls of an update, in their order:
 
-    - forward, for every layer: `prefetch`, `need`;
-    - backward, for every layer: `prefetch`, `need`, `put_gradient`;
-    - `end_update`.
+    - forward, for every layer: `prefetch`, `need`
+    - backward, for every layer: `prefetch`, `need`, `put_gradient`
+    - `end_update`
 
     All calls come from one thread (AssertionError). Three threads of its own read, bring up to
     date, and write.
@@ -64,6 +64,8 @@ class TieredExperts:
         self.spans: list[Span] = []
         """When the threads were at work, as of the last call of `traffic`."""
         self._rows = RowIO(self.records, self.shapes, self.sizes.chunk)
+        # Shared with the updater. Its thread advances the residents of a layer that is being brought,
+        # and the update's thread writes their gradients only after that (put_gradient asserts it).
         self._residents = [self._new_residents(layer) for layer in range(layers)]
         self._log = UpdateLog(layers, experts, exact=config.placement.mode == "exact")
         self._programs = programs_of(config)
@@ -98,7 +100,7 @@ class TieredExperts:
 
     def save(self, folder: Path) -> None:
         """Brings everything up to date and copies it, a chunk at a time, to a store in `folder`."""
-        self.drain()
+        self.drain()  # the threads then wait for work, so that only save_layer's tasks run
         layouts = self.shapes.layouts()
         del layouts["gradients"]  # none is left once everything is up to date
         saved = RecordStore.create(folder, self.sizes.layers, self.sizes.experts, layouts)

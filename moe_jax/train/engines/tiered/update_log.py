@@ -63,8 +63,10 @@ class UpdateLog:
             start = self._reflected[layer, ids]
             stop = np.full_like(start, self.updates)
         else:
+            # Lazy AdamW: the update of the gradient and no other one.
             start = np.maximum(gradient, 0)
             stop = gradient + 1  # 0 without a gradient: then nothing is pending
+        # Padding rows have start = stop = 0, so `advance` leaves them alone.
         size = max(size, len(ids))
         return PendingUpdates(
             start=padded(start, size),

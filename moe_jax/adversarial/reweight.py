@@ -37,7 +37,7 @@ def doremi_update(
     source's weight above 0. UserError: smoothing outside [0, 1].
     """
     require(0 <= smoothing <= 1, f"smoothing is {smoothing}: it must lie between 0 and 1")
-    # exp overflows float32 above 88. The maximum cancels in the normalisation, and keeps exp from overflowing.
+    # The maximum cancels in the normalisation, and keeps exp from overflowing.
     risen = weights * jnp.exp(rate * (excess - excess.max()))
     return (1 - smoothing) * risen / risen.sum() + smoothing / weights.shape[0]
 

@@ -64,8 +64,8 @@ class TieredExperts:
         self.spans: list[Span] = []
         """When the threads were at work, as of the last call of `traffic`."""
         self._rows = RowIO(self.records, self.shapes, self.sizes.chunk)
-        # Shared with the updater. Its thread advances the residents of a layer that is being brought,
-        # and the update's thread writes their gradients only after that (put_gradient asserts it).
+        # Shared with the updater, whose thread advances the residents of a layer that is brought.
+        # The update's thread writes their gradients only after that (put_gradient asserts it).
         self._residents = [self._new_residents(layer) for layer in range(layers)]
         self._log = UpdateLog(layers, experts, exact=config.placement.mode == "exact")
         self._programs = programs_of(config)

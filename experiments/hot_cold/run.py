@@ -29,7 +29,7 @@ from experiments.hot_cold.variants import all_variants, open_files
 from experiments.hot_cold.verdict import verdict
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
-from moe_jax.placement.decode import save_experts
+from moe_jax.placement.save_experts import save_experts
 from moe_jax.runs.load import Trained
 from moe_jax.study.results import publish
 

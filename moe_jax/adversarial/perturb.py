@@ -42,7 +42,7 @@ def random_shift(key: Array, like: Shift, radius: Float[Array, "B"] | float) -> 
 
 
 def adversarial_shift(
-    apart: Callable[[Shift], Float[Array, ""]],
+    divergence: Callable[[Shift], Float[Array, ""]],
     key: Array,
     like: Shift,
     radius: Float[Array, "B"],
@@ -50,16 +50,16 @@ def adversarial_shift(
     steps: int = 1,
     probe: float = 0.1,
 ) -> Shift:
-    """The shift of length `radius` that raises `apart`, KL(q(x) ‖ q(x + shift)), most.
+    """The shift of length `radius` that raises `divergence`, KL(q(x) ‖ q(x + shift)), most.
 
     KL has its minimum, 0, at no shift. To second order it is shiftᵀ H shift / 2, and the worst
     direction is the leading eigenvector of H. The gradient at a small shift is H · shift, so power
-    iteration needs no H: d <- grad apart(probe · d) (arXiv:1704.03976, eq. 10-12). `probe` is the
-    length of the small shift as a fraction of `radius`. No gradient passes through the result.
+    iteration needs no H: d <- grad divergence(probe · d) (arXiv:1704.03976, eq. 10-12). `probe` is
+    the length of the small shift as a fraction of `radius`. No gradient passes through the result.
     """
     direction = random_shift(key, like, 1.0)
     for _ in range(steps):
-        direction = to_ball(jax.grad(apart)(to_ball(direction, probe * radius)), 1.0)
+        direction = to_ball(jax.grad(divergence)(to_ball(direction, probe * radius)), 1.0)
     return lax.stop_gradient(to_ball(direction, radius))
 
 

@@ -18,7 +18,7 @@ def group_excess(
     group: Int[Array, "N"],
     groups: int,
 ) -> Float[Array, "G"]:
-    """l_g = mean over g's items of max(loss - reference, 0); 0 for a source without an item."""
+    """l_g = mean over g's items of max(loss - reference, 0). 0 for a source without an item."""
     excess = jnp.maximum(losses - reference, 0)
     sums = jnp.zeros(groups).at[group].add(excess)
     return sums / jnp.maximum(jnp.zeros(groups).at[group].add(1.0), 1)

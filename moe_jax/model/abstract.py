@@ -1,4 +1,4 @@
-"""The model without memory: its static graph, and the shapes of its parameters."""
+"""The model as shapes and dtypes: its static graph and its abstract parameters."""
 
 from functools import lru_cache
 
@@ -12,7 +12,11 @@ from moe_jax.moe.module import RouterBias
 
 
 def abstract_model(config: ModelConfig) -> Transformer:
-    """Transformer(config) whose arrays are shapes and dtypes: a second for 671B parameters."""
+    """Transformer(config) whose arrays are shapes and dtypes.
+
+    Nothing is allocated: a model of 671B parameters takes a second.
+    """
+    # The key's value does not matter: eval_shape draws nothing.
     return nnx.eval_shape(lambda: Transformer(config, key=jax.random.key(0)))
 
 
@@ -33,7 +37,8 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return graph, parameters, router
 
 
+# Cached, because abstract_model takes a second for a large model, and every program asks for it.
 @lru_cache(maxsize=64)
 def graph_of(config: ModelConfig) -> nnx.GraphDef:
-    """The model's static graph."""
+    """The model's static graph: what nnx.merge takes besides the states."""
     return split_model(abstract_model(config))[0]

@@ -23,6 +23,7 @@ class Block(nnx.Module):
     def __init__(self, model: ModelConfig, *, sparse: bool, key: Array) -> None:
         dtype = jnp.dtype(model.param_dtype)
         std = model.init_std
+        # Two additions to the residual stream a layer, attention's and the feed-forward's.
         out_std = std / (2 * model.layers) ** 0.5
         self.sparse = sparse
         self.dropout = model.dropout
@@ -40,6 +41,7 @@ class Block(nnx.Module):
         moe_key = named_key(key, "moe")
         self.moe = MoE(model.width, model.moe, std=std, out_std=out_std, dtype=dtype, key=moe_key)
         if model.moe.shared_experts:
+            # Every token passes all N shared experts: they are one feed-forward N times as wide.
             hidden = model.moe.shared_experts * model.moe.expert_hidden
             self.shared_experts = feed_forward("shared_experts", hidden)
 
@@ -53,6 +55,7 @@ class Stack(nnx.Module):
         self.count = count
         self.unroll = min(model.unroll, count)
 
+        # One key a layer, derived by its index: vmap draws what single blocks would draw.
         @nnx.vmap(in_axes=0, out_axes=0)
         def make(key: Array) -> Block:
             return Block(model, sparse=sparse, key=key)

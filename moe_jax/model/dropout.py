@@ -7,9 +7,9 @@ from jaxtyping import Float
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, key: Array | None) -> Float[Array, "*shape"]:
-    """x · b / (1 - rate), b drawn 1 with probability 1 - rate: its expectation is x.
+    """x · b / (1 - rate), where each b is 1 with probability 1 - rate, and else 0.
 
-    Without a key (outside training) or at rate 0, x itself.
+    The expectation is x. Without a key (outside training) or at rate 0 the result is x itself.
     """
     if rate == 0 or key is None:
         return x

@@ -1,4 +1,4 @@
-"""The dense SwiGLU feed-forward: that of the first blocks, and the shared experts of the others."""
+"""The dense SwiGLU feed-forward, used by dense blocks and as the shared experts of sparse ones."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +11,10 @@ from moe_jax.moe.experts import swiglu
 
 
 class FeedForward(nnx.Module):
-    """y = swiglu(x W1) W2 (arXiv:2002.05202, eq. 6), W1 being the gate and up matrices in one."""
+    """y = swiglu(x W1) W2 (arXiv:2002.05202, eq. 6).
+
+    W1 holds the gate matrix and the up matrix side by side, so that one product computes both.
+    """
 
     def __init__(
         self,

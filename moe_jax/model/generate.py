@@ -1,4 +1,4 @@
-"""Sampling continuations, with a cache or by recomputing everything each time."""
+"""Sampling continuations, with a KV cache or by recomputing everything for each token."""
 
 from functools import partial
 from typing import Any
@@ -15,12 +15,15 @@ from moe_jax.model.transformer import Transformer
 def sample(
     key: Array, logits: Float[Array, "B V"], temperature: float, top_k: int
 ) -> Int[Array, "B"]:
-    """Draws from softmax(logits / temperature) over the `top_k` most likely tokens (0: over all);
-    temperature 0 takes the most likely."""
+    """Draws from softmax(logits / temperature) over the `top_k` most likely tokens (0: over all).
+
+    A temperature of 0 takes the most likely token.
+    """
     logits = logits.astype(jnp.float32)
     if temperature == 0:
         return jnp.argmax(logits, axis=-1)
     if top_k:
+        # Logits equal to the k-th largest stay, so that more than k tokens may be left by a tie.
         weakest = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < weakest, -jnp.inf, logits)
     return jax.random.categorical(key, logits / temperature)
@@ -38,15 +41,16 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 0,
 ) -> Int[Array, "B count"]:
-    """`count` tokens after each prompt; all prompts have the same length.
+    """`count` tokens after each prompt. All prompts have the same length.
 
     `parameters` is every state that nnx.merge(graph, *parameters) takes. The prompt is read once
-    into the attention caches, then each token costs one position. Ids from `vocabulary` on (rows
-    that the tokenizer never uses) are not drawn.
+    into the KV caches. Then each token costs one position. Ids from `vocabulary` on are not drawn:
+    they are rows of the table that the tokenizer never uses.
     """
     model: Transformer = nnx.merge(graph, *parameters)
     batch, length = prompt.shape
 
+    # `start` is a Python int for the prompt, and traced in the scan.
     def advance(tokens: Array, start: Any, caches: Any) -> tuple[Array, Any]:
         hidden, caches = model.extend(tokens, jnp.asarray(start), caches)
         return model.logits(hidden[:, -1:])[:, 0, :vocabulary], caches
@@ -59,7 +63,7 @@ def generate(
         return advance(token[:, None], length + index, caches), token
 
     _, tokens = lax.scan(step, (logits, caches), jnp.arange(count))
-    return tokens.T
+    return tokens.T  # the scan stacks [count, B]
 
 
 def generate_uncached(
@@ -72,7 +76,10 @@ def generate_uncached(
     temperature: float = 0.8,
     top_k: int = 0,
 ) -> Int[Array, "B count"]:
-    """The same by definition: every token from a full pass over all tokens before it."""
+    """The specification of `generate`: each token comes from a full pass over all tokens before it.
+
+    It draws the same tokens, up to rounding. Tests compare the two.
+    """
     tokens = prompt
     for index in range(count):
         logits = model(tokens, jnp.ones_like(tokens))[:, -1, :vocabulary]

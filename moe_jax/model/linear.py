@@ -9,7 +9,10 @@ from moe_jax.base.initial import normal_parameter
 
 
 class Linear(nnx.Module):
-    """y = x W without bias. W is [inputs, outputs] and is cast to the dtype of x."""
+    """y = x W without bias. W is [I, O] and is cast to the dtype of x.
+
+    I is the width of the input, O that of the output.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, *, std: float, dtype: jnp.dtype, key: Array

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class MTPModule(nnx.Module):
-    """h^k_i = block(M [norm(h^{k-1}_i); norm(Emb(t_{i+k}))]) (eq. 21-22)."""
+    """h^k_i = block(M [norm(h^{k-1}_i); norm(Emb(t_{i+k}))]) (eq. 21-22).
+
+    M is `projection`, [2D, D]. `norm` is applied by the head, after the block.
+    """
 
     def __init__(self, config: ModelConfig, *, key: Array) -> None:
         self.config = config
@@ -46,11 +49,12 @@ class MTPModule(nnx.Module):
 
 
 class MultiTokenPrediction(nnx.Module):
-    """`mtp_depth` modules in a chain; embedding and head are the main model's."""
+    """`mtp_depth` modules in a chain. Embedding and head are the main model's."""
 
     def __init__(self, config: ModelConfig, *, key: Array) -> None:
         self.depth = config.mtp_depth
 
+        # Stacked like the blocks of a Stack: roles and the counting then need no second case.
         @nnx.vmap(in_axes=0, out_axes=0)
         def make(key: Array) -> MTPModule:
             return MTPModule(config, key=key)
@@ -67,12 +71,16 @@ class MultiTokenPrediction(nnx.Module):
     ) -> Iterator[tuple[int, Float[Array, "B L V"], RouterStats | None]]:
         """For k = 1 … depth: (k, logits of token i + k + 1 at position i, statistics).
 
-        `tokens` reaches beyond the sequence: N >= L + depth.
+        `tokens` reaches beyond the sequence: N >= L + depth. An iterator, so that the logits of one
+        depth need not stay in memory beside those of the next.
         """
         length = hidden.shape[1]
         graph, parameters = nnx.split(self.modules)
+        # No scan: the depth is 1 or 2, and each depth reads its own shift of the tokens.
         for index in range(self.depth):
             module = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], parameters))
+            # Position i reads token i + k, which may lie in a later document. The loss masks these
+            # targets (data.batches.shifted_targets).
             ahead = tokens[:, index + 1 : index + 1 + length]
             context = whole_documents(model.config, ahead, segments, key).at("mtp", index)
             hidden, stats = module(hidden, model.embed(ahead), context)

@@ -25,8 +25,10 @@ class Kind(NamedTuple):
 
     role: Role
     axes: str
-    """Its axes in the project's letters, without the leading axis of stacked layers. H·A is the
-    width of all heads, R a low rank."""
+    """Its axes in the project's letters, without the leading axis of stacked layers.
+
+    H·A is the width of all heads together, R a low rank.
+    """
 
 
 _OUTPUT_HEADS = "H·A D"
@@ -54,13 +56,18 @@ TABLE: dict[str, Kind] = {
     "moe.bias": Kind("router_bias", "E"),
     "projection.weight": Kind("projection", "2D D"),
 }
-"""By the end of the dotted path."""
+"""By the end of the dotted path. A new parameter needs a line here, or `kind_of` raises."""
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def dotted(path: tuple[Any, ...]) -> str:
-    """`sparse.blocks.moe.gate_up` for the path of a leaf, be it of a parameter state or of an
-    optimizer's state, whose own entries (tuple indices, .mu) are left out."""
+    """The name of a leaf from its path, for example `sparse.blocks.moe.gate_up`.
+
+    The path may be that of a parameter state or of an optimizer's state. An optimizer's own entries
+    (tuple indices, .mu) are left out, so that a moment has the name of its parameter.
+    """
+    # A DictKey has a `key`, and entries of nnx.to_flat_state are plain strings. GetAttrKey and
+    # SequenceKey are neither, and drop out below.
     keys = (getattr(entry, "key", entry) for entry in path)
     return ".".join(key for key in keys if isinstance(key, str))
 
@@ -70,9 +77,9 @@ def kind_of(path: tuple[Any, ...] | str) -> Kind:
     name = path if isinstance(path, str) else dotted(path)
     parts = name.split(".")
     for begin in range(max(0, len(parts) - 3), len(parts)):  # the longest ending first
-        found = TABLE.get(".".join(parts[begin:]))
-        if found is not None:
-            return found
+        kind = TABLE.get(".".join(parts[begin:]))
+        if kind is not None:
+            return kind
     raise KeyError(f"model/parameters.py knows no parameter {name}")
 
 

@@ -1,8 +1,8 @@
 """The model in stages, as pure functions: begin -> (enter -> experts -> leave) a block -> end.
 
-run_block composes the stages of one block and run_stack scans equal blocks. Training with experts
-in tiers and decoding from tiers run the same stages, and bring the experts in between. A stage
-takes parameters (a module is no more than its parameters), the residual stream x, and a Context.
+run_block composes the stages of one block, and run_stack scans equal blocks. Training with experts
+in tiers and decoding from tiers run the same stages and fetch the experts in between. A stage takes
+parameters (a module is no more than its parameters), the residual stream x, and a Context.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Context(NamedTuple):
-    """What the stages need besides parameters and the residual stream."""
+    """The arguments of a stage besides parameters and the residual stream."""
 
     tokens: Int[Array, "B L"]
     attention: AttentionContext
@@ -42,6 +42,7 @@ class Context(NamedTuple):
 
     def at(self, *path: str | int | Array) -> "Context":
         """The context of the part of the model called `path`: its key is derived by that name."""
+        # By name and not by splitting: a tier that computes layer 7 alone gets the scan's draws.
         return self if self.key is None else self._replace(key=named_key(self.key, *path))
 
 
@@ -55,7 +56,10 @@ def whole_documents(
 def next_tokens(
     config: ModelConfig, tokens: Int[Array, "B L"], start: Int[Array, ""], slots: int
 ) -> Context:
-    """For `tokens` from position `start` on, which also attend to what a KV cache holds."""
+    """For `tokens` from position `start` on, which also attend to the tokens in a KV cache.
+
+    `slots` is the number of positions that the cache has room for.
+    """
     return Context(tokens, cached_context(config, start, tokens.shape[1], slots))
 
 
@@ -98,8 +102,10 @@ def leave(
     routed: Float[Array, "B L D"] | None,
     key: Array | None = None,
 ) -> Float[Array, "B L D"]:
-    """Adds the output of the routed experts (None in a dense block), and of the shared experts or
-    the dense feed-forward. `key` is the block's own (Context.key)."""
+    """Adds the output of the routed experts, and that of the shared experts or dense feed-forward.
+
+    `routed` is None in a dense block. `key` is the block's own (Context.key).
+    """
     x = entered.x
     if routed is not None:
         x = x + _dropped(block, routed, key, "moe")
@@ -112,7 +118,7 @@ def leave(
 def end(
     model: "Transformer", x: Float[Array, "B L D"], norm: "RMSNorm | None" = None
 ) -> Float[Array, "B L V"]:
-    """norm(x) · headᵀ in the output dtype. Multi-token prediction brings its own norm."""
+    """norm(x) · headᵀ in the output dtype. Multi-token prediction passes its own norm."""
     normed = (norm or model.norm)(x)
     table = model.output_table().astype(normed.dtype)
     product = jnp.einsum("bld,vd->blv", normed, table, preferred_element_type=jnp.float32)
@@ -132,8 +138,9 @@ def run_block(
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": None,
+    "full": None,  # jax.checkpoint without a policy saves nothing
 }
+"""By `model.remat`."""
 
 
 def run_stack(
@@ -141,9 +148,9 @@ def run_stack(
 ) -> tuple[Float[Array, "B L D"], Cache | None, RouterStats | None]:
     """Runs the blocks of a stack in order by one scan, so that one block is compiled for all.
 
-    Caches and statistics carry a leading layer axis. Without caches given, none are returned. With
-    `remat` a block's activations are recomputed in the backward pass: all of them ("full"), or all
-    but the products with parameters ("dots").
+    Caches and statistics carry a leading layer axis. Without caches given, none are returned.
+    `remat` "full" recomputes all of a block's activations in the backward pass. "dots" keeps the
+    products with parameters and recomputes the rest.
     """
     graph, parameters = nnx.split(stack.blocks)
     own = context.at(stack.name)
@@ -153,6 +160,8 @@ def run_stack(
         parameters, cache, key = layer
         block = nnx.merge(graph, parameters)
         x, extended, stats = run_block(block, x, own._replace(key=key), cache)
+        # Attention returns its keys and values in training, too. Stacked by the scan, they would
+        # stay in memory for nothing.
         return x, (None if cache is None else extended, stats)
 
     if stack.remat != "none":

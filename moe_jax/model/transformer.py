@@ -55,6 +55,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Rows of the embedding in the compute dtype."""
+        # clip: JAX's default for ids out of range is a row of NaN, at the price of a mask.
         rows = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
         return rows.astype(self.config.compute_dtype)
 
@@ -72,9 +73,9 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
         """The residual stream before the final norm, and the statistics of the sparse blocks.
 
-        `segments` numbers the documents of each row. A `key` marks a training step (dropout,
-        routing noise). `shift` is added to the embeddings. Statistics carry a leading layer axis
-        and are None for a dense model.
+        `segments` numbers the documents of each row. A `key` marks a training step, with dropout
+        and routing noise. `shift` is added to the embeddings. Statistics carry a leading layer
+        axis. They are None for a dense model.
         """
         context = stages.whole_documents(self.config, tokens, segments, key)
         x, _, stats = self._run(context, Caches(None, None), shift)
@@ -83,8 +84,10 @@ class Transformer(nnx.Module):
     def extend(
         self, tokens: Int[Array, "B L"], start: Int[Array, ""], caches: Caches
     ) -> tuple[Float[Array, "B L D"], Caches]:
-        """`hidden` for tokens from position `start` on, given the KV caches of all before them, and
-        the caches extended by these tokens."""
+        """`hidden` for tokens from position `start` on, and the KV caches extended by them.
+
+        `caches` holds the keys and values of all tokens before `start`.
+        """
         of_any_layer = caches.dense or caches.sparse
         assert of_any_layer is not None
         slots = of_any_layer[0].shape[2]  # [layers, B, slots, …]
@@ -98,7 +101,10 @@ class Transformer(nnx.Module):
         cache: Cache | None = None,
         shift: Float[Array, "B L D"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """The residual stream before the first sparse block, and the dense blocks' caches."""
+        """The residual stream before the first sparse block, and the dense blocks' caches.
+
+        Training and decoding with experts in tiers run this as one program.
+        """
         x = stages.begin(self, context, shift)
         if self.config.dense_layers:
             x, cache, _ = stages.run_stack(self.dense, x, context, cache)
@@ -108,7 +114,8 @@ class Transformer(nnx.Module):
         self, context: stages.Context, caches: Caches, shift: Array | None = None
     ) -> tuple[Array, Caches, RouterStats | None]:
         x, dense = self.begin(context, caches.dense, shift)
-        sparse, stats = None, None
+        sparse = None
+        stats = None
         if self.config.moe_layers:
             x, sparse, stats = stages.run_stack(self.sparse, x, context, caches.sparse)
         return x, Caches(dense, sparse), stats
@@ -116,7 +123,7 @@ class Transformer(nnx.Module):
     def logits(
         self, hidden: Float[Array, "B L D"], norm: RMSNorm | None = None
     ) -> Float[Array, "B L V"]:
-        """stages.end."""
+        """The logits of every position (stages.end). `norm` replaces the model's final norm."""
         return stages.end(self, hidden, norm)
 
     def __call__(
@@ -131,6 +138,7 @@ class Transformer(nnx.Module):
 
         def stacked(layers: int) -> Cache | None:
             one = empty_cache(self.config.attention, batch, slots, dtype)
+            # Attention of either kind caches two arrays: keys and values, or latents and rope keys.
             first, second = (jnp.broadcast_to(part, (layers, *part.shape)) for part in one)
             return (first, second) if layers else None
 

@@ -12,10 +12,11 @@ from moe_jax.moe.plan import Plan
 def dispatch(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D"]:
     """rows[r] = x[token of row r], and 0 in padding rows.
 
-    The gradient is the unweighted combine, dx[t] = sum_k d rows[row[t, k]]: a gather where
-    autodiff would scatter.
+    The gradient is the unweighted combine, dx[t] = sum_k d rows[row[t, k]]. It gathers where
+    autodiff would scatter, because XLA:CPU runs scatters one element at a time.
     """
     per_token = plan.row.shape[1]
+    # Assignments are numbered t·K + k. Padding rows have S, which is clipped and then masked.
     filled = plan.assignment < plan.row.size
     rows = jnp.take(x, plan.assignment // per_token, axis=0, mode="clip")
     return jnp.where(filled[:, None], rows, 0)
@@ -26,7 +27,7 @@ def _forward(x: Array, plan: Plan) -> tuple[Array, Plan]:
 
 
 def _backward(plan: Plan, d_rows: Array) -> tuple[Array, None]:
-    gathered = jnp.take(d_rows, plan.row, axis=0, mode="fill", fill_value=0)
+    gathered = jnp.take(d_rows, plan.row, axis=0, mode="fill", fill_value=0)  # [T, K, D]
     return gathered.astype(jnp.float32).sum(axis=1).astype(d_rows.dtype), None
 
 

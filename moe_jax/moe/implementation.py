@@ -23,21 +23,26 @@ IMPLEMENTATIONS: dict[str, Mixture] = {
 
 
 def implementation(name: str, precision: str = "compute") -> str:
-    """`auto` is triton on GPUs that can run it (compute capability 8.0, or 8.9 for precision fp8),
-    and xla anywhere else."""
+    """The name of the implementation that runs, which is `name` itself unless it is "auto".
+
+    `auto` is triton on GPUs that can run it (compute capability 8.0, or 8.9 for precision fp8), and
+    xla anywhere else. A name given explicitly is never replaced: train.checks refuses a run that
+    cannot have it.
+    """
     if name != "auto":
         return name
+    # "lower": no GPU here, but the programs are compiled for one (moe_kernels.launch).
     support = fp8_support() if precision == "fp8" else triton_support()
     return "triton" if support.name in ("gpu", "lower") else "xla"
 
 
 def uses_kernels(config: MoEConfig) -> bool:
-    """Whether gate and schedule are Triton kernels, too."""
+    """Whether routing and planning (steps 1 and 2) run as Triton kernels, too."""
     return implementation(config.implementation, config.precision) == "triton"
 
 
 def mixture_of(config: MoEConfig) -> Mixture:
-    """The implementation that the settings ask for, in the precision that they ask for."""
+    """The function that computes the experts under these settings, precision included."""
     name = implementation(config.implementation, config.precision)
     if config.precision == "compute":
         return IMPLEMENTATIONS[name]

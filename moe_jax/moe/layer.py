@@ -16,18 +16,19 @@ from moe_jax.parallel.mesh import mean_over_data, sum_over_data
 
 
 class RouterStats(NamedTuple):
-    """What a layer's routing did, over the whole batch."""
+    """Statistics of a layer's routing over the whole batch."""
 
     load: Int[Array, "E"]
     """Assignments that the gate made to each expert."""
     dropped: Int[Array, ""]
-    """Assignments that no expert computed, because it was at its capacity."""
+    """Assignments that were not computed, because their expert was at its capacity."""
     entropy: Float[Array, ""]
     """balance.router_entropy."""
     loss: Float[Array, ""]
     """The weighted balance losses, to be added to the objective."""
     experts: Int[Array, "B L K"] | None = None
-    """Each token's experts, E for no expert. The training step drops them."""
+    """Each token's experts, E for no expert. Objectives drop them, because the statistics of a step
+    would keep them in memory."""
 
 
 class Gate(NamedTuple):
@@ -48,7 +49,10 @@ class Layer(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Everything of a layer that needs no expert: who computes what, and with what weight."""
+    """The results of a layer before its experts run: which expert computes what, and the weights.
+
+    Tiers fetch experts by it.
+    """
 
     routing: Routing
     plan: Plan
@@ -75,6 +79,7 @@ def choose(
     spread = None if gate.noise is None else project(tokens, gate.noise)
     kernels = uses_kernels(config)
     routing = route(logits, gate.bias, config, context, spread, kernels=kernels)
+    # 0 is dropless. Expert choice has a capacity by definition, of factor 1 unless another is set.
     factor = config.capacity_factor
     if config.rule == "expert_choice":
         factor = factor or 1.0
@@ -91,8 +96,10 @@ def mix(
     down: Float[Array, "E F D"],
     config: MoEConfig,
 ) -> Float[Array, "B L D"]:
-    """The weighted sum of the chosen experts' outputs, by the configured implementation. Matrices
-    are cast to the dtype of x."""
+    """The weighted sum of the chosen experts' outputs, by the configured implementation.
+
+    Matrices are cast to the dtype of x.
+    """
     tokens = x.reshape(-1, x.shape[-1])
     gate_up = gate_up.astype(x.dtype)
     down = down.astype(x.dtype)
@@ -100,7 +107,7 @@ def mix(
 
 
 def project(tokens: Float[Array, "T D"], matrix: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    """Router outputs, in float32 whatever the dtypes (arXiv:2101.03961, §2.4)."""
+    """Router outputs, in float32 whatever the dtypes of the operands (arXiv:2101.03961, §2.4)."""
     tokens = tokens.astype(jnp.float32)
     # HIGHEST: a GPU's default (TF32) rounds logits enough to change who is chosen.
     return jnp.matmul(tokens, matrix.astype(jnp.float32), precision=lax.Precision.HIGHEST)
@@ -109,8 +116,10 @@ def project(tokens: Float[Array, "T D"], matrix: Float[Array, "D E"]) -> Float[A
 def router_stats(
     routing: Routing, plan: Plan, shape: tuple[int, ...], config: MoEConfig
 ) -> RouterStats:
-    """Statistics over the whole batch, also when each device holds a part of it. `shape` is that of
-    the layer's input, [B, L, D]."""
+    """Statistics over the whole batch, also when each device holds a part of it.
+
+    `shape` is that of the layer's input, [B, L, D].
+    """
     loss = jnp.zeros((), jnp.float32)
     if config.sequence_loss:
         scores = routing.scores.reshape(*shape[:-1], config.experts)
@@ -120,10 +129,12 @@ def router_stats(
     if config.device_loss:
         loss += config.device_loss * balance.expert_loss(routing.scores, plan.load, config.groups)
     if config.locality_loss:
-        scores, picks = (a.reshape(*shape[:-1], -1) for a in (routing.scores, routing.experts))
-        loss += config.locality_loss * balance.locality_loss(scores, picks)
+        scores = routing.scores.reshape(*shape[:-1], config.experts)
+        chosen = routing.experts.reshape(*shape[:-1], -1)  # [B, L, K]
+        loss += config.locality_loss * balance.locality_loss(scores, chosen)
     if config.z_loss:
         loss += config.z_loss * balance.z_loss(routing.logits)
+    # A statistic and no loss: without the stop its gradient would be computed and thrown away.
     entropy = lax.stop_gradient(balance.router_entropy(routing.scores))
     dropped = jnp.sum(plan.load - plan.counts)
     return RouterStats(

@@ -39,7 +39,9 @@ class MoE(nnx.Module):
         self.gate_up = normal("gate_up", (experts, width, 2 * hidden), std)
         self.down = normal("down", (experts, hidden, width), out_std)
         if config.rule == "noisy_top_k":
+            # Zero: at the start every logit has noise of the same size, softplus(0).
             self.router_noise = nnx.Param(jnp.zeros((width, experts), dtype))
+        # A softmax gate has one as well, so that every model has the same tree. It does not use it.
         self.bias = RouterBias(jnp.zeros((experts,), jnp.float32))
 
     def __call__(

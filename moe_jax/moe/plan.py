@@ -1,8 +1,8 @@
 """Step 2: where every (token, expert) assignment goes, as integers only.
 
-Assignments are sorted by expert and each expert's rows are padded to whole blocks, so that a block
-belongs to one expert. All shapes are static and there is no scatter: XLA runs scatters one by one
-on the CPU, while sorts and gathers are fast everywhere.
+Assignments are sorted by expert, and each expert's rows are padded to whole blocks, so that a block
+belongs to one expert. All shapes are static. There is no scatter, because XLA:CPU runs a scatter
+one element at a time, while sorts and gathers are fast everywhere.
 """
 
 import dataclasses
@@ -20,34 +20,34 @@ from moe_kernels.schedule import block_count, choose_block_rows, schedule
 class Plan:
     """One layer's dispatch, shared by every implementation of the experts.
 
-    S = T·K assignments, numbered t·K + k; R = blocks · block_rows padded rows.
+    There are S = T·K assignments, numbered t·K + k, and R = blocks · block_rows padded rows.
     """
 
     load: Int[Array, "E"]
     """Assignments that the gate made to each expert."""
     counts: Int[Array, "E"]
-    """Rows that each expert computes: its load, cut at the capacity where there is one."""
+    """Rows that each expert computes: its load, or the expert capacity where that is less."""
     starts: Int[Array, "E"]
-    """First row of each expert; the others follow it without a gap."""
+    """First row of each expert. Its other rows follow without a gap."""
     assignment: Int[Array, "R"]
     """The assignment in a padded row, or S where the row is padding."""
     row: Int[Array, "T K"]
-    """The inverse, assignment[row[t, k]] = t·K + k; R where the assignment was dropped."""
+    """The inverse: assignment[row[t, k]] = t·K + k. R where the assignment was dropped."""
     experts: Int[Array, "T K"]
-    """The expert of each assignment; E where it has no row."""
+    """The expert of each assignment, or E where it has no row."""
     block_expert: Int[Array, "blocks"]
-    """The expert of each block (that of an unused block is arbitrary: all its rows are padding)."""
+    """The expert of each block. Any expert for an unused block, whose rows are all padding."""
     block_rows: int = dataclasses.field(metadata={"static": True})
     """Rows of a block."""
     most: int = dataclasses.field(metadata={"static": True})
-    """The experts compute at most so many rows together: S, or E times the capacity."""
+    """The experts compute at most so many rows together: S, or E times the expert capacity."""
 
 
 def sort_with_index(keys: Int[Array, "S"], below: int) -> tuple[Int[Array, "S"], Int[Array, "S"]]:
     """(sorted keys, their former indices), stable, for 0 <= keys < `below`.
 
-    Key and index share one 32-bit word where they fit: XLA:CPU sorts one plain array several times
-    faster than a pair (measured at S = 12288: 0.3 against 1.9 ms).
+    Key and index share one 32-bit word where they fit. XLA:CPU sorts one plain array several times
+    faster than a pair (measured at S = 12288: 0.3 ms against 1.9 ms).
     """
     size = keys.size
     index = jnp.arange(size, dtype=jnp.int32)
@@ -68,9 +68,9 @@ def make_plan(
 ) -> Plan:
     """Sorts the assignments by expert, earlier tokens first, and lays out the blocks.
 
-    An assignment to expert `num_experts` is to no expert and has no row. With a
-    `capacity` an expert keeps its first so many assignments and the others have no row either;
-    without one nothing is dropped. With `kernels` the same arrays are made by Triton kernels.
+    An assignment to expert `num_experts` is to no expert and has no row. With a `capacity`, an
+    expert keeps its first so many assignments, and its others have no row either. Without one,
+    nothing is dropped. With `kernels`, Triton kernels compute the same arrays.
     """
     tokens, per_token = experts.shape
     assignments = tokens * per_token
@@ -78,25 +78,32 @@ def make_plan(
     rows = choose_block_rows(most, num_experts)
     blocks = block_count(most, num_experts, rows)
     if kernels:
-        made = schedule(experts, num_experts, rows, blocks, capacity)
-        return Plan(**vars(made), most=most)
+        scheduled = schedule(experts, num_experts, rows, blocks, capacity)
+        return Plan(**vars(scheduled), most=most)
 
+    # Loads from the positions where each expert's run ends. Number E (no expert) sorts last and is
+    # never counted.
     flat = experts.reshape(assignments)
     in_order, order = sort_with_index(flat, num_experts + 1)
     ends = jnp.searchsorted(in_order, jnp.arange(num_experts), side="right").astype(jnp.int32)
     load = jnp.diff(ends, prepend=0)
     counts = load if capacity is None else jnp.minimum(load, capacity)
-    sorted_starts = ends - load
+    sorted_starts = ends - load  # first place of each expert in the sorted order, drops included
+    # Whole blocks for each expert. The matrix products of the kernels then need no masks.
     padded = -(-counts // rows) * rows
     padded_ends = jnp.cumsum(padded)
     starts = padded_ends - padded
 
+    # Sorting a permutation with its index inverts it: rank[a] is the place of assignment a.
     _, rank = sort_with_index(order, assignments)
     owner = jnp.minimum(flat, num_experts - 1)
     within = rank - sorted_starts[owner]
+    # The sort is stable, so an expert over its capacity keeps its earliest tokens.
     kept = (flat < num_experts) & (within < counts[owner])
     row = jnp.where(kept, starts[owner] + within, blocks * rows)
 
+    # And backwards, from a padded row to its assignment. Unused blocks lie past all ends, and are
+    # clipped to the last expert, whose count masks their rows.
     block_expert = jnp.searchsorted(padded_ends, jnp.arange(blocks) * rows, side="right")
     block_expert = jnp.minimum(block_expert, num_experts - 1).astype(jnp.int32)
     of_row = jnp.repeat(block_expert, rows)
@@ -106,4 +113,14 @@ def make_plan(
     row = row.reshape(tokens, per_token)
     if capacity is not None:
         experts = jnp.where(row < blocks * rows, experts, num_experts)
-    return Plan(load, counts, starts, assignment, row, experts, block_expert, rows, most)
+    return Plan(
+        load=load,
+        counts=counts,
+        starts=starts,
+        assignment=assignment,
+        row=row,
+        experts=experts,
+        block_expert=block_expert,
+        block_rows=rows,
+        most=most,
+    )

@@ -1,4 +1,4 @@
-"""What the operands of the experts' forward products are rounded to: nothing, or FP8 emulated."""
+"""Rounding of the operands of the experts' forward products: none, or emulated FP8."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,12 +9,13 @@ from moe_kernels.quantise.reference import round_matrices, round_rows
 
 
 class Rounding(NamedTuple):
-    """Of activations and of matrices, to one dtype. Gradients are straight-through."""
+    """Functions that round activations and matrices. Gradients are straight-through."""
 
     rows: Callable[[Array], Array]
-    """[..., D] -> what stands for it."""
+    """[..., D] -> the rounded values, in the same shape."""
     matrices: Callable[[Array, int], Array]
-    """([E, D, N], how many matrices lie side by side in N) -> what stands for it."""
+    """([E, D, N], number of matrices side by side in N) -> the rounded values. A tile with
+    its scale never spans two matrices."""
 
 
 def _fp8_rows(rows: Array, power_of_two: bool) -> Array:
@@ -34,5 +35,7 @@ def _fp8(power_of_two: bool) -> Rounding:
 
 NONE = Rounding(lambda rows: rows, lambda matrices, parts: matrices)
 FP8 = {"float32": _fp8(False), "power_of_two": _fp8(True)}
-"""By `model.moe.fp8_scales`: to the numbers that FP8 kernels multiply (E4M3 in tiles of 1x128 and
-128x128), in float32, where products of two E4M3 values are exact. Numerics to study, not speed."""
+"""By `model.moe.fp8_scales`: rounds to the numbers that FP8 kernels multiply.
+
+These are E4M3 in tiles of 1x128 and 128x128. Products are taken in float32, where the product of
+two E4M3 values is exact. So this shows the numerics of FP8, and not its speed."""

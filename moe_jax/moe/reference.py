@@ -1,4 +1,4 @@
-"""Steps 3 to 5 as written: dispatch -> experts -> combine, one after the other."""
+"""The reference implementation of steps 3 to 5: dispatch -> experts -> combine."""
 
 from jax import Array
 from jaxtyping import Float
@@ -18,8 +18,8 @@ def mixture(
 ) -> Float[Array, "T D"]:
     """out[t] = sum_k weights[t, k] · swiglu(x[t] gate_up[e]) down[e], e the k-th expert of t.
 
-    The specification that the fast implementations are compared with. It keeps every step's
-    output for the backward pass, and a copy of its expert's matrices for every block.
+    The fast implementations are compared with it. For the backward pass it keeps the output of
+    every step, and for every block a copy of its expert's matrices.
     """
     rows = grouped_swiglu(dispatch(x, plan), gate_up, down, plan)
     return combine(rows, weights, plan)

@@ -12,18 +12,18 @@ from moe_jax.config import MoEConfig
 from moe_jax.moe.rules import NO_CONTEXT, RULES, RoutingContext, representatives
 
 KERNEL_RULES = ("top_k", "noisy_top_k")
-"""Rules that the gate kernel computes; the others look at more than one token, or at none."""
+"""Rules that the gate kernel computes. The others look at many tokens at once, or at none."""
 
 
 class Routing(NamedTuple):
     """A routing decision, with what the balance losses need."""
 
     experts: Int[Array, "T K"]
-    """Chosen experts, best first, distinct within a token; E stands for no expert."""
+    """Chosen experts, best first, distinct within a token. E stands for no expert."""
     weights: Float[Array, "T K"]
-    """Factors on the chosen experts' outputs (float32); 0 for no expert."""
+    """Factors on the chosen experts' outputs, float32. 0 for no expert."""
     scores: Float[Array, "T E"]
-    """Affinities before any bias: softmax or sigmoid of the logits (float32)."""
+    """Affinities before any bias: softmax or sigmoid of the logits, float32."""
     logits: Float[Array, "T E"]
     """Router outputs, with their noise if there is any (float32)."""
 
@@ -38,16 +38,16 @@ def route(
 ) -> Routing:
     """Applies the configured gate and rule. NaN logits give NaN weights.
 
-    softmax: s = softmax(logits) chooses and weighs; sigmoid: s + bias chooses, s weighs
-    (arXiv:2412.19437, eq. 12-16). `spread` is noisy top-k's second router output. With
-    `kernels` one Triton kernel does it all, for the KERNEL_RULES.
+    softmax: s = softmax(logits) chooses experts and gives their weights. sigmoid: s + bias chooses,
+    and s gives the weights (arXiv:2412.19437, eq. 12-16). `spread` is the output of noisy top-k's
+    second router. With `kernels` one Triton kernel computes the KERNEL_RULES.
     """
     logits = logits.astype(jnp.float32)
     if spread is not None and context.key is not None:
         logits = add_noise(logits, spread, context.key)
     if kernels and config.rule in KERNEL_RULES:
-        found = gate(logits, bias if config.gate == "sigmoid" else None, kernel_choice(config))
-        return Routing(*found, logits)
+        gated = gate(logits, bias if config.gate == "sigmoid" else None, kernel_choice(config))
+        return Routing(*gated, logits)
     if config.gate == "softmax":
         scores = selection = jax.nn.softmax(logits, axis=-1)
     else:
@@ -56,6 +56,7 @@ def route(
     # A NaN of either sign is the largest, so that it shows; lax.top_k puts -NaN last.
     selection = jnp.where(jnp.isnan(selection), jnp.nan, selection)
     experts = RULES[config.rule](lax.stop_gradient(selection), config, context)
+    # A hash looks at no score, so its experts weigh the same: scale / K each.
     if config.rule == "hash":
         weights = jnp.full_like(scores, config.scale / experts.shape[1], shape=experts.shape)
     else:
@@ -64,15 +65,15 @@ def route(
 
 
 def kernel_choice(config: MoEConfig) -> GateConfig:
-    """The configured gate in the kernel's words."""
+    """The configured gate as the kernel's own configuration. Kernels know nothing of moe_jax."""
     return GateConfig(
-        config.experts_per_token,
-        config.gate,
-        config.normalise,
-        config.scale,
-        config.groups,
-        config.groups_per_token,
-        representatives(config),
+        per_token=config.experts_per_token,
+        function=config.gate,
+        normalise=config.normalise,
+        scale=config.scale,
+        groups=config.groups,
+        groups_per_token=config.groups_per_token,
+        representatives=representatives(config),
     )
 
 
@@ -81,11 +82,14 @@ def gate_weights(
 ) -> Float[Array, "T K"]:
     """scale · s[t, e_k], divided by its sum over k if `normalise` (arXiv:2412.19437, eq. 13).
 
-    The selection bias is not part of `scores`: it decides who is chosen, never how much counts.
+    The router bias is not part of `scores`. It decides which experts are chosen, and never how much
+    they count.
     """
+    # clip, and then 0: an expert of number E is none.
     chosen = jnp.take_along_axis(scores, experts, axis=-1, mode="clip")
     chosen = jnp.where(experts < scores.shape[1], chosen, 0.0)
     if normalise:
+        # 1e-20 guards tokens without any expert: 0 / 0 would reach the gradient.
         chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
     return scale * chosen
 

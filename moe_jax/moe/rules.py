@@ -1,7 +1,8 @@
-"""Which experts a token goes to: one function a rule, all from selection scores to expert ids.
+"""The rules that choose experts from selection scores, one function each.
 
-A rule takes (selection scores [T, E], config, context) and returns int32[T, slots]: a token's
-experts, best first, distinct, filled up with E for no expert. No gradient passes through a choice.
+A rule takes (selection scores [T, E], config, context) and returns int32[T, slots]. A row holds a
+token's experts, best first and distinct, filled up with E for no expert. No gradient passes through
+a choice.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from moe_jax.config import MoEConfig
 
 
 class RoutingContext(NamedTuple):
-    """What some rules need besides the scores."""
+    """Inputs that some rules need besides the scores."""
 
     tokens: Int[Array, "..."] | None = None
     """Token ids, for hash routing."""
     key: Array | None = None
-    """The random key of a training step; None outside training: no noise and no rounding."""
+    """The random key of a training step. None outside training: no noise and no rounding."""
 
 
 NO_CONTEXT = RoutingContext()
@@ -44,6 +45,7 @@ def expert_choice(
     Not causal: whether a token is taken depends on the tokens after it.
     """
     capacity = expert_capacity(len(selection), config, config.capacity_factor or 1.0)
+    # An argsort of an argsort is the rank of each token in each expert's column.
     order = jnp.argsort(-selection, axis=0, stable=True)
     return _fill_slots(jnp.argsort(order, axis=0) < capacity, selection, config)
 
@@ -51,19 +53,20 @@ def expert_choice(
 def token_rounding(
     selection: Float[Array, "T E"], config: MoEConfig, context: RoutingContext
 ) -> Int[Array, "T slots"]:
-    """top_k, and then each expert's load n is rounded to a multiple of the tile: it loses its
-    lowest tokens, or gains the best of those that had not chosen it (arXiv:2512.14080, §5).
+    """top_k, and then each expert's load n is rounded to a multiple of the tile.
 
-    Only in training: like expert choice it looks at other tokens. The rounded load is
-    tile · floor(n / tile + 1/2).
+    The expert loses its lowest tokens, or gains the best of the tokens that had not chosen it
+    (arXiv:2512.14080, §5). The rounded load is tile · floor(n / tile + 1/2). Outside training it is
+    top_k alone, because rounding looks at other tokens, as expert choice does.
     """
     chosen = top_k(selection, config, context)
     if context.key is None:
         return chosen
-    picked = jnp.any(chosen[:, :, None] == jnp.arange(selection.shape[1]), axis=1)
+    picked = jnp.any(chosen[:, :, None] == jnp.arange(selection.shape[1]), axis=1)  # [T, E]
     tile = config.rounding_tile
     rounded = (2 * picked.sum(axis=0) + tile) // (2 * tile) * tile
-    # A token that may not use the expert's group comes last, and does not come at all.
+    # Ranks per expert: tokens that chose it first, then the others, each by score. A token whose
+    # groups exclude the expert is never added, even where the rounded load has room.
     allowed = limit_groups(selection, config)
     order = jnp.lexsort((-allowed, ~picked), axis=0)
     taken = (jnp.argsort(order, axis=0) < rounded) & (allowed != -jnp.inf)
@@ -75,9 +78,11 @@ def hash_tokens(
 ) -> Int[Array, "T K"]:
     """K experts by a fixed hash of the token's id: a baseline without learning (arXiv:2106.04426).
 
-    Every (id, expert) pair is hashed and the K largest win, so they are distinct.
+    Every (id, expert) pair is hashed, and the K experts with the largest hashes are taken. So they
+    are distinct.
     """
     assert context.tokens is not None, "hash routing needs token ids: pass RoutingContext(tokens)"
+    # The two factors are odd, so that different ids (and different experts) stay different.
     experts = jnp.arange(selection.shape[1], dtype=jnp.uint32)
     word = context.tokens.reshape(-1, 1).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
     word = word ^ ((experts + 1) * jnp.uint32(0x85EBCA77))
@@ -93,11 +98,12 @@ RULES: dict[str, Rule] = {
     "token_rounding": token_rounding,
     "hash": hash_tokens,
 }
-"""By `model.moe.rule`; noisy top-k differs in its logits (route.add_noise)."""
+"""By `model.moe.rule`. Noisy top-k differs in its logits alone (route.add_noise)."""
 
 
 def expert_capacity(tokens: int, config: MoEConfig, factor: float) -> int:
     """ceil(factor · T K / E), at least 1 and at most T."""
+    # -int(-x // 1) is ceil(x). `tokens` is a static shape, so the capacity is one, too.
     share = factor * tokens * config.experts_per_token / config.experts
     return min(tokens, max(1, -int(-share // 1)))
 
@@ -105,8 +111,8 @@ def expert_capacity(tokens: int, config: MoEConfig, factor: float) -> int:
 def limit_groups(selection: Float[Array, "T E"], config: MoEConfig) -> Float[Array, "T E"]:
     """Sets the scores of all but a token's best groups to -inf (arXiv:2412.19437, §2.1.2).
 
-    A group (E / groups neighbouring experts, those of one device) is as good as the sum of its
-    best `representatives` scores.
+    A group is E / groups neighbouring experts, as they lie on one device. Its score is the sum of
+    its best `representatives` scores.
     """
     if config.groups_per_token == config.groups:
         return selection
@@ -120,8 +126,11 @@ def limit_groups(selection: Float[Array, "T E"], config: MoEConfig) -> Float[Arr
 
 
 def representatives(config: MoEConfig) -> int:
-    """Scores that speak for a group: 1 (`max`, DeepSeek-V2), 2 (`top2`, DeepSeek-V3's code), or
-    K / groups_per_token (`node`, the report's node-limited routing)."""
+    """The number of best scores that are summed to the score of a group.
+
+    1 for `max` (DeepSeek-V2), 2 for `top2` (DeepSeek-V3's code), and K / groups_per_token, rounded
+    up, for `node` (node-limited routing in DeepSeek-V3's report). `auto` follows the gate.
+    """
     if config.group_score == "node":
         return -(-config.experts_per_token // config.groups_per_token)
     if config.group_score == "auto":
@@ -132,8 +141,9 @@ def representatives(config: MoEConfig) -> int:
 def _fill_slots(
     taken: Bool[Array, "T E"], selection: Float[Array, "T E"], config: MoEConfig
 ) -> Int[Array, "T slots"]:
-    """The taken experts of each token, best first; at most `config.slots` of them, then E."""
+    """The taken experts of each token, best first: at most `config.slots`, filled up with E."""
     masked = jnp.where(taken, selection, -jnp.inf)
     _, experts = lax.top_k(masked, config.slots)
-    found = jnp.take_along_axis(taken, experts, axis=1)
-    return jnp.where(found, experts, config.experts)
+    # top_k also returns experts that were not taken, where a token has fewer than the slots.
+    is_taken = jnp.take_along_axis(taken, experts, axis=1)
+    return jnp.where(is_taken, experts, config.experts)

@@ -1,6 +1,6 @@
 """The layer over many devices: each routes and computes its own share of the batch.
 
-What devices exchange lies above the mixture: no implementation of the experts knows of devices.
+Exchange between devices lies above the mixture: no implementation of the experts knows of devices.
 """
 
 from jax import Array

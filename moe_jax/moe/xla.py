@@ -1,28 +1,37 @@
 """Steps 3 to 5 in plain XLA, fast on a CPU: a batched product of equal shares, a loop for the rest.
 
-Every expert's first C rows go through one batched product [E, C, D] x [E, D, 2F], where C is the
-mean load and two standard deviations of a balanced router's. What a hot expert has beyond C goes
-through two loops of as many turns as this batch needs, each with that expert's matrices, of 256
-rows and of at most 64. So nothing is dropped, and the worst routing costs what its rows cost. Rows
-beyond an expert's own are its neighbour's: they are computed and never read, with weight 0 in the
-gradients, so no mask touches the activations.
+Every expert's first C rows go through one batched product [E, C, D] x [E, D, 2F]. C is the mean
+load and two standard deviations of a balanced router's load. Rows of a hot expert beyond C go
+through two loops, with turns of 256 rows and of at most 64. A loop takes as many turns as the batch
+needs, each with one expert's matrices. So nothing is dropped, and the worst routing costs only its
+rows. Where an expert has fewer than C rows, the product also computes rows of its neighbour. These
+results are never read and have weight 0 in the gradients, so no mask touches the activations.
 
-The backward pass keeps x, the pre-activation z of the batched product and the routing. The second
-product's output is not kept: with dA' = dO down^T, the gate weight's gradient is the row sum of
-dA' · A (A recomputed from z), as in SonicMoE (arXiv:2512.14080). The loop keeps nothing and
-recomputes its z.
+The backward pass keeps x, the pre-activation z of the batched product, and the routing. The output
+of the second product is not kept. With dA' = dO down^T, the gradient of the gate's weight is the
+row sum of dA' · A, as in SonicMoE (arXiv:2512.14080), where A is recomputed from z. The loop keeps
+nothing and recomputes its z.
 
-Why this design: rates as fractions of that of a batched GEMM of the same FLOPs, forward and forward
-+ backward, at T=2048, D=512, F=256, E=64, K=6 in float32 on two cores. In one trial of the layer:
-this design 0.77 and 0.88; one standard deviation in C and turns of 128 rows 0.75 and 0.70; the loop
-alone with turns of 256 rows 0.60 and 0.65, of 224 rows 0.73 and 0.70. In another, with balanced
-logits: C of twice the mean load 0.54 and 0.58, where one deviation gave 0.87 and 0.95. In
-experiments/moe_layer.py, beside other libraries: this design 0.76 and 0.77; blocks of 128 rows with
-a copy of the matrices each (the reference) 0.40 and 0.36; jax.lax.ragged_dot 0.014 forward.
-Time goes to the up-projection (51% of the forward pass), the down-projection (32%), routing and
-plan (4%), the gather (3%) and the sum (2%). XLA's product with a transposed left operand (the
-gradients of the matrices) runs at two thirds of the others' rate; transposing x before costs less
-than that loses (3% of the backward pass), transposing the activations as well gains nothing.
+Why this design: rates as fractions of the rate of a batched GEMM of the same FLOPs, at T=2048,
+D=512, F=256, E=64, K=6 in float32 on two cores. A line gives forward, then forward + backward.
+
+    one trial of the layer
+      this design                                                0.77   0.88
+      one standard deviation in C, turns of 128 rows             0.75   0.70
+      the loop alone, turns of 256 rows                          0.60   0.65
+      the loop alone, turns of 224 rows                          0.73   0.70
+    another trial, with balanced logits
+      C of one standard deviation                                0.87   0.95
+      C of twice the mean load                                   0.54   0.58
+    experiments/moe_layer.py, beside other libraries
+      this design                                                0.76   0.77
+      blocks of 128 rows, each with a copy of the matrices       0.40   0.36
+      jax.lax.ragged_dot                                         0.014
+
+Of the forward pass, the up-projection takes 51%, the down-projection 32%, routing and plan 4%, the
+gather 3% and the sum 2%. XLA's product with a transposed left operand, which the gradients of the
+matrices need, runs at two thirds of the rate of the others. Transposing x before it costs less than
+that loses (3% of the backward pass). Transposing the activations as well gains nothing.
 """
 
 import math
@@ -46,36 +55,39 @@ class Rows(NamedTuple):
     """Rows that one product computes: [E, C] in the batch, [n] in a turn of the loop."""
 
     assignment: Int[Array, "*rows"]
-    """t·K + k, or S where the row is not the expert's own."""
+    """t·K + k, or S where the row is not the expert's own. S is out of range: writes drop it."""
     token: Int[Array, "*rows"]
-    """t, or T where the row is not the expert's own."""
+    """t, or T where the row is not the expert's own. T is out of range: writes drop it."""
     source: Int[Array, "*rows"]
-    """The token whose vector is computed: a real one, also where nobody reads the result."""
+    """The token whose vector is read. It is in range for every row, also for those not used."""
     weight: Float[Array, "*rows"]
-    """The gate's weight, 0 where the row is not the expert's own."""
+    """The gate's weight, or 0 where the row is not the expert's own."""
 
 
 class Slots(NamedTuple):
-    """Where the batch holds each assignment."""
+    """The place of each assignment in the batched product."""
 
     index: Int[Array, "T K"]
-    """Row of the flat [E · C] batch; 0 where it is not there."""
+    """Row of the flat [E · C] batch. 0 where the assignment is not in the batch."""
     inside: Bool[Array, "T K"]
+    """Whether the batch has it. Otherwise a loop computes it, or it was dropped."""
 
 
 def batch_share(assignments: int, experts: int, tokens: int) -> int:
     """Rows of every expert in the batched product (C): S/E + 2 sqrt(S/E), in eights, at most T.
 
-    0 where an expert has less than 4 rows to compute (decoding): then the loop reads the matrices
-    of the used experts alone.
+    0 where an expert has fewer than 4 rows on average, as in decoding. Then the loop does it all,
+    and reads the matrices of the used experts alone.
     """
     mean = assignments / experts
     return min(tokens, 8 * math.ceil((mean + 2 * mean**0.5) / 8)) if mean >= 4 else 0
 
 
 def turn_sizes(share: int, tokens: int) -> tuple[int, ...]:
-    """Rows of a turn of each loop: 256 for what is far too much, then about a quarter share, 8 to
-    64, for the rest; at most T."""
+    """Rows in a turn of each loop: 256 for large overloads, then 8 to 64 for what is left.
+
+    The small size is the power of two above a quarter of the share, and at most T.
+    """
     small = min(tokens, max(8, min(64, 1 << (share // 4).bit_length())))
     return (256, small) if tokens >= share + 256 else (small,)
 
@@ -92,8 +104,9 @@ def mixture(
     """out[t] = sum_k weights[t, k] · swiglu(x[t] gate_up[e]) down[e], e the k-th expert of t.
 
     Sums are taken in float32 and in a fixed order, so the result is the same bit for bit from run
-    to run. Equal to reference.mixture but for rounding. With a `rounding`, both products' operands
-    are rounded first, and the gradients are those of the exact formula at the z that came of it.
+    to run. It equals reference.mixture up to rounding. With a `rounding`, the operands of both
+    products are rounded first. The gradients are then those of the exact formula, at the z that the
+    rounded operands gave.
     """
     return _mixture(x, weights, gate_up, down, plan, rounding)
 
@@ -108,14 +121,17 @@ def _mixture(
 def _forward(
     x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan, rounding: Rounding
 ) -> tuple[Array, Array | None]:
-    """(out, z of the batch)"""
-    share, dtype = _share(plan), x.dtype
-    out, z = jnp.zeros_like(x, jnp.float32), None
-    x, gate_up = rounding.rows(x), rounding.matrices(gate_up, 2)
+    """(out, z of the batch [E, C, 2F], or None where there is no batch)"""
+    share = _share(plan)
+    dtype = x.dtype
+    out = jnp.zeros_like(x, jnp.float32)
+    z = None
+    x = rounding.rows(x)
+    gate_up = rounding.matrices(gate_up, 2)
     down = rounding.matrices(down, 1)
     if share:
         rows = _batch_rows(plan, weights, share)
-        z = _take(x, rows.source) @ gate_up
+        z = _take(x, rows.source) @ gate_up  # [E, C, D] @ [E, D, 2F]
         y = (rounding.rows(swiglu(z)) @ down).astype(dtype)
         slots = _slots(plan, share)
         out = _sum_slots(y, slots, jnp.where(slots.inside, weights, 0.0))
@@ -138,7 +154,7 @@ def _save(
 
 
 class Gradients(NamedTuple):
-    """Of a set of rows: each for its rows, and for the matrices that they went through."""
+    """The gradients of a set of rows, and of the matrices that they were multiplied by."""
 
     x: Float[Array, "*rows D"]
     weight: Float[Array, "*rows"]
@@ -149,17 +165,21 @@ class Gradients(NamedTuple):
 def _pull(
     x_t: Array, z: Array, d_out: Array, weight: Array, gate_up: Array, down: Array
 ) -> Gradients:
-    """The gradients of weight · (swiglu(z) down), z = x gate_up, from the cotangent d_out; x_t is x
-    transposed."""
+    """The gradients of weight · (swiglu(z) down), where z = x gate_up, from the cotangent d_out.
+
+    x_t is x transposed. Leading axes are those of the batch [E, C, …], or none in a turn [n, …].
+    """
     weight = weight[..., None].astype(z.dtype)
     d_hidden = jnp.einsum("...cd,...fd->...cf", d_out, down)
     hidden, pull = jax.vjp(swiglu, z)
     (dz,) = pull(weight * d_hidden)
+    # The weight's gradient, d_out · y with y = hidden down, equals d_hidden · hidden. So y need not
+    # be kept.
     return Gradients(
-        jnp.einsum("...cf,...df->...cd", dz, gate_up),
-        jnp.sum(d_hidden * hidden, axis=-1, dtype=jnp.float32),
-        x_t @ dz,
-        jnp.einsum("...cf,...cd->...fd", weight * hidden, d_out),
+        x=jnp.einsum("...cf,...df->...cd", dz, gate_up),
+        weight=jnp.sum(d_hidden * hidden, axis=-1, dtype=jnp.float32),
+        gate_up=x_t @ dz,
+        down=jnp.einsum("...cf,...cd->...fd", weight * hidden, d_out),
     )
 
 
@@ -171,13 +191,14 @@ def _backward(
     x, z, weights, gate_up, down, plan = saved
     share = _share(plan)
     sums = Gradients(
-        jnp.zeros_like(x, jnp.float32),
-        jnp.zeros_like(weights, jnp.float32).reshape(-1),
-        jnp.zeros_like(gate_up),
-        jnp.zeros_like(down),
+        x=jnp.zeros_like(x, jnp.float32),
+        weight=jnp.zeros_like(weights, jnp.float32).reshape(-1),
+        gate_up=jnp.zeros_like(gate_up),
+        down=jnp.zeros_like(down),
     )
     if z is not None:
         rows = _batch_rows(plan, weights, share)
+        # The barrier keeps XLA from folding the transposition into the product, which is slower.
         x_t = lax.optimization_barrier(_take(x, rows.source).mT)
         d = _pull(x_t, z, _take(d_out, rows.source), rows.weight, gate_up, down)
         slots = _slots(plan, share)
@@ -186,15 +207,17 @@ def _backward(
         sums = d._replace(x=dx, weight=d_weight.reshape(-1))
 
     def turn(expert: Array, rows: Rows, sums: Gradients) -> Gradients:
-        x_rows, up = _take(x, rows.source), gate_up[expert]
+        x_rows = _take(x, rows.source)
+        up = gate_up[expert]
         d_rows = _take(d_out, rows.source)
         z = (rounding.rows(x_rows) @ rounding.matrices(up[None], 2)[0]).astype(x.dtype)
         d = _pull(x_rows.T, z, d_rows, rows.weight, up, down[expert])
+        # Rows that are not the expert's own are out of range, and dropped.
         return Gradients(
-            sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
-            sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
-            sums.gate_up.at[expert].add(d.gate_up),
-            sums.down.at[expert].add(d.down),
+            x=sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
+            weight=sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
+            gate_up=sums.gate_up.at[expert].add(d.gate_up),
+            down=sums.down.at[expert].add(d.down),
         )
 
     sums = _loop(plan, weights, share, turn, sums)
@@ -211,24 +234,24 @@ def _share(plan: Plan) -> int:
 
 
 def _take(table: Array, index: Array) -> Array:
-    """table[index] for indices that are known to be inside."""
+    """table[index] for indices that are known to be in range, without XLA's clamp."""
     return table.at[index].get(mode="promise_in_bounds")
 
 
 def _rows(plan: Plan, weights: Array, expert: Array, first: Array | int, size: int) -> Rows:
-    """The rows first … first + size - 1 of an expert, or of each of many."""
+    """The rows first … first + size - 1 of an expert, or of each expert of an array."""
     within = first + jnp.arange(size)
-    at = plan.starts[expert][..., None] + within
+    at = plan.starts[expert][..., None] + within  # padded rows of the plan, [*expert, size]
     own = within < plan.counts[expert][..., None]
     tokens, per_token = weights.shape
     assignment = jnp.take(plan.assignment, at, mode="clip")
     source = jnp.minimum(assignment // per_token, tokens - 1)
     weight = jnp.take(weights.reshape(-1), assignment, mode="clip")
     return Rows(
-        jnp.where(own, assignment, weights.size),
-        jnp.where(own, source, tokens),
-        source,
-        jnp.where(own, weight, 0.0),
+        assignment=jnp.where(own, assignment, weights.size),
+        token=jnp.where(own, source, tokens),
+        source=source,
+        weight=jnp.where(own, weight, 0.0),
     )
 
 
@@ -237,14 +260,16 @@ def _batch_rows(plan: Plan, weights: Array, share: int) -> Rows:
 
 
 def _slots(plan: Plan, share: int) -> Slots:
+    # The place of an assignment among its expert's rows.
     rank = plan.row - jnp.take(plan.starts, plan.experts, mode="clip")
     inside = (plan.row < plan.assignment.size) & (rank < share)
     return Slots(jnp.where(inside, plan.experts * share + rank, 0), inside)
 
 
 def _sum_slots(rows: Array, slots: Slots, weights: Array) -> Array:
-    """sum_k weights[t, k] · rows[slots.index[t, k]] in float32, one k after the other: XLA:CPU
-    vectorises a chain of gathers along D, and not a sum over a gathered K (0.9 against 2.7 ms)."""
+    """sum_k weights[t, k] · rows[slots.index[t, k]] in float32, one k after the other."""
+    # XLA:CPU vectorises a chain of gathers along D, and not a sum over a gathered K (0.9 ms against
+    # 2.7 ms).
     flat = rows.reshape(-1, rows.shape[-1])
     out = jnp.zeros((len(weights), rows.shape[-1]), jnp.float32)
     for k in range(weights.shape[1]):
@@ -259,12 +284,16 @@ def _loop(
     turn: Callable[[Array, Rows, State], State],
     state: State,
 ) -> State:
-    """turn(expert, rows, state) over every expert's rows beyond the share: first as many whole
-    turns of the large size as there are, then the rest in turns of the small one."""
+    """turn(expert, rows, state) over every expert's rows beyond the share.
+
+    The first loop takes as many whole turns of the large size as there are. The second takes the
+    rest in turns of the small size.
+    """
     sizes = turn_sizes(share, plan.row.shape[0])
     first = jnp.minimum(plan.counts, share)
     for size in sizes:
         left = plan.counts - first
+        # Rounded up in the last loop, whose last turn of an expert may be partly filled.
         number = left // size if size != sizes[-1] else -(-left // size)
         until = jnp.cumsum(number)
 
@@ -272,7 +301,7 @@ def _loop(
             carry: tuple[Array, State], size: int = size, first: Array = first, until: Array = until
         ) -> tuple[Array, State]:
             i, state = carry
-            expert = jnp.sum(until <= i)
+            expert = jnp.sum(until <= i)  # turns are numbered through all experts
             within = i - jnp.where(expert > 0, until[expert - 1], 0)
             rows = _rows(plan, weights, expert, first[expert] + within * size, size)
             return i + 1, turn(expert, rows, state)

@@ -32,16 +32,17 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class PerturbConfig:
-    """What is added to plain distillation from an online teacher."""
+    """The loss that is added to plain distillation from an online teacher."""
 
     kind: Literal["none", "virtual", "random", "swaps", "random_swaps"] = "virtual"
-    """A shift of the embeddings in the worst or in a random direction, whose KL from the unshifted
-    student is added; or tokens swapped for the worst or for random ones, on which the teacher is
-    matched too (MATE-KD, arXiv:2105.05912, with swaps to first order for its generator)."""
+    """virtual and random shift the embeddings, in the worst or in a random direction. The KL from
+    the unshifted student is added. swaps and random_swaps exchange tokens for the worst or for
+    random ones, and match the teacher on this text, too (MATE-KD, arXiv:2105.05912, with swaps to
+    first order in place of its generator)."""
     alpha: float = 1.0
-    """Share of the teacher; the rest is cross-entropy with the text."""
+    """Share of the teacher. The rest is cross-entropy with the text."""
     weight: float = 1.0
-    """Weight of what is added."""
+    """Weight of the added loss."""
     size: float = 0.1
     """Norm of the shift as a fraction of the norm of the sequence's embeddings."""
     steps: int = 1
@@ -65,7 +66,7 @@ class PerturbConfig:
 
 @dataclass(frozen=True)
 class Student:
-    """The student's reading of a part, position by position. N = B·L."""
+    """A student's reading of a part with everything that a loss a position needs. N = B·L."""
 
     reading: Reading
     logits: LazyLogits
@@ -87,11 +88,11 @@ class Student:
 
 
 def student_of(reading: Reading, temperature: float = 1.0) -> Student:
-    """The reading with its targets and the walk over its vocabulary."""
-    student = reading.logits
+    """The reading with its targets and the chunks of its vocabulary."""
+    logits = reading.logits
     targets, valid = reading.targets()
-    chunks = vocabulary_chunks([student], temperature=temperature)
-    return Student(reading, student, targets, valid, chunks)
+    chunks = vocabulary_chunks([logits], temperature=temperature)
+    return Student(reading, logits, targets, valid, chunks)
 
 
 def weighted(reading: Reading) -> Loss:
@@ -117,8 +118,10 @@ def smoothed_objective(epsilon: float) -> Objective:
 
 
 def guess_objective(alpha: float, teacher: ModelConfig) -> Objective:
-    """(1 - alpha) · CE + alpha · cross-entropy with the teacher's best guess and uniform rest. A
-    step takes the teacher's States as its third argument."""
+    """(1 - alpha) · CE + alpha · cross-entropy with the teacher's best guess and a uniform rest.
+
+    A step takes the teacher's States as its third argument (adversarial.controls).
+    """
     graph = graph_of(teacher)
 
     def objective(reading: Reading, states: States) -> Loss:
@@ -132,8 +135,10 @@ def guess_objective(alpha: float, teacher: ModelConfig) -> Objective:
 
 
 def perturbed_objective(settings: PerturbConfig, teacher: ModelConfig) -> Objective:
-    """Distillation, and what `settings` adds. A step takes the teacher's States as its third
-    argument."""
+    """Distillation with the loss that `settings` adds.
+
+    A step takes the teacher's States as its third argument.
+    """
     graph = graph_of(teacher)
 
     def objective(reading: Reading, states: States) -> Loss:
@@ -149,6 +154,7 @@ def perturbed_objective(settings: PerturbConfig, teacher: ModelConfig) -> Object
         loss += (1 - settings.alpha) * student.total(student.nats())
         if settings.kind != "none":
             added = _shifted if settings.kind in ("virtual", "random") else _swapped
+            # A key of its own: dropout's draws are those of plain distillation with the same seed.
             key = named_key(reading.part.key, "perturbation")
             loss += settings.weight * added(settings, student, key, from_teacher)
         return student.loss(loss)
@@ -157,8 +163,11 @@ def perturbed_objective(settings: PerturbConfig, teacher: ModelConfig) -> Object
 
 
 def _without_gradient(model: Transformer) -> Transformer:
-    """The same model as a constant: a perturbation is found by differentiating it once, and that
-    derivative need not be differentiated again."""
+    """The same model as a constant.
+
+    A perturbation comes from a derivative of the model. Without the stop, the training step would
+    differentiate that derivative again.
+    """
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.lax.stop_gradient(state))
 
@@ -173,7 +182,10 @@ def _shifted(
     key: Array,
     from_teacher: Callable[[LazyLogits, Array], Array],
 ) -> Array:
-    """KL(q(x) ‖ q(x + shift)), q(x) without dropout and without gradient."""
+    """KL(q(x) ‖ q(x + shift)), with q(x) without dropout and without gradient.
+
+    `from_teacher` is not used: the loss compares the student with itself.
+    """
     reading = student.reading
     fixed = _without_gradient(reading.model)
     clean = lazy_forward(fixed, reading.tokens, reading.segments)
@@ -199,7 +211,7 @@ def _swapped(
     key: Array,
     from_teacher: Callable[[LazyLogits, Array], Array],
 ) -> Array:
-    """The divergence from the teacher where both read the text with some tokens swapped."""
+    """The divergence from the teacher, with both models reading the text with swapped tokens."""
     reading = student.reading
     tokens = reading.tokens
     if settings.kind == "random_swaps":
@@ -210,6 +222,7 @@ def _swapped(
         def distance(shift: Array) -> Array:
             return from_teacher(_read_shifted(fixed, reading, shift), tokens)
 
+        # With respect to a shift of 0: the gradient at the embeddings themselves.
         gradient = jax.grad(distance)(jnp.zeros_like(fixed.embed(tokens)))
         table = fixed.embedding[...]
         other = perturb.adversarial_swaps(
@@ -219,7 +232,7 @@ def _swapped(
 
 
 def sequence_nats(model: Transformer, batch: Batch, length: int) -> Float[Array, "B"]:
-    """Mean -log q of each sequence's targets: what selection by loss compares."""
+    """Mean -log q of each sequence's targets, by which adversarial.reweight selects sequences."""
     reading = forward(model, whole_batch(batch, length, 0, None), length)
     student = student_of(reading)
     values = student.nats().reshape(-1, length)

@@ -1,7 +1,7 @@
 """What every objective shares: one forward pass, and one place where the parts of a loss add up.
 
     reading = forward(model, part, length)                 # the only run of the model
-    found = losses(objective, reading, *operands)          # objective(reading, *operands) -> Loss
+    parts = losses(objective, reading, *operands)          # objective(reading, *operands) -> Loss
 
 An objective maps a Reading to the loss of the next-token positions. Multi-token prediction, router
 statistics and balance losses are collected here, for all objectives alike.
@@ -24,9 +24,9 @@ from moe_jax.moe.layer import RouterStats
 
 Batch = dict[str, Array]
 """tokens and segments, int32[B, L + 1 + mtp_depth] each (data.batches), and further arrays that an
-objective reads."""
+objective reads. Rows reach beyond L, because targets are tokens to the right."""
 OWN = "own"
-"""Key of a batch: bool[B, L + mtp_depth], true where the token after t is the student's own."""
+"""Key of a batch: bool[B, L + mtp_depth], true at t where the student wrote token t + 1."""
 
 
 class Part(NamedTuple):
@@ -42,16 +42,20 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model makes of a part, as objectives see it. N = B·L."""
+    """A part and the model's hidden states for it: the input of an objective. N = B·L.
+
+    Logits are not part of it. A [B, L, V] array is the largest of a step, so an objective decides
+    whether to multiply it out at once or chunk by chunk.
+    """
 
     model: Transformer
     part: Part
     length: int
-    """L: the model reads so many tokens of each row."""
+    """L: the number of tokens of each row that the model reads."""
     hidden: Float[Array, "B L D"]
     """The residual stream after the last block."""
     stats: RouterStats | None
-    """Of the sparse blocks; None where they are collected elsewhere, or in a dense model."""
+    """Of the sparse blocks. None in a dense model, and in tiered training, which collects them."""
 
     @property
     def batch(self) -> Batch:
@@ -89,7 +93,7 @@ class Loss(NamedTuple):
     cross_entropy: Float[Array, ""]
     """With the text, in nats. Reported for every objective."""
     other: Float[Array, ""] | None = None
-    """What is minimised in place of the cross-entropy, where the objective is another one."""
+    """The loss that is minimised in place of the cross-entropy. None: the cross-entropy is."""
 
 
 Objective = Callable[..., Loss]
@@ -98,7 +102,7 @@ batch, such as a teacher's parameters: as constants they would be compiled into 
 
 
 class Losses(NamedTuple):
-    """What a part contributes. Losses of the parts of a batch add up."""
+    """The losses of a part. Those of the parts of a batch add up."""
 
     cross_entropy: Float[Array, ""]
     mtp: Float[Array, ""]
@@ -111,20 +115,23 @@ class Losses(NamedTuple):
     """Loss.other."""
 
     def total(self, mtp_weight: float) -> Float[Array, ""]:
-        """What is minimised."""
+        """The scalar that is differentiated."""
         main = self.cross_entropy if self.distillation is None else self.distillation
         return main + mtp_weight * self.mtp + self.balance
 
 
 def valid_targets(batch: Batch, length: int, offset: int = 1) -> Float[Array, ""]:
-    """Number of positions that have a target `offset` ahead in the same document, at least 1."""
+    """Number of positions that have a target `offset` ahead in the same document, at least 1.
+
+    It divides a sum of losses, so a batch without any target gives a loss of 0 and not NaN.
+    """
     _, mask = shifted_targets(batch["tokens"], batch["segments"], length, offset)
     return jnp.maximum(mask.sum(), 1).astype(jnp.float32)
 
 
 def whole_batch(batch: Batch, length: int, mtp_depth: int, key: Array | None) -> Part:
     """A batch as its only part."""
-    offsets = range(1, mtp_depth + 2)
+    offsets = range(1, mtp_depth + 2)  # the next token, and one more for each prediction depth
     return Part(batch, tuple(valid_targets(batch, length, offset) for offset in offsets), key)
 
 
@@ -139,6 +146,7 @@ def forward(model: Transformer, part: Part, length: int) -> Reading:
 def losses(objective: Objective, reading: Reading, *operands: Any) -> Losses:
     """The objective's loss, multi-token prediction's, and the balance losses of all blocks."""
     main = objective(reading, *operands)
+    # Each token's experts are rows of the batch. Kept, they would grow with the accumulation.
     stats = {} if reading.stats is None else {"sparse": reading.stats._replace(experts=None)}
     mtp = jnp.zeros((), jnp.float32)
     if reading.model.config.mtp_depth:
@@ -157,14 +165,15 @@ def token_nats(
 ) -> Float[Array, ""]:
     """Sum of -log softmax(logits)[target] over the masked positions, in float32."""
     logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0))
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - target, 0.0))
 
 
 def mtp_loss(reading: Reading) -> tuple[Float[Array, ""], dict[str, RouterStats]]:
     """1/depth sum_k CE_k (arXiv:2412.19437, eq. 24-25), without the weight lambda.
 
-    Tokens that the student wrote itself (OWN) are no targets: they would only confirm it."""
+    Tokens that the student wrote itself (OWN) are no targets: they would only confirm it.
+    """
     model = reading.model
     batch = reading.batch
     length = reading.length
@@ -182,7 +191,7 @@ def mtp_loss(reading: Reading) -> tuple[Float[Array, ""], dict[str, RouterStats]
         total += token_nats(logits, targets, mask) / reading.part.normalisers[depth]
         collected.append(stats and stats._replace(experts=None))
     mean = total / model.config.mtp_depth
-    if collected[0] is None:
+    if collected[0] is None:  # the blocks of the modules are dense
         return mean, {}
     stacked: Any = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
     return mean, {"mtp": stacked}

@@ -31,9 +31,11 @@ def online_objective(
     weights: Sequence[float] | None = None,
     vocabulary: int | None = None,
 ) -> Objective:
-    """The teachers read every batch. A step takes their States, one for each, as its third
-    argument. `vocabulary` is the number of tokens that all models have, where their tables are of
-    different heights."""
+    """Distillation from teachers that read every batch.
+
+    A step takes their States, one for each, as its third argument. `vocabulary` is the number of
+    tokens that all models share. It is needed where their tables differ in height.
+    """
     graphs = [graph_of(model) for model in teachers]
     kind = Divergence(settings.kind, settings.mix)
 
@@ -55,11 +57,15 @@ def online_objective(
 
 
 def cached_objective(settings: DistillConfig) -> Objective:
-    """For batches from train_batches(…, beside=TeacherCache), sampled or top-k."""
+    """Distillation from a cache of the teacher's outputs, sampled tokens or its top k.
+
+    Batches come from train_batches(…, beside=TeacherCache).
+    """
 
     def objective(reading: Reading) -> Loss:
         batch = reading.batch
-        tokens = batch["teacher_tokens"].reshape(-1, batch["teacher_tokens"].shape[-1])
+        cached = batch["teacher_tokens"]  # [B, L, tokens a position]
+        tokens = cached.reshape(-1, cached.shape[-1])
 
         def divergences(student: LazyLogits, log_z: Array) -> Array:
             chunks = _chunks(student, settings)
@@ -84,27 +90,31 @@ def _mixture(
 ) -> Loss:
     """(1 - alpha) CE + alpha t² divergence over the valid targets.
 
-    `divergences` takes the student's logits and its log-normaliser at temperature 1, and gives a
-    value a position. The student's own tokens have no cross-entropy: it would only confirm them.
+    `divergences` maps the student's logits and its log-normaliser at temperature 1 to one value a
+    position. Tokens that the student wrote itself have no cross-entropy: it would only confirm
+    them.
     """
     student = reading.logits
     targets, valid = reading.targets()
     own = reading.batch.get(OWN)
-    given = valid if own is None else valid & ~own[:, : reading.length].reshape(-1)
+    from_text = valid if own is None else valid & ~own[:, : reading.length].reshape(-1)
     chunks = _chunks(student, settings)
     log_z = distill.log_normaliser(student, chunks._replace(temperature=1.0))
     nats = distill.cross_entropy(student, targets, chunks, log_z)
-    cross_entropy = distill.total(nats, given, reading.normaliser)
+    cross_entropy = distill.total(nats, from_text, reading.normaliser)
     loss = (1 - settings.alpha) * cross_entropy
     if settings.alpha > 0:
+        # t²: a divergence at temperature t has gradients that are smaller by t² (arXiv:1503.02531).
         factor = settings.alpha * settings.temperature**2
         loss += factor * distill.total(divergences(student, log_z), valid, reading.normaliser)
     return Loss(cross_entropy, loss)
 
 
 def is_on_policy(settings: DistillConfig, seed: int, step: int) -> bool:
-    """Whether batch `step` is the student's own: with probability lambda, and the same again when a
-    run is resumed."""
+    """Whether the student writes batch `step` itself, with probability distill.on_policy.
+
+    It depends on seed and step alone, so a resumed run decides the same again.
+    """
     key = jax.random.fold_in(jax.random.key(seed), step)
     return bool(jax.random.uniform(key) < settings.on_policy)
 
@@ -117,11 +127,11 @@ def own_batch(
     key: Array,
     vocabulary: int,
 ) -> Batch:
-    """The batch's first `prompt` tokens, continued by the student at temperature 1 (arXiv:
-    2306.13649, algorithm 1). No gradient passes through the sampling. A row is one document, for
-    the generator sees all of the prompt.
+    """The first `prompt` tokens of each row, continued by the student at temperature 1.
 
-    UserError: the prompt leaves nothing to write.
+    Source: arXiv:2306.13649, algorithm 1. No gradient passes through the sampling. Each row becomes
+    one document, because the generator attends to the whole prompt. UserError: the prompt leaves
+    nothing to write.
     """
     length = batch["tokens"].shape[1]
     require(
@@ -139,11 +149,12 @@ def own_batch(
         temperature=1.0,
     )
     tokens = jnp.concatenate([prompt, written.astype(prompt.dtype)], axis=1)
+    # own[t] speaks of token t + 1, so the first true entry is the last token of the prompt.
     own = jnp.broadcast_to(jnp.arange(1, length) >= settings.prompt, (len(prompt), length - 1))
     return {"tokens": tokens, "segments": jnp.ones_like(tokens), OWN: own}
 
 
 def text_batch(batch: Batch) -> Batch:
-    """A batch of given text in the form of own_batch, so that one compiled step serves both."""
+    """A batch of the text in the form of own_batch, so that one compiled step serves both."""
     rows, length = batch["tokens"].shape
     return {**batch, OWN: jnp.zeros((rows, length - 1), bool)}

@@ -1,6 +1,6 @@
 """Generative adversarial distillation: the policy's objective, and the discriminator's step.
 
-step = make_step(config, policy_objective(settings, start))       # step(state, batch, start's)
+step = make_step(config, policy_objective(settings, start))    # step(state, batch, start's States)
 """
 
 from collections.abc import Callable
@@ -30,17 +30,17 @@ ADVANTAGE = "advantage"
 
 @dataclass(frozen=True)
 class GenerativeConfig:
-    """Generative adversarial distillation; the defaults are the paper's (arXiv:2511.10643)."""
+    """Generative adversarial distillation. The defaults are the paper's (arXiv:2511.10643)."""
 
     group: int = 8
     """Continuations of one prompt (n)."""
     anchor: float = 1e-3
     """Weight of KL(student ‖ starting student) on the written tokens."""
     clip: float = 0.2
-    """Largest change of a token's probability ratio that is rewarded; it acts from the second
-    update on the same samples on."""
+    """Largest change of a token's probability ratio that is rewarded. In the first update on new
+    samples the ratio is 1, so it acts from the second update on."""
     temperature: float = 0.8
-    """At which the student samples and is scored."""
+    """Temperature at which the student samples. Its log-probabilities are taken at the same one."""
 
     def __post_init__(self) -> None:
         owner = "generative"
@@ -55,8 +55,8 @@ def policy_objective(settings: GenerativeConfig, start: ModelConfig) -> Objectiv
     """Policy gradient on batch[ADVANTAGE] and the anchor, over the tokens that batch[OWN] marks.
 
     A step takes the starting student's States as its third argument. The batch's "old_log_q",
-    float32[B, L], are the log-probabilities at sampling. Without them the samples are taken to be
-    the current student's.
+    float32[B, L], are the log-probabilities at sampling. Without them, the samples count as drawn
+    from the current student.
     """
     graph = graph_of(start)
 
@@ -68,6 +68,7 @@ def policy_objective(settings: GenerativeConfig, start: ModelConfig) -> Objectiv
         log_q = log_q.reshape(own.shape)
         old = reading.batch.get("old_log_q", jax.lax.stop_gradient(log_q))
         loss = generative.policy_loss(log_q, old, reading.batch[ADVANTAGE], own, settings.clip)
+        # The anchor is a mean over written tokens, as the policy loss is. 0 needs no second model.
         if settings.anchor:
             first = lazy_forward(nnx.merge(graph, *states), reading.tokens, reading.segments)
             values = divergence(student.logits, [first], student.chunks, Divergence("reverse"))
@@ -88,18 +89,21 @@ class DiscriminatorState(NamedTuple):
 def make_discriminator_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[DiscriminatorState, Array, Array]]:
-    """(state, teacher's text int32[N, L], student's int32[N, L]) -> (state, loss, accuracy before
-    the update). Rows are pairs with the same prompt."""
+    """(state, teacher's text, student's text) -> (state, loss, accuracy before the update).
+
+    The texts are int32[N, L]. Equal rows are a pair with the same prompt.
+    """
 
     def step(
         state: DiscriminatorState, teacher: Array, student: Array
     ) -> tuple[DiscriminatorState, Array, Array]:
         def loss(parameters: Any) -> tuple[Array, Array]:
             judge = nnx.merge(graph, parameters, state.router)
-            scores = judge(jnp.concatenate([teacher, student]))
+            scores = judge(jnp.concatenate([teacher, student]))  # one pass over both, [2N]
             real, own = jnp.split(scores, 2)
             return generative.discriminator_loss(real, own), generative.accuracy(real, own)
 
+        # Parameters alone: a discriminator has no balance losses and no update of its router bias.
         (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(state.parameters)
         updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)

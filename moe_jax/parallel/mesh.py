@@ -14,7 +14,8 @@ Tree = TypeVar("Tree")
 
 def make_mesh(devices: int | None = None) -> Mesh:
     """A mesh whose `data` axis holds all devices of all processes, or the first `devices`."""
-    chosen = jax.devices()[:devices]
+    chosen = jax.devices()[:devices]  # [:None] takes all of them
+    # Auto: the partitioner lays out everything outside map_over_data.
     return jax.make_mesh((len(chosen),), (DATA,), axis_types=(AxisType.Auto,), devices=chosen)
 
 
@@ -26,9 +27,9 @@ def data_parallel() -> int:
 def map_over_data(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """function(batch, parameters) on each device's rows of the batch.
 
-    Expects a pair (arrays [B, …], replicated summary) from `function`. Gradients of the parameters
-    are summed over devices. Sorting and gathering stay local, where the partitioner would
-    replicate them. Without a mesh it is `function` itself.
+    `function` returns a pair (arrays [B, …], summary that is equal on all devices). Gradients of
+    the parameters are summed over devices. Sorting and gathering stay local, where the partitioner
+    would replicate them. Without a mesh the result is `function` itself.
     """
     if data_parallel() == 1:
         return function

@@ -1,4 +1,4 @@
-"""The compression baselines that a validation loss is shown beside, computed once for a text."""
+"""The compression baselines beside a validation loss, computed once for each held-out text."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from moe_jax.data.tokens import TokenData
 
 
 def compression_baselines(data: TokenData, cache: str) -> dict[str, float]:
-    """Bits per byte of gzip -9, xz -9 and a byte 5-gram on the held-out text. They are kept in
-    the data cache."""
+    """Bits per byte of gzip -9, xz -9 and a byte 5-gram on the held-out text.
+
+    The data cache keeps them.
+    """
 
     def build(_: Path) -> dict[str, Any]:
         say("compressing the held-out text with gzip, xz and a 5-gram, once")
@@ -23,6 +25,7 @@ def compression_baselines(data: TokenData, cache: str) -> dict[str, float]:
         }
 
     folder = cache_folder(cache)
+    # The number of held-out tokens is no part of the fingerprint, and a run may use fewer of them.
     name = f"baselines-{data.fingerprint}-{len(data.validation.tokens)}"
     with usable(folder):
         return entry(folder / name, build, say)

@@ -1,7 +1,8 @@
-"""A run made ready for decoding with its experts in tiers, in as little memory as it is given.
+"""Prepares a run for decoding with its experts in tiers, and opens the decoder within a budget.
 
-RUN/decode holds a file of experts a layer (placement.files), the other parameters as
-trunk.safetensors, and, written last, model.json: configuration, tokenizer and step.
+RUN/decode holds one file of experts a layer (placement.files), the other parameters as
+trunk.safetensors, and model.json with configuration, tokenizer and step. model.json is written
+last. Without it the folder counts as not prepared.
 """
 
 import json
@@ -21,28 +22,34 @@ from moe_jax.config import DecodePlacement, ModelConfig, TrainConfig, from_dict,
 from moe_jax.config.checks import parse_bytes
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.moe.module import RouterBias
-from moe_jax.placement.decode import TieredDecoder, save_experts
+from moe_jax.placement.decode import TieredDecoder
 from moe_jax.placement.files import ExpertFiles, Layer, write_experts
 from moe_jax.placement.policy import make_policy
+from moe_jax.placement.save_experts import save_experts
 from moe_jax.placement.store import ExpertStore
 from moe_jax.runs.load import load_run, newest_step
 from moe_jax.train.checkpoint import FORMAT
 from moe_jax.train.engines.tiered.trunk import without_experts
 
-TRUNK, MODEL, LOW_BIT = "trunk.safetensors", "model.json", "low-bit"
+TRUNK = "trunk.safetensors"
+MODEL = "model.json"
+LOW_BIT = "low-bit"
+"""Folder inside RUN/decode with the experts in 8 bits."""
 
 
 def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False) -> Path:
-    """RUN/decode for the run's newest checkpoint, written unless it is there; the experts rounded
-    to `dtype`, if given.
+    """Writes RUN/decode for the run's newest checkpoint, unless it is there. Returns the folder.
 
-    An ordinary run is loaded as a whole for this, once; one that was trained with tiers too.
-    UserError: no checkpoint, a dense model, or a disk that fails.
+    The experts are rounded to `dtype`, if given. The whole run is loaded into memory for this once,
+    also one that was trained with tiers. UserError: no checkpoint, a dense model, or a disk that
+    fails.
     """
-    folder, wanted = Path(run) / "decode", (newest_step(run), dtype)
+    folder = Path(run) / "decode"
+    wanted = (newest_step(run), dtype)
     if _prepared(folder) != wanted:
-        for about in (folder / MODEL, folder / LOW_BIT / MODEL):
-            about.unlink(missing_ok=True)
+        # First, so that a kill on the way leaves a folder that counts as not prepared.
+        for description in (folder / MODEL, folder / LOW_BIT / MODEL):
+            description.unlink(missing_ok=True)
         trained = load_run(run)
         require(
             trained.config.model.moe_layers > 0,
@@ -51,7 +58,7 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
         save_experts(folder, trained.state.parameters, dtype=dtype or None)
         with disk_errors(folder):
             write_atomically(folder / TRUNK, save(_flat(trained.state)))
-            facts = {
+            description = {
                 "format": FORMAT,
                 "step": wanted[0],
                 "dtype": dtype,
@@ -59,22 +66,24 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
                 "config": asdict(trained.config),
                 "tokenizer": trained.tokenizer.to_json(),
             }
-            write_atomically(folder / MODEL, json.dumps(facts))
+            write_atomically(folder / MODEL, json.dumps(description))
     if low_bit and _prepared(folder / LOW_BIT) != wanted:
         files = ExpertFiles(folder)
         write_experts(folder / LOW_BIT, _read_all(files), low_bit=True)
         files.close()
-        about = {"format": FORMAT, "step": wanted[0], "dtype": dtype}
-        write_atomically(folder / LOW_BIT / MODEL, json.dumps(about))
+        description = {"format": FORMAT, "step": wanted[0], "dtype": dtype}
+        write_atomically(folder / LOW_BIT / MODEL, json.dumps(description))
     return folder
 
 
 def _prepared(folder: Path) -> tuple[int, str] | None:
-    """(step, dtype of the experts) that the folder was written for."""
+    """(step, dtype of the experts) that the folder was written for. None: it is incomplete."""
     try:
-        about = json.loads((folder / MODEL).read_text())
+        description = json.loads((folder / MODEL).read_text())
         # A folder of another format is written anew, from a checkpoint whose format is checked.
-        return (about["step"], about["dtype"]) if about["format"] == FORMAT else None
+        if description["format"] != FORMAT:
+            return None
+        return description["step"], description["dtype"]
     except (OSError, ValueError, KeyError):
         return None
 
@@ -82,7 +91,7 @@ def _prepared(folder: Path) -> tuple[int, str] | None:
 def _read_all(files: ExpertFiles) -> Iterator[Layer]:
     for layer in range(files.layers):
         experts = [
-            [matrix.copy() for matrix in files.read(layer, expert)]
+            [matrix.copy() for matrix in files.read(layer, expert)]  # `read` reuses its buffer
             for expert in range(files.experts)
         ]
         gate_up, down = zip(*experts, strict=True)
@@ -90,16 +99,16 @@ def _read_all(files: ExpertFiles) -> Iterator[Layer]:
 
 
 def _flat(state: Any) -> dict[str, np.ndarray]:
-    """Parameters but the experts', and the router's biases, by their dotted names."""
-    found = {}
+    """All parameters except the experts', and the router biases, by their dotted names."""
+    arrays = {}
     for part in (without_experts(state.parameters), state.router):
         for path, leaf in nnx.to_flat_state(part):
-            found[".".join(map(str, path))] = np.ascontiguousarray(leaf[...])
-    return found
+            arrays[".".join(map(str, path))] = np.ascontiguousarray(leaf[...])
+    return arrays
 
 
 class Decodable(NamedTuple):
-    """What RUN/decode holds besides the experts."""
+    """The contents of RUN/decode except the experts."""
 
     config: TrainConfig
     model: ModelConfig
@@ -110,12 +119,14 @@ class Decodable(NamedTuple):
 
 def load_decodable(folder: Path) -> Decodable:
     """The trunk of a prepared run, in memory."""
-    about = json.loads((folder / MODEL).read_text())
-    config = from_dict(TrainConfig, about["config"])
-    parameters, router = [], []
+    description = json.loads((folder / MODEL).read_text())
+    config = from_dict(TrainConfig, description["config"])
+    parameters = []
+    router = []
     with safe_open(folder / TRUNK, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-            path, value = tuple(name.split(".")), jnp.asarray(file.get_tensor(name))
+            path = tuple(name.split("."))
+            value = jnp.asarray(file.get_tensor(name))
             if path[-2:] == ("moe", "bias"):
                 router.append((path, RouterBias(value)))
             else:
@@ -125,36 +136,44 @@ def load_decodable(folder: Path) -> Decodable:
         config.model,
         nnx.from_flat_state(parameters),
         nnx.from_flat_state(router),
-        Tokenizer.from_json(about["tokenizer"]),
+        Tokenizer.from_json(description["tokenizer"]),
     )
 
 
 def open_decoder(
     run: str | Path, placement: DecodePlacement, *, batch: int = 1
 ) -> tuple[TieredDecoder, Decodable]:
-    """A decoder of `batch` rows with the run's experts placed as asked for. Use its store as a
-    context. UserError: a budget below one layer's working set, and as prepare_decoding."""
+    """A decoder for `batch` rows, with the run's experts placed within the budgets.
+
+    Use its store as a context manager. UserError: a budget below one layer's working set, and the
+    errors of prepare_decoding.
+    """
     low_bit = placement.low_bit_share > 0
     folder = prepare_decoding(run, dtype=placement.dtype, low_bit=low_bit)
-    made, files = load_decodable(folder), ExpertFiles(folder)
-    layers, experts, slots = made.model.moe_layers, files.experts, made.model.moe.slots
-    everything = layers * experts * files.expert_bytes
-    sizes = {
-        name: parse_bytes(f"placement.{name}", getattr(placement, name) or otherwise)
-        for name, otherwise in (("device_budget", str(everything)), ("host_budget", "0"))
-    }
+    decodable = load_decodable(folder)
+    files = ExpertFiles(folder)
+    model = decodable.model
+    layers = model.moe_layers
+    experts = files.experts
+    # Without a device budget all experts have room. Without a host budget none are kept there.
+    all_bytes = layers * experts * files.expert_bytes
+    device_bytes = parse_bytes("placement.device_budget", placement.device_budget or str(all_bytes))
+    host_bytes = parse_bytes("placement.host_budget", placement.host_budget or "0")
+    # Negative: as many experts ahead as there are rows.
     ahead = placement.look_ahead if placement.look_ahead >= 0 else batch
     store = ExpertStore(
         files,
         make_policy(placement.policy, layers * experts, layers),
-        device_bytes=sizes["device_budget"],
-        host_bytes=sizes["host_budget"],
-        working_set=min(experts, batch * slots),
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        working_set=min(experts, batch * model.moe.slots),
         look_ahead=ahead,
         scope="quota",
         on_miss=placement.on_miss,
         low_bit=ExpertFiles(folder / LOW_BIT) if low_bit else None,
         low_bit_share=placement.low_bit_share,
     )
-    decoder = TieredDecoder(made.model, made.parameters, made.router, store, look_ahead=ahead > 0)
-    return decoder, made
+    decoder = TieredDecoder(
+        model, decodable.parameters, decodable.router, store, look_ahead=ahead > 0
+    )
+    return decoder, decodable

@@ -20,11 +20,11 @@ from moe_jax.runs.load import Trained
 def record_routing(
     run: Trained, texts: Iterable[tuple[str, str]], path: Path, *, domains: Sequence[str]
 ) -> int:
-    """Writes the routing of (domain, text) pairs, in their order, to a trace; returns its tokens.
+    """Writes the routing of (domain, text) pairs to a trace, in their order.
 
-    Each text is read in windows of data.length tokens, as in training; what is left at the end of
-    a text, less than a window, is not read. Decoding a text token by token routes it the same way.
-    UserError: a dense model, or no text as long as a window.
+    Each text is read in windows of data.length tokens, as in training. A rest shorter than a window
+    is not read. Decoding a text token by token routes it the same way. Returns the number of tokens
+    in the trace. UserError: a dense model, or no text as long as a window.
     """
     model = run.config.model
     require(model.moe_layers > 0, "a dense model (dense_layers equals layers) has no routing")
@@ -34,10 +34,10 @@ def record_routing(
     @jax.jit
     def chosen(parameters: Any, router: Any, tokens: Int[Array, "1 L"]) -> Int[Array, "L M K"]:
         merged = nnx.merge(graph, parameters, router)
-        _, stats = merged.hidden(tokens, jnp.ones_like(tokens))
+        _, stats = merged.hidden(tokens, jnp.ones_like(tokens))  # one document, segment 1
         assert stats is not None
         assert stats.experts is not None
-        return jnp.swapaxes(stats.experts[:, 0], 0, 1)
+        return jnp.swapaxes(stats.experts[:, 0], 0, 1)  # [layers, 1, L, K] -> [L, layers, K]
 
     written = 0
     with TraceWriter(

@@ -1,4 +1,4 @@
-"""A finished (or stopped) run, loaded to be looked at: continuations and routing."""
+"""Loads the model of a finished or stopped run, to complete text or to inspect its routing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,9 @@ class Trained:
         return nnx.merge(graph, self.state.parameters, self.state.router)
 
     def complete(self, text: str, tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> str:
-        """`text` and what the model makes of it, up to the end of the document it imagines."""
+        """`text` and a continuation of at most `tokens` tokens, up to the end of the document."""
         prompt = self._encode(text)
-        found = generate(
+        generated = generate(
             graph_of(self.config.model),
             (self.state.parameters, self.state.router),
             prompt[None],
@@ -48,7 +48,7 @@ class Trained:
             vocabulary=self.tokenizer.vocabulary,
             temperature=temperature,
         )
-        return text + decode_until_end(self.tokenizer, np.asarray(found[0]))
+        return text + decode_until_end(self.tokenizer, np.asarray(generated[0]))
 
     def routing(self, text: str) -> list[tuple[str, list[list[int]]]]:
         """(token, its experts in each mixture-of-experts block, best first) for each token."""
@@ -57,19 +57,19 @@ class Trained:
         _, stats = model.hidden(prompt, jnp.ones_like(prompt))
         if stats is None:
             raise UserError("model.dense_layers equals model.layers: a dense model has no routing")
-        experts = np.asarray(stats.experts)[:, 0]
-        number = model.config.moe.experts  # as an expert's number it stands for no expert
+        experts = np.asarray(stats.experts)[:, 0]  # [layers, L, K]
+        number = model.config.moe.experts  # this number (E) stands for no expert
         return [
             (
                 self.tokenizer.decode(np.asarray([token])),
                 [[e for e in layer if e < number] for layer in experts[:, position].tolist()],
             )
             for position, token in enumerate(np.asarray(prompt[0]))
-            if position > 0
+            if position > 0  # bos is not part of the text
         ]
 
     def _encode(self, text: str) -> jax.Array:
-        """The beginning of a document: bos and then the tokens of `text`, int32[n]."""
+        """bos and then the tokens of `text`, int32[n], as documents begin in training."""
         return jnp.asarray([self.tokenizer.bos, *self.tokenizer.encode(text)], jnp.int32)
 
 
@@ -80,26 +80,30 @@ def decode_until_end(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
 
 
 def newest_step(out: str | Path) -> int:
-    """Step of the newest checkpoint that was written to its end, its files not looked at.
-    UserError: there is none."""
-    found = (Path(out) / "checkpoints").glob(f"*/{MANIFEST}")
-    steps = [int(path.parent.name) for path in found if path.parent.name.isdigit()]
+    """Step of the newest checkpoint with a manifest. Its files are not verified.
+
+    UserError: there is none.
+    """
+    manifests = (Path(out) / "checkpoints").glob(f"*/{MANIFEST}")
+    steps = [int(path.parent.name) for path in manifests if path.parent.name.isdigit()]
     if not steps:
         raise UserError(f"{out} holds no complete checkpoint: give the --out of a training run")
     return max(steps)
 
 
 def load_run(out: str | Path) -> Trained:
-    """The newest good checkpoint of a run's folder. UserError: there is none."""
+    """The newest undamaged checkpoint of a run's folder. UserError: there is none."""
     folder = Path(out)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{out} holds no checkpoints: give the --out of a training run")
+    # read_only, because the run may still be training.
     checkpoints = Checkpoints(folder, CheckpointConfig(), read_only=True)
     try:
         extra = checkpoints.peek(say)
         if extra is None:
             raise UserError(f"{out}/checkpoints holds no complete checkpoint")
         engine = engine_of(from_dict(TrainConfig, extra["config"]))
+        # Whatever mesh the run was trained on.
         here = SingleDeviceSharding(jax.devices()[0])
         restored = checkpoints.restore(with_sharding(engine.abstract_state(), here), say)
     finally:

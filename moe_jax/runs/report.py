@@ -1,4 +1,4 @@
-"""What a finished run leaves to read: plots, sampled continuations and result.json."""
+"""The report of a finished run: plots, sampled continuations and result.json."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def write_report(summary: RunSummary) -> None:
 def measure(
     lines: list[dict[str, Any]], baselines: dict[str, float], summary: RunSummary
 ) -> list[Measurement]:
-    """The run's numbers under the names that others read."""
+    """The run's measurements. Tests and experiments look them up by these names."""
     seeds = [summary.config.seed]
     bits = last_validation(lines)
     speed = tokens_per_second(lines, summary.config)
@@ -89,8 +89,11 @@ def last_validation(lines: list[dict[str, Any]]) -> float:
 
 
 def tokens_per_second(lines: list[dict[str, Any]], config: TrainConfig) -> float | None:
-    """Trained tokens over the time from update to update: reading, logging and the start of
-    checkpoints are in it, evaluations are not. None for a run of a single step."""
+    """Trained tokens over the time from update to update.
+
+    The time includes reading, logging and the start of checkpoints, and not evaluations. None for a
+    run of a single step.
+    """
     seconds = [x["seconds"] for x in lines if "seconds" in x]
     return len(seconds) * config.batch * config.data.length / sum(seconds) if seconds else None
 
@@ -104,7 +107,7 @@ def describe_verdict(lines: list[dict[str, Any]], baselines: dict[str, float]) -
 
 
 def sample_continuations(summary: RunSummary) -> str:
-    """Beginnings of held-out documents and what the model makes of them, as text."""
+    """Beginnings of held-out documents and the model's continuations, as text."""
     config = summary.config
     array = summary.data.validation
     tokenizer = summary.data.tokenizer
@@ -112,6 +115,7 @@ def sample_continuations(summary: RunSummary) -> str:
     long_enough = array.starts[ends - array.starts > 2 * PROMPT_TOKENS]
     if summary.state is None or not len(long_enough):
         return ""
+    # Spread evenly over the held-out text, so that every run on it shows the same beginnings.
     chosen = long_enough[np.linspace(0, len(long_enough) - 1, config.samples).astype(int)]
     prompts = np.stack([array.tokens[s : s + PROMPT_TOKENS] for s in chosen]).astype(np.int32)
     continuations = generate(
@@ -133,7 +137,7 @@ def draw_plots(
     lines: list[dict[str, Any]], baselines: dict[str, float], summary: RunSummary
 ) -> None:
     """plots/loss.png, and for a mixture of experts load.png and router.png."""
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # a machine without a display
     plots = summary.out / "plots"
     plots.mkdir(exist_ok=True)
     _save(draw_loss(lines, baselines), plots / "loss.png")
@@ -143,13 +147,14 @@ def draw_plots(
 
 
 def _save(figure: Figure, path: Path) -> None:
+    # Written aside and renamed: whoever watches the folder never sees half a picture.
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)
 
 
 def draw_smoothed(axes: Any, steps: list[int], values: Any, color: str, label: str) -> None:
-    """Every value faintly, and their running mean over a fortieth of the run."""
+    """Every value as a faint line, and their running mean over a fortieth of the run."""
     values = np.asarray(values, float)  # a skipped step has None: a gap in the curve
     axes.plot(steps, values, alpha=0.25, color=color, linewidth=0.8)
     width = max(1, len(values) // 40)
@@ -208,10 +213,12 @@ def draw_router(lines: list[dict[str, Any]], experts: int) -> Figure:
     steps = [x["step"] for x in routed]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    # Guarded for one expert, whose log E is 0.
     entropy = np.array([x["router_entropy"] for x in routed]) / max(np.log(experts), 1e-9)
     imbalance = np.array([x["load_imbalance"] for x in routed])
     for layer in range(entropy.shape[1]):
-        color, label = f"C{layer % 10}", f"MoE layer {layer}"
+        color = f"C{layer % 10}"
+        label = f"MoE layer {layer}"
         draw_smoothed(left, steps, entropy[:, layer], color, label)
         draw_smoothed(right, steps, imbalance[:, layer], color, label)
     left.set(xlabel="step", ylabel="entropy / log E", title="router entropy", ylim=(0, 1.02))

@@ -14,8 +14,9 @@ from moe_jax.train.loop import train
 def run_training(config: TrainConfig) -> Path:
     """Runs `config` to its last step and writes the report. Returns the run's folder.
 
-    Raises UserError for anything the person at the keyboard can mend, before compiling.
+    UserError: anything that the user can mend. It is raised before compiling.
     """
+    # The task first, because a teacher's tokenizer decides the vocabulary that the engine needs.
     task = task_of(config)
     engine = engine_of(task.config)
     out = check(engine, task)

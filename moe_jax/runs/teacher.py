@@ -17,16 +17,21 @@ from moe_jax.train.upcycled import require_upcyclable
 
 
 def find_teacher(name: str) -> Teacher:
-    """The teacher that --distill.teacher names, told in one line. UserError: there is none."""
+    """Loads the teacher that --distill.teacher names, and prints a line about it.
+
+    UserError: there is no such teacher.
+    """
     place = Path(name).expanduser()
     if (place / "checkpoints").is_dir():
         run = load_run(place)
         teacher = Teacher(run.config.model, run.state.parameters, run.state.router, run.tokenizer)
         kind = f"run, step {run.step}"
     elif place.is_dir() or name.startswith(HUB):
-        teacher, kind = Teacher.from_folder(name), "safetensors"
+        teacher = Teacher.from_folder(name)
+        kind = "safetensors"
     elif place.is_file() or name == SMOLLM2:
-        teacher, kind = Teacher.from_gguf(name), "GGUF"
+        teacher = Teacher.from_gguf(name)
+        kind = "GGUF"
     else:
         raise UserError(
             f"distill.teacher '{name}' is not here: use {SMOLLM2} ({GET_SMOLLM2}), a GGUF file, "
@@ -39,8 +44,10 @@ def find_teacher(name: str) -> Teacher:
 
 
 def task_of(config: TrainConfig) -> Task:
-    """What the settings ask to learn from, with the vocabulary filled in. UserError: there is no
-    such teacher, or the student's shape does not fit it."""
+    """The task that the settings describe, with the vocabulary resolved.
+
+    UserError: there is no such teacher, or the student's shape does not fit it.
+    """
     if not config.distill.teacher:
         return Task(config.resolved())
     teacher = find_teacher(config.distill.teacher)
@@ -56,10 +63,13 @@ def task_of(config: TrainConfig) -> Task:
 
 
 def with_tokenizer_of(teacher: Teacher, config: TrainConfig) -> TrainConfig:
-    """The settings with the teacher's tokenizer in them. UserError: another vocabulary was asked
-    for."""
+    """The settings with the teacher's tokenizer.
+
+    UserError: the settings name another vocabulary.
+    """
     tokenizer = teacher.tokenizer
     vocabulary = config.model.vocabulary
+    # The teacher's table may have more rows than its tokenizer has tokens. Either number is right.
     require(
         vocabulary in (None, tokenizer.vocabulary, teacher.model.vocabulary),
         f"model.vocabulary={vocabulary} is not the teacher's {tokenizer.vocabulary}: leave it "

@@ -1,8 +1,11 @@
 """The training program.
 
-optimizer.py  schedule and update rule            checkpoint.py  atomic, verified saves
-objective.py  the loss of one batch               metrics.py     one JSON line a step
-step.py       one pure update                     progress.py    what the terminal shows
-evaluate.py   bits per byte on held-out text      report.py      plots, samples, result.json
-loop.py       all of it, in order; resumes        trained.py     a run loaded again
+loop.py        a run from its first step to its last, resumable
+task.py        what a run learns from              teacher.py    a task with a teacher
+engine.py      what the loop asks of an engine     engines/      dense, tiered
+step.py        gradient of a batch                 update.py     the one update of all engines
+optimizer.py   schedule and update rule            state.py      the state, and a step's metrics
+checks.py      what is refused before a run        upcycled.py   a student made from its teacher
+checkpoint.py  atomic, verified saves              evaluate.py   bits per byte on held-out text
+metrics.py     one JSON line a step                progress.py   what the terminal shows
 """

@@ -1,8 +1,8 @@
 """Saves that survive anything: asynchronous, atomic, checksummed, the last N and the best.
 
-Orbax writes a step into a temporary folder and renames it. Once that is done a manifest with the
-size and hash of every file is added; a step without a manifest, or whose files do not match it, is
-never loaded, and the one before it is used.
+Orbax writes a step into a temporary folder and renames it. After that, a manifest with the size and
+hash of every file is added. A step without a manifest, or with files that do not match it, is never
+loaded. The step before it is used instead.
 """
 
 import hashlib
@@ -30,14 +30,12 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 MANIFEST = "MANIFEST.json"
 VALIDATION = "validation_bits_per_byte"
 EXPERTS = "experts"
-"""Folder inside a checkpoint of what was saved beside its state (Engine.save_beside)."""
-
-
+"""Folder inside a checkpoint with the files of Engine.save_beside."""
 FORMAT = 2
-"""Of checkpoints. Version 1 named parameters and derived random keys differently."""
+"""Version of the checkpoints. Version 1 named parameters and derived random keys differently."""
 
 Extra = dict[str, Any]
-"""What is saved beside the state: config, data position, tokenizer. JSON-serialisable."""
+"""Saved beside the state: config, data position, tokenizer. JSON-serialisable."""
 
 
 class Restored(NamedTuple):
@@ -55,16 +53,18 @@ class Checkpoints:
     def __init__(
         self, directory: Path, config: CheckpointConfig, *, read_only: bool = False
     ) -> None:
-        """`read_only` leaves alone what another process may be writing at this moment."""
+        """With `read_only` nothing is removed, because another process may be writing just now."""
         self.read_only = read_only
         self.directory = (directory / "checkpoints").absolute()
         if not read_only:  # Orbax can do this too, but in a thread that may outlive the program
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+        # Waits for Orbax's own threads and then writes the manifest, while training goes on.
         self._worker = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         policy = keep.AnyPreservationPolicy(
             [
+                # And the best of those that were evaluated, beside the newest ones.
                 keep.LatestN(config.keep),
                 keep.BestN(
                     get_metric_fn=lambda metrics: metrics[VALIDATION],
@@ -90,15 +90,15 @@ class Checkpoints:
         validation_bits_per_byte: float | None = None,
         beside: Path | None = None,
     ) -> None:
-        """Starts a save and returns once the state is copied; the training goes on meanwhile.
+        """Starts a save and returns once the state is copied. Training goes on meanwhile.
 
-        The folder `beside`, on the same disk and complete, becomes a part of the checkpoint
-        (EXPERTS) before its manifest is written.
-
-        Raises UserError if this or the previous save failed for want of space or permission.
+        The folder `beside` becomes a part of the checkpoint (EXPERTS) before the manifest is
+        written. It must be complete and on the same disk, because it is renamed. UserError: this
+        save or the previous one failed for want of space or permission.
         """
-        self.wait()
+        self.wait()  # one save at a time, so that `_pending` is the only one that can fail
         bits = validation_bits_per_byte
+        # NaN would compare as neither better nor worse, and could be kept as the best.
         metrics = {VALIDATION: bits} if bits is not None and math.isfinite(bits) else None
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra | {"format": FORMAT})
@@ -109,14 +109,15 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, step, beside)
 
     def wait(self) -> None:
-        """Returns when the last save is complete on disk; raises UserError if it failed."""
-        pending, self._pending = self._pending, None
+        """Returns when the last save is complete on disk. UserError: it failed."""
+        pending = self._pending
+        self._pending = None  # first, so that a failure is raised once and not again by `close`
         if pending is not None:
             with disk_errors(self.directory):
                 pending.result()
 
     def poll(self) -> None:
-        """Raises what a finished save has to say, without waiting for one that is under way."""
+        """Raises the error of a save that has ended, and does not wait for one under way."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -130,7 +131,7 @@ class Checkpoints:
                 self._manager.close()
 
     def restore(self, like: TrainState, say: Callable[[str], None]) -> Restored | None:
-        """The newest checkpoint whose manifest holds, or None; broken ones are named and removed.
+        """The newest checkpoint whose manifest matches, or None. Damaged ones are removed.
 
         `like` gives shapes, dtypes and shardings (jax.ShapeDtypeStruct leaves).
         """
@@ -160,11 +161,11 @@ class Checkpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore()
         )
-        found = self._manager.restore(step, args=arguments)
-        return found["state"], found["extra"]
+        restored = self._manager.restore(step, args=arguments)
+        return restored["state"], restored["extra"]
 
     def _verified_steps(self, say: Callable[[str], None]) -> Any:
-        """Steps that hold, newest first; removes the ones that do not as it meets them."""
+        """Steps whose files match their manifests, newest first. Damaged ones are removed."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             fault = manifest_fault(self.directory / str(step))
             if fault is None:
@@ -173,9 +174,10 @@ class Checkpoints:
             say(f"checkpoint {step} is damaged ({fault}): going back to the one before it")
             if jax.process_index() == 0 and not self.read_only:
                 shutil.rmtree(self.directory / str(step), ignore_errors=True)
-            self._manager.reload()
+            self._manager.reload()  # the manager caches the list of steps
 
     def _finish(self, step: int, beside: Path | None) -> None:
+        """Runs in the worker thread. The manifest comes last: it is what makes a step valid."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             if beside is not None:
@@ -202,7 +204,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def manifest_fault(directory: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if they are as they were written."""
+    """The first fault of a checkpoint's files, in words. None if they are as they were written."""
     try:
         entries = json.loads((directory / MANIFEST).read_text())
     except FileNotFoundError:
@@ -218,9 +220,9 @@ def manifest_fault(directory: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         try:
-            found = _digest(path)
+            actual = _digest(path)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
-        if found != digest:
+        if actual != digest:
             return f"{name} has changed"
     return None

@@ -1,4 +1,4 @@
-"""What is refused before a run begins or goes on."""
+"""Checks before a run begins or goes on. They raise UserError before anything is compiled."""
 
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,20 @@ from moe_jax.train.task import Task
 
 
 def check(engine: Engine, task: Task) -> Path:
-    """The run's folder, made if need be. UserError for anything that the person at the keyboard
-    can mend, before compiling."""
+    """Checks settings, memory and disk. Returns the run's folder, which it creates if need be.
+
+    UserError: anything that the user can mend, in one line.
+    """
     config = task.config
     engine.check()
     check_kernels(config)
     check_attention(config.model, config.data.length)
     require_memory(config.preset, engine.memory_bytes() + task.memory_bytes())
     out = output_folder(config.out)
-    # The kept ones, the best one, and the one that is being written.
+    # `keep` checkpoints, the best one, and the one that is being written.
     checkpoints = (config.checkpoint.keep + 2) * tree_bytes(abstract_state(config))
     needed = engine.disk_bytes(out)
+    # One check for each folder: two that pass by themselves may not fit together.
     require_space(out, checkpoints + needed.pop(out, 0))
     for folder, size in needed.items():
         require_space(output_folder(str(folder)), size)
@@ -38,8 +41,10 @@ def check(engine: Engine, task: Task) -> Path:
 
 
 def check_kernels(config: TrainConfig) -> None:
-    """An implementation asked for by name must be able to run, and FP8 is not emulated unasked
-    where there is a GPU."""
+    """Checks that the experts' implementation can run.
+
+    One named explicitly is never replaced. FP8 is emulated on a GPU only if xla was named.
+    """
     moe = config.model.moe
     support = triton_support()
     if moe.implementation == "triton" and support.name == "none":
@@ -62,6 +67,7 @@ def check_kernels(config: TrainConfig) -> None:
 def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
     """Raises UserError if a setting that matters differs from the run in `out`."""
     old = from_dict(TrainConfig, saved)
+    # Budgets may change, but a checkpoint with tiers has its experts in files of their own.
     mine = engine_of(config).described
     its = engine_of(old).described
     if mine != its:

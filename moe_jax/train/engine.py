@@ -1,4 +1,4 @@
-"""What the train loop asks of whatever keeps and updates the state of a run."""
+"""The interface of an engine, which keeps and updates the state of a run, to the train loop."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from moe_jax.train.state import Metrics, TrainState
 
 
 class Engine(Protocol):
-    """How a run's state is laid out, made, updated, measured and saved.
+    """Lays out, initialises, updates, evaluates and saves the state of a run.
 
     The loop calls `check`, then either `start` or `resume`, then `compile`, then `step` and
     `evaluate` in turn, and `close` at the end. An engine of a new kind needs a class with these
@@ -32,7 +32,7 @@ class Engine(Protocol):
         ...
 
     def check(self) -> None:
-        """Raises UserError for settings that this engine cannot run, before anything is made."""
+        """UserError: settings that this engine cannot run. Nothing is allocated yet."""
         ...
 
     def memory_bytes(self) -> int:
@@ -83,19 +83,22 @@ class Engine(Protocol):
         ...
 
     def step_line(self, step: int) -> dict[str, Any]:
-        """What this engine adds to a step's line of metrics."""
+        """This engine's entries in a step's line of metrics."""
         ...
 
     def save_beside(self, out: Path, step: int) -> Path | None:
-        """Writes what a checkpoint holds besides the state to a folder, or returns None."""
+        """Writes the part of the state that the loop does not see to a folder on out's disk.
+
+        The folder becomes a part of the checkpoint. None: there is no such part.
+        """
         ...
 
     def local_state(self, state: TrainState) -> TrainState | None:
-        """The whole state on this process's first device, to sample from. None: it has no room."""
+        """The whole state on this process's first device, for sampling. None: too large for it."""
         ...
 
     def load(self, state: TrainState, checkpoint: Path) -> TrainState:
-        """The whole state, in memory, from the two parts of a checkpoint."""
+        """The whole state in memory, from a restored `state` and the checkpoint's own folder."""
         ...
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ def make_evaluator(
 
     def evaluate(state: TrainState) -> float:
         batches = map(place, held_out_batches(config, validation))
+        # All batches are started before the first result is waited for.
         parts = [nats(state.parameters, state.router, batch) for batch in batches]
         return bits_per_byte(map(float, parts), validation)
 
@@ -63,5 +64,6 @@ def batch_nats(model: Transformer, hidden: Float[Array, "B L D"], batch: Batch) 
 
 
 def bits_per_byte(nats: Iterable[float], validation: TokenArray) -> float:
-    """The held-out text's nats as bits, over its bytes."""
+    """The held-out text's nats as bits, divided by its bytes."""
+    # fsum: the exact sum, so that the order of the batches does not matter.
     return math.fsum(nats) / math.log(2) / validation.bytes

@@ -33,7 +33,7 @@ class DivergedError(Exception):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run ends with, beside its files."""
+    """The results of a run that its files do not hold. runs.report writes the report from it."""
 
     config: TrainConfig
     out: Path
@@ -47,8 +47,11 @@ class RunSummary:
 
 
 def train(task: Task, engine: Engine, out: Path) -> RunSummary:
-    """Runs task.config to its last step. train.checks.check has passed it and given `out`, and the
-    caller holds that folder (only_process)."""
+    """Runs task.config to its last step, from the newest checkpoint in `out` if there is one.
+
+    The caller has passed the task through train.checks.check, which gives `out`. It also locks the
+    folder (base.files.only_process). UserError: `out` holds another run.
+    """
     checkpoints = Checkpoints(out, task.config.checkpoint)
     try:
         saved = checkpoints.peek(say)
@@ -70,8 +73,11 @@ def train(task: Task, engine: Engine, out: Path) -> RunSummary:
 
 
 def prepare_data(task: Task, saved: Extra | None) -> TokenData:
-    """The token arrays. A continued run keeps its own tokenizer and insists on its own text. A new
-    one takes the task's tokenizer, if it has one."""
+    """The token arrays.
+
+    A continued run keeps its own tokenizer. A new one takes the task's tokenizer, if it has one.
+    UserError: the text has changed since the run began.
+    """
     settings = task.config.data
     if saved is None:
         return prepare(settings, task.tokenizer, say=say)
@@ -97,7 +103,7 @@ def describe_data(data: TokenData) -> str:
 
 @dataclass
 class Run:
-    """A run under way."""
+    """A run in progress."""
 
     task: Task
     engine: Engine
@@ -106,7 +112,7 @@ class Run:
     checkpoints: Checkpoints
     state: TrainState
     windows: Any
-    """Iterator over batches of text, whose position is saved."""
+    """Grain iterator over batches of text. Its position is part of a checkpoint."""
     compile_seconds: float
     gemm_rate: float
     flops_per_token: float
@@ -120,7 +126,7 @@ class Run:
         return self.task.batch(self.state, step, self.engine.place(next(self.windows)))
 
     def summary(self) -> RunSummary:
-        """What the report needs."""
+        """The run's results, for the report."""
         return RunSummary(
             config=self.config,
             out=self.out,
@@ -152,6 +158,7 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
         windows.set_state(restored.extra["data_state"])
         say(f"continuing after step {restored.step} of {config.steps} in {out}")
     begin = time.perf_counter()
+    # Abstract: compiling must not draw a batch from the iterator.
     batch = task.abstract_batch(engine.abstract_batch())
     engine.compile(state, batch, task.objective, task.operands, data.validation)
     compile_seconds = time.perf_counter() - begin
@@ -172,33 +179,35 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
 
 
 def first_state(task: Task, engine: Engine, out: Path, restored: Restored | None) -> TrainState:
-    """A checkpoint's state to go on with, or that before the first update."""
+    """The state of a checkpoint, or the state before the first update."""
     if restored is None:
         return task.first_state(engine.start(out))
     return engine.resume(out, restored.state, restored.folder)
 
 
 def run_steps(run: Run) -> None:
-    """All remaining updates. The metrics of one are read while the next one computes."""
+    """All remaining updates. The metrics of one update are read while the next one computes."""
     config = run.config
     first = int(run.state.step)
     speed = Speedometer(config.batch * config.data.length, config.steps)
+    # A kill may leave lines of updates that no checkpoint has. They are done again.
     lines = MetricsFile(run.out / "metrics.jsonl", resume_after=first)
     with Display(config.steps, plain_every=max(1, config.steps // 20)) as display:
 
         def finish(step: int, metrics: Metrics) -> None:
-            line = describe(step, metrics, with_load=_load_due(step, config))
+            line = describe(step, metrics, with_load=_is_load_step(step, config))
             line |= run.engine.step_line(step)
             speed.tick(line)
-            if _evaluation_due(step, config):
+            if _is_evaluation_step(step, config):
                 line[VALIDATION] = run.engine.evaluate(run.state)
-                speed.pause()
+                speed.pause()  # the evaluation is no part of the next update's time
             lines.write(line)
             utilisation = speed.tokens_per_second * run.flops_per_token / run.gemm_rate
             display.show(line, speed, utilisation)
             _check_finite(run, line)
             # A checkpoint is one that a run can go on from: not in the middle of skipped updates.
-            if _save_due(step, config) and not line["skipped_in_a_row"]:
+            if _is_save_step(step, config) and not line["skipped_in_a_row"]:
+                # First: a checkpoint at step n promises that the file has the lines up to n.
                 lines.sync()
                 _save(run, step, line.get(VALIDATION))
 
@@ -208,8 +217,11 @@ def run_steps(run: Run) -> None:
 
 
 def _updates(run: Run, first: int) -> Iterator[tuple[int, Metrics]]:
-    """(step, metrics) of each update, one update late, so that reading its metrics does not keep
-    the device waiting. Where run.state must be that of this very step, it comes at once."""
+    """(step, metrics) of each update, one update late.
+
+    So the device computes while the host reads metrics. At a step that saves or evaluates, they
+    come at once, because run.state must then be the state of that very step.
+    """
     unread: tuple[int, Metrics] | None = None
     for step in range(first + 1, run.config.steps + 1):
         run.state, metrics = run.engine.step(run.state, run.next_batch(step - 1))
@@ -217,20 +229,20 @@ def _updates(run: Run, first: int) -> Iterator[tuple[int, Metrics]]:
         if unread is not None:
             yield unread
         unread = (step, metrics)
-        if _save_due(step, run.config):
+        if _is_save_step(step, run.config):
             yield unread
             unread = None
 
 
-def _evaluation_due(step: int, config: TrainConfig) -> bool:
+def _is_evaluation_step(step: int, config: TrainConfig) -> bool:
     return step % config.evaluate_every == 0 or step == config.steps
 
 
-def _save_due(step: int, config: TrainConfig) -> bool:
-    return _evaluation_due(step, config) or step % config.checkpoint.every == 0
+def _is_save_step(step: int, config: TrainConfig) -> bool:
+    return _is_evaluation_step(step, config) or step % config.checkpoint.every == 0
 
 
-def _load_due(step: int, config: TrainConfig) -> bool:
+def _is_load_step(step: int, config: TrainConfig) -> bool:
     """About a hundred snapshots of the expert load over the run."""
     return step % max(1, config.steps // 100) == 0 or step == 1
 

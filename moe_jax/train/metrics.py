@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, in order, also over kills and resumptions."""
+"""metrics.jsonl: one JSON object a step, in order, also across kills and resumptions."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from moe_jax.train.state import Metrics
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line cut off by a kill is passed over."""
+    """The complete lines of a metrics file. A last line that a kill cut off is left out."""
     if not path.exists():
         return
     for line in path.read_text().splitlines():
@@ -27,7 +27,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no words for (NaN, infinities)."""
+    """The value with None in place of numbers that JSON cannot express (NaN, infinities)."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -36,7 +36,10 @@ def finite(value: Any) -> Any:
 
 
 class MetricsFile:
-    """Appends one line a step; `resume` first removes what a checkpoint does not know of."""
+    """Appends one line a step. Lines after step `resume_after` are removed first.
+
+    They belong to updates that the checkpoint does not have, and that are done again.
+    """
 
     def __init__(self, path: Path, resume_after: int) -> None:
         kept = [line for line in read_lines(path) if line["step"] <= resume_after]
@@ -44,12 +47,12 @@ class MetricsFile:
         self._file = path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one object and hands it to the operating system at once."""
+        """Appends one object and flushes it to the operating system, where a kill spares it."""
         self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Flushes to disk what was written: called before a checkpoint relies on it."""
+        """Flushes to disk. It is called before a checkpoint relies on the lines."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -58,16 +61,19 @@ class MetricsFile:
 
 
 def imbalance(load: np.ndarray) -> np.ndarray:
-    """max / mean load over the experts of each layer; 1 is perfect balance."""
+    """max / mean load over the experts of each layer. 1 is perfect balance."""
+    # 1e-9: a layer without any assignment has imbalance 0.
     return load.max(axis=-1) / np.maximum(load.mean(axis=-1), 1e-9)
 
 
 def describe(step: int, metrics: Metrics, with_load: bool) -> dict[str, Any]:
-    """One line of metrics.jsonl. Losses are in nats per token; floats keep full precision.
+    """One line of metrics.jsonl. Losses are in nats per token, and floats keep full precision.
 
-    router_entropy and load_imbalance are per layer in the order of the blocks, multi-token
-    prediction last; `load` (assignments per layer and expert) only where asked for.
+    router_entropy and load_imbalance are lists over layers, in the order of the blocks and with
+    multi-token prediction last. `load`, the assignments per layer and expert, is large, so it is
+    there only with `with_load`.
     """
+    # One transfer for all of them. It waits until the update is computed.
     metrics = jax.device_get(metrics)
     line: dict[str, Any] = {
         "step": step,

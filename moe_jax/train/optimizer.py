@@ -1,4 +1,4 @@
-"""The optax chain: AdamW or Muon -> weight decay -> learning rate. Clipping stands beside it."""
+"""The optax chain: AdamW or Muon -> weight decay -> learning rate. Clipping is apart."""
 
 from typing import Any
 
@@ -12,16 +12,20 @@ from moe_jax.model.parameters import Role, role_of
 
 NEVER_DECAYED: tuple[Role, ...] = ("norm", "embedding")
 ALWAYS_ADAM: tuple[Role, ...] = ("norm", "embedding", "head", "router", "router_noise")
-"""Muon is for hidden matrices."""
+"""Muon is for hidden matrices. These roles are updated by its own Adam (arXiv:2502.16982)."""
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine decay to `final`, or constant and a linear decay (WSD)."""
+    """Linear warm-up from 0, then a cosine decay, or a constant and a linear decay (WSD).
+
+    Both decay to `final` times the peak. Phases are fractions of `steps`, the whole run.
+    """
     peak = config.learning_rate
     end = peak * config.final
     warmup = round(config.warmup * steps)
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
     if config.schedule == "cosine":
+        # At least 1, because optax refuses schedules of no steps.
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final)
         return optax.join_schedules([rise, after], [warmup]) if warmup else after
     decay = round(config.decay * steps)
@@ -75,10 +79,11 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 def clipped(gradients: Any, norm: jax.Array, limit: float) -> Any:
     """g · min(1, limit / norm), as optax.clip_by_global_norm. A limit of 0 does not clip.
 
-    `norm` is given, because the caller may hold only a part of the gradient.
+    `norm` is an argument, because the caller may have only a part of the gradient.
     """
     if not limit:
         return gradients
+    # Division first, as optax does it: the same bits.
     return jax.tree.map(
         lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), gradients
     )

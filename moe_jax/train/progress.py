@@ -1,4 +1,4 @@
-"""What the terminal shows while a run goes on."""
+"""The progress line of a run in the terminal."""
 
 import time
 from collections import deque
@@ -14,12 +14,13 @@ class Speedometer:
     """Tokens per second and time left, over the last updates rather than the whole run."""
 
     def __init__(self, tokens_per_step: int, steps: int, window: int = 20) -> None:
-        self.tokens_per_step, self.steps = tokens_per_step, steps
+        self.tokens_per_step = tokens_per_step
+        self.steps = steps
         self._last: float | None = None
         self._recent: deque[float] = deque(maxlen=window)
 
     def tick(self, line: dict[str, Any]) -> None:
-        """Marks the end of an update; adds the `seconds` since the one before to its line."""
+        """Marks the end of an update, and adds the `seconds` since the last one to its line."""
         now = time.perf_counter()
         if self._last is not None:
             line["seconds"] = now - self._last
@@ -27,12 +28,12 @@ class Speedometer:
         self._last = now
 
     def pause(self) -> None:
-        """Forgets the last mark: what follows (an evaluation, a save) is not an update."""
+        """Forgets the last mark, because an evaluation follows, whose time is no update's."""
         self._last = None
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the last updates; 0 before the second."""
+        """Over the last updates. 0 before the second one."""
         return self.tokens_per_step * len(self._recent) / sum(self._recent) if self._recent else 0.0
 
     def left(self, step: int) -> str:
@@ -43,10 +44,11 @@ class Speedometer:
 
 
 class Display:
-    """A live line in a terminal; a plain line every so often where output goes to a file."""
+    """A live line in a terminal. Where output goes to a file, a plain line every few steps."""
 
     def __init__(self, steps: int, plain_every: int) -> None:
-        self.steps, self.plain_every = steps, plain_every
+        self.steps = steps
+        self.plain_every = plain_every
         self._progress = Progress(
             BarColumn(30),
             TaskProgressColumn(),

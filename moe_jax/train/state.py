@@ -1,4 +1,4 @@
-"""The state of a run, and what one update reports."""
+"""The state of a run, and the metrics of one update."""
 
 from typing import Any, NamedTuple
 
@@ -18,20 +18,21 @@ from moe_jax.train.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
-    """Everything that an update changes."""
+    """Everything that an update changes, and the key that it draws from."""
 
     step: Int[Array, ""]
-    """Updates tried, skipped ones included. The next batch is number `step`."""
+    """Updates attempted, skipped ones included. The next batch is number `step`."""
     updates: Int[Array, ""]
-    """Updates done. The learning rate follows this count."""
+    """Updates applied. The learning rate follows this count, as the optimizer's own does."""
     skipped: Int[Array, ""]
-    """Updates skipped in a row, up to now, because loss or gradient was not finite."""
+    """Updates skipped in a row up to now, because loss or gradient was not finite."""
     parameters: nnx.State
     router: nnx.State
     """The RouterBias variables."""
     optimizer: optax.OptState
     key: Array
-    """Random key data (uint32[2]) that the steps' keys, and sampling, are derived from."""
+    """Key data (uint32[2]), from which the keys of steps and of sampling are derived. It never
+    changes. Orbax saves plain integers, where a typed key would need a handler."""
 
     def model_states(self) -> tuple[nnx.State, nnx.State]:
         """(parameters, router biases): what nnx.merge takes besides the model's graph."""
@@ -43,9 +44,10 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What one update reports."""
+    """The metrics of one update. Losses are in nats per token."""
 
     loss: Float[Array, ""]
+    """The scalar that was differentiated."""
     cross_entropy: Float[Array, ""]
     mtp: Float[Array, ""]
     balance: Float[Array, ""]
@@ -65,6 +67,7 @@ def model_key(config: TrainConfig) -> Array:
 
 def new_state(config: TrainConfig, parameters: nnx.State, router: nnx.State) -> TrainState:
     """The state before the first update, with these parameters and a fresh optimizer."""
+    # "steps" and model_key's "model" are independent keys of one seed.
     zero = jnp.zeros((), jnp.int32)
     optimizer = make_optimizer(config.optim, config.steps).init(parameters)
     key = jax.random.key_data(named_key(jax.random.key(config.seed), "steps"))
@@ -72,14 +75,14 @@ def new_state(config: TrainConfig, parameters: nnx.State, router: nnx.State) -> 
 
 
 def init_state(config: TrainConfig) -> TrainState:
-    """The state before the first update: a pure function of the config (jit it with shardings)."""
+    """The state before the first update: a pure function of the config. Jit it with shardings."""
     model = Transformer(config.model, key=model_key(config))
     _, parameters, router = split_model(model)
     return new_state(config, parameters, router)
 
 
 def abstract_state(config: TrainConfig) -> TrainState:
-    """Shapes and dtypes of the state, without memory."""
+    """Shapes and dtypes of the state. Nothing is allocated."""
     return jax.eval_shape(lambda: init_state(config))
 
 

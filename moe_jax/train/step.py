@@ -35,22 +35,25 @@ def make_step(
 
 
 def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Callable[..., Any]:
-    """(parameters, router, batch, key, *operands) -> ((total loss, Losses), gradients of the
-    parameters), summed over `optim.accumulation` micro-batches."""
+    """(parameters, router, batch, key, *operands) -> ((total loss, Losses), gradients).
+
+    Gradients are those of the parameters, summed over `optim.accumulation` micro-batches.
+    """
     graph = graph_of(config.model)
     length = config.data.length
     depth = config.model.mtp_depth
     parts = config.optim.accumulation
 
-    def whole(
+    def of_batch(
         parameters: nnx.State, router: nnx.State, batch: Batch, key: Array, *operands: Any
     ) -> Any:
         def total(parameters: nnx.State, part: Part) -> tuple[Array, Losses]:
             merged = nnx.merge(graph, parameters, router)
-            found = losses(objective, forward(merged, part, length), *operands)
-            # The balance losses are means over a part, the others sums over the whole batch.
-            found = found._replace(balance=found.balance / parts)
-            return found.total(config.model.mtp_weight), found
+            part_losses = losses(objective, forward(merged, part, length), *operands)
+            # A balance loss is a mean over its part. The others are divided by the whole batch's
+            # targets already, so that parts add up.
+            part_losses = part_losses._replace(balance=part_losses.balance / parts)
+            return part_losses.total(config.model.mtp_weight), part_losses
 
         gradient = jax.value_and_grad(total, has_aux=True)
         everything = whole_batch(batch, length, depth, key)
@@ -65,19 +68,23 @@ def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Cal
         def add(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, of_part(*part)), None
 
+        # The scan sums from zeros of the result's shapes, so that it compiles one part once.
         first = jax.tree.map(lambda a: a[0], micro)
         shapes = jax.eval_shape(of_part, first, key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (value, found), gradients = lax.scan(add, zeros, (micro, layer_keys(key, parts)))[0]
-        return (value, _averaged(found, parts)), gradients
+        (value, summed), gradients = lax.scan(add, zeros, (micro, layer_keys(key, parts)))[0]
+        return (value, _averaged(summed, parts)), gradients
 
-    return whole
+    return of_batch
 
 
-def _averaged(found: Losses, parts: int) -> Losses:
-    """Loads and drops of micro-batches add up. Entropies and balance losses are averaged."""
+def _averaged(summed: Losses, parts: int) -> Losses:
+    """The sums with entropies and balance losses of the statistics averaged over micro-batches.
+
+    Loads and drops stay sums.
+    """
     stats = {
         name: part._replace(entropy=part.entropy / parts, loss=part.loss / parts)
-        for name, part in found.stats.items()
+        for name, part in summed.stats.items()
     }
-    return found._replace(stats=stats)
+    return summed._replace(stats=stats)

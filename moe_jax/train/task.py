@@ -1,4 +1,4 @@
-"""What a run learns from: the objective and its batches. A teacher wraps both (teacher.py)."""
+"""A run's task: the objective and its batches. A teacher wraps both (teacher.py)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +15,19 @@ from moe_jax.train.state import TrainState
 
 @dataclass(frozen=True)
 class Task:
-    """Next-token prediction on the text. A subclass learns from something else, too."""
+    """Next-token prediction on the text. A subclass may learn from more, such as a teacher."""
 
     config: TrainConfig
-    """With the vocabulary filled in."""
+    """Resolved: its vocabulary is that of the tokenizer (TrainConfig.resolved)."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that a fresh run must take. None: data.tokenizer says which."""
+        """The tokenizer that a fresh run must take. None: the one of data.tokenizer."""
         return None
 
     @property
     def fingerprint(self) -> str | None:
-        """What the run learns from besides the text. A continued run insists on the same."""
+        """A hash of what the run learns from besides the text. It must match to continue a run."""
         return None
 
     def memory_bytes(self) -> int:
@@ -35,7 +35,7 @@ class Task:
         return 0
 
     def prepare(self, data: TokenData) -> "Task":
-        """The task with what it computes from the text once, before the run."""
+        """The task after its computations on the text, which are done once before the run."""
         return self
 
     @property
@@ -53,7 +53,7 @@ class Task:
         return None
 
     def abstract_batch(self, batch: Batch) -> Batch:
-        """The form of a batch that the step takes, given that of tokens and segments."""
+        """Shapes and dtypes of a batch that the step takes, given those of tokens and segments."""
         return batch
 
     def batch(self, state: TrainState, step: int, batch: Batch) -> Batch:

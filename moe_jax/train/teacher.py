@@ -30,7 +30,8 @@ from moe_jax.train.task import Task
 from moe_jax.train.upcycled import upcycled_state
 
 SHARD_TOKENS = 1 << 15
-"""Tokens in one file of the cache: what a kill may cost, a minute of a small teacher on a CPU."""
+"""Tokens in one file of the cache. A kill loses at most one file, which a small teacher on a CPU
+writes in a minute."""
 TEACHER_BATCH = 8
 """Windows that the teacher reads at once for the cache."""
 
@@ -41,7 +42,7 @@ class TeacherTask(Task):
 
     teacher: Teacher
     cache: TeacherCache | None = None
-    """Beside the windows of the training text. None: the teacher reads every batch."""
+    """Arrays for each window of the training text. None: the teacher reads every batch."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -49,7 +50,8 @@ class TeacherTask(Task):
 
     @cached_property  # every checkpoint saves it, and it reads all parameters
     def fingerprint(self) -> str | None:
-        # The dtype that the teacher computes in here is the student's, not its own.
+        # runs.teacher has set the teacher's compute dtype to the student's. The fingerprint must
+        # not depend on it.
         model = replace(self.teacher.model, compute_dtype="float32")
         return self.teacher._replace(model=model).fingerprint()
 
@@ -58,7 +60,7 @@ class TeacherTask(Task):
         return sum(np.asarray(leaf).nbytes for leaf in leaves)
 
     def prepare(self, data: TokenData) -> Task:
-        """With the teacher's cache made (or gone on with) where the settings want one."""
+        """The task with the teacher's cache, built or continued where the settings want one."""
         settings = self.config.distill
         if settings.cache_contents is None:
             return self
@@ -71,6 +73,7 @@ class TeacherTask(Task):
                 f"these {self.config.steps} steps see {seen} tokens, the cache holds all {tokens}: "
                 "--distill.cache none has the teacher read fewer"
             )
+        # Whole teacher batches, so that all of them have one compiled shape.
         shard = max(1, SHARD_TOKENS // length // TEACHER_BATCH) * TEACHER_BATCH
         how = CacheConfig(kind, count, settings.temperature, batch=TEACHER_BATCH, shard=shard)
         folder = cache_folder(self.config.data.cache)
@@ -115,7 +118,10 @@ class TeacherTask(Task):
         return batch | more
 
     def batch(self, state: TrainState, step: int, batch: Batch) -> Batch:
-        """The batch of text, or with probability `on_policy` the student's continuations of it."""
+        """The batch of text, or with probability `on_policy` the student's continuations of it.
+
+        Both have the same arrays, so that one compiled step serves both.
+        """
         settings = self.config.distill
         if settings.on_policy == 0:
             return batch
@@ -127,6 +133,7 @@ class TeacherTask(Task):
             batch = own_batch(settings, self.config.model, states, batch, key, tokens)
         else:
             batch = text_batch(batch)
+        # The generator's output is wherever its computation put it.
         return jax.device_put(batch, sharding)
 
     def first_state(self, state: TrainState) -> TrainState:
@@ -135,8 +142,11 @@ class TeacherTask(Task):
         return upcycled_state(self.config, self.teacher, state) if upcycle else state
 
     def flops_per_token(self) -> float:
-        """With the teacher's forward pass, a third of what its training would take. A cache costs
-        nothing in training. What the student writes is not counted."""
+        """The student's FLOPs, and those of the teacher's forward pass.
+
+        A forward pass is a third of a training step. A cache costs nothing in training. Tokens that
+        the student writes are not counted.
+        """
         own = super().flops_per_token()
         if self.cache is not None:
             return own

@@ -15,15 +15,18 @@ SAME = (
     *("rope_base", "mtp_depth", "moe.shared_experts", "moe.normalise", "moe.scale", "moe.rule"),
     *("moe.groups", "moe.capacity_factor"),
 )
-"""Settings, or beginnings of their names, that the student must share with its teacher: without
-them it computes something else. The sizes and the number of its experts are its own."""
-HOW = "implementation"
-"""The last part of the name of a setting that changes how something is computed, and not what."""
+"""Settings, or beginnings of their names, that the student must share with its teacher. With others
+it would compute another function. The sizes and the number of its experts are its own."""
+IMPLEMENTATION = "implementation"
+"""Settings whose names end like this change how something is computed, but not its value."""
 
 
 def upcycle_config(config: TrainConfig, dense: ModelConfig) -> UpcycleConfig:
-    """How the teacher becomes a student of this shape. UserError: the experts are no whole parts of
-    its feed-forward, or do not make whole copies of it."""
+    """The settings that upcycle the teacher to a student of this shape.
+
+    UserError: the experts do not divide the teacher's feed-forward into equal parts, or do not make
+    up whole copies of it.
+    """
     moe = config.model.moe
     distill = config.distill
     hidden = dense.dense_hidden
@@ -52,20 +55,23 @@ def upcycle_config(config: TrainConfig, dense: ModelConfig) -> UpcycleConfig:
 
 
 def require_upcyclable(config: TrainConfig, dense: ModelConfig) -> None:
-    """UserError, with the options that mend it, unless the student's shape is the teacher's with
-    experts for feed-forwards."""
+    """UserError unless the student's shape is the teacher's with experts for feed-forwards.
+
+    The message names the options that mend it.
+    """
     wanted = fields(sparse_config(dense, upcycle_config(config, dense)))
     student = fields(config.model)
     same = (*SAME, "dense_hidden") if config.model.dense_layers else SAME
     change = [
         _option(name, value)
         for name, value in wanted.items()
-        if name.startswith(same) and not name.endswith(HOW) and student[name] != value
+        if name.startswith(same) and not name.endswith(IMPLEMENTATION) and student[name] != value
     ]
     require(not change, f"distill.upcycle needs the teacher's shape: {' '.join(change)}")
 
 
 def _option(name: str, value: Any) -> str:
+    """The setting as it is typed on the command line (tyro)."""
     head, _, leaf = f"model.{name}".replace("_", "-").rpartition(".")
     if isinstance(value, bool):
         return f"--{head}.{leaf if value else 'no-' + leaf}"
@@ -73,7 +79,7 @@ def _option(name: str, value: Any) -> str:
 
 
 def upcycled_state(config: TrainConfig, teacher: Teacher, state: TrainState) -> TrainState:
-    """The state before the first update, with the teacher's parameters; the optimizer is fresh."""
+    """The state before the first update, with the teacher's parameters and a fresh optimizer."""
     how = upcycle_config(config, teacher.model)
     # Beside the student, which may live on several devices; the teacher was loaded on one.
     where = jax.tree.leaves(state.parameters)[0].sharding

@@ -1,4 +1,4 @@
-"""The one update: what every engine does with a gradient."""
+"""The one update: what every engine does with its gradient."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,12 +19,15 @@ from moe_jax.train.state import Metrics, TrainState
 
 
 class Gradient(NamedTuple):
-    """The gradient of a batch, or the part of it that `state.parameters` has."""
+    """The gradient of a batch with respect to `state.parameters`.
+
+    In tiered training these are the trunk's parameters alone.
+    """
 
     of_parameters: Any
     """A tree like state.parameters."""
     norm: Float[Array, ""]
-    """The global norm. It covers parameters that live elsewhere, too."""
+    """The global norm. It covers parameters outside the state, too, such as experts in tiers."""
     losses: Losses
 
 
@@ -34,7 +37,7 @@ class Updated(NamedTuple):
     state: TrainState
     metrics: Metrics
     finite: Bool[Array, ""]
-    """Whether the update was done. It is skipped where loss or gradient is not finite."""
+    """Whether the update was applied. It is skipped where loss or gradient is not finite."""
 
 
 def make_update(config: TrainConfig) -> Callable[[TrainState, Gradient], Updated]:
@@ -46,12 +49,15 @@ def make_update(config: TrainConfig) -> Callable[[TrainState, Gradient], Updated
     def update(state: TrainState, gradient: Gradient) -> Updated:
         losses = gradient.losses
         total = losses.total(config.model.mtp_weight)
+        # A norm is not finite if any element of the gradient is not, so the tree is read once.
         finite = jnp.isfinite(total) & jnp.isfinite(gradient.norm)
 
         def apply(_: None) -> tuple[Any, Any, Any]:
             own = clipped(gradient.of_parameters, gradient.norm, config.optim.clip_norm)
             changes, moments = optimizer.update(own, state.optimizer, state.parameters)
             parameters = optax.apply_updates(state.parameters, changes)
+            # Towards the end the bias is frozen (arXiv:2412.19437, §4.2). Updates that were skipped
+            # count as well, like the batches.
             rate = moe.bias_rate * (state.step < moe.bias_until * config.steps)
             return parameters, update_router(state.router, losses.stats, rate), moments
 
@@ -75,6 +81,7 @@ def make_update(config: TrainConfig) -> Callable[[TrainState, Gradient], Updated
             mtp=losses.mtp,
             balance=losses.balance,
             gradient_norm=gradient.norm,
+            # Of the count before the update, which is the one that the optimizer used.
             learning_rate=jnp.asarray(schedule(state.updates), jnp.float32),
             skipped=new.skipped,
             router_bias=optax.tree.norm(router, ord=jnp.inf) if losses.stats else jnp.zeros(()),
@@ -90,7 +97,7 @@ def update_router(router: nnx.State, stats: dict[str, RouterStats], rate: Any) -
     """balance.update_bias for every part of the model, by the load of the whole batch."""
 
     def updated(path: tuple[Any, ...], bias: Array) -> Array:
-        part = str(getattr(path[0], "key", path[0]))
+        part = str(getattr(path[0], "key", path[0]))  # "sparse" or "mtp"
         return update_bias(bias, stats[part].load, rate)
 
     return jax.tree_util.tree_map_with_path(updated, router)

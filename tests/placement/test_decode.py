@@ -12,9 +12,10 @@ from moe_jax.base.errors import UserError
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.module import RouterBias
-from moe_jax.placement.decode import TieredDecoder, save_experts
+from moe_jax.placement.decode import TieredDecoder
 from moe_jax.placement.files import ExpertFiles
 from moe_jax.placement.policy import make_policy
+from moe_jax.placement.save_experts import save_experts
 from moe_jax.placement.store import ExpertStore
 from tests.conftest import MLA
 

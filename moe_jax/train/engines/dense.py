@@ -23,7 +23,7 @@ class DenseEngine:
     described = "without placement.device_budget"
 
     def __init__(self, config: TrainConfig, devices: int | None = None) -> None:
-        """`devices` takes the first so many instead of all."""
+        """Uses the first `devices` devices. Unset, all of them."""
         self.config = config
         self.mesh = make_mesh(devices)
         self._sharding = replicated(self.mesh)
@@ -52,13 +52,14 @@ class DenseEngine:
         return with_sharding(abstract_state(self.config), self._sharding)
 
     def start(self, out: Path) -> TrainState:
-        # Made with its sharding, so that it is never whole on one device first.
+        # Initialised with its sharding, so that it is never whole on one device first.
         return jax.jit(lambda: init_state(self.config), out_shardings=self._sharding)()
 
     def resume(self, out: Path, state: TrainState, checkpoint: Path) -> TrainState:
         return state
 
     def place(self, batch: Batch) -> Batch:
+        # Every process reads its own rows (data.batches), which together are the global batch.
         sharding = batch_sharding(self.mesh)
         return jax.tree.map(
             lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
@@ -81,6 +82,7 @@ class DenseEngine:
         # Copies on every device, like the state: operands may have been loaded on one.
         self._operands = jax.device_put(operands, self._sharding)
         step = jax.jit(make_step(self.config, objective), donate_argnums=0)
+        # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
         lowered = step.lower(self.abstract_state(), batch, *self._operands)
         self._step = lowered.compile()
         self._evaluate = make_evaluator(self.config, validation, self.place)
@@ -98,7 +100,7 @@ class DenseEngine:
         return None
 
     def local_state(self, state: TrainState) -> TrainState | None:
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), state)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), state)  # it is replicated
 
     def load(self, state: TrainState, checkpoint: Path) -> TrainState:
         return state

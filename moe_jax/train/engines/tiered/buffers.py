@@ -13,13 +13,16 @@ from moe_jax.train.engines.tiered.trunk import Matrices
 
 @dataclass(eq=False)
 class LayerBuffer:
-    """[E, …] arrays at the experts' own indices.
+    """[E, …] arrays, in which each expert has its own index.
 
-    Rows that are not `filled` are anything finite: they are computed with at weight 0.
+    Rows that are not `filled` hold any finite values. The mixture may compute with them, at
+    weight 0, which a NaN would survive.
     """
 
     matrices: Matrices
+    """Replaced by the thread "bring" alone."""
     filled: Bool[np.ndarray, "E"]
+    """Experts that are there or on their way. Set by the update's thread alone."""
     layer: int = -1
     job: "Future[None] | None" = None
     """The last transfer to this buffer. It waits for the one before it."""
@@ -35,23 +38,23 @@ class LayerBuffer:
 
 
 class LayerBuffers:
-    """Two buffers: one layer is computed with while the next one is brought."""
+    """Two buffers: one layer computes while the experts of the next one are brought."""
 
     def __init__(self, shapes: RowShapes, experts: int) -> None:
         self._shapes = shapes
         self._experts = experts
         self._buffers: list[LayerBuffer] = []
-        """The one asked for last is last."""
+        """In order of use, the latest last."""
 
     def of(self, layer: int) -> LayerBuffer:
-        """The buffer of `layer`. If there is none, the one not asked for last, emptied."""
+        """The buffer of `layer`. If there is none, the least recently used one, emptied."""
         for buffer in self._buffers:
             if buffer.layer == layer:
                 self._buffers.remove(buffer)
                 self._buffers.append(buffer)
                 return buffer
         buffer = self._new() if len(self._buffers) < 2 else self._buffers.pop(0)
-        buffer.wait()
+        buffer.wait()  # its last transfer may still write to it
         buffer.layer = layer
         buffer.job = None
         buffer.filled[:] = False
@@ -59,7 +62,7 @@ class LayerBuffers:
         return buffer
 
     def empty(self) -> None:
-        """Parameters have changed: what the buffers hold is stale."""
+        """Marks all rows as stale, because parameters have changed."""
         assert not self.busy(), "an update ended while experts were still being brought"
         for buffer in self._buffers:
             buffer.filled[:] = False

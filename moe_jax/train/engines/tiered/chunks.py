@@ -1,8 +1,8 @@
 """The device memory of training with tiers: how a budget is spent, resident chunks, and programs.
 
-Rows are brought up to date a chunk at a time, residents as well as those from below, by one and the
-same program: in programs for other numbers of rows XLA rounds differently (its vectorised power
-differs from the scalar one in the last bit), and then results would depend on the budget.
+Rows are brought up to date a chunk at a time by one program, on the device or from below. A program
+for another number of rows would round differently, because XLA's vectorised power differs from the
+scalar one in the last bit. Results would then depend on the budget.
 """
 
 from dataclasses import dataclass, replace
@@ -28,12 +28,14 @@ class Sizes:
         self.layers = config.model.moe_layers
         self.experts = config.model.moe.experts
         self.chunk = max(1, self.experts // 16)
-        """Experts that are brought up to date together."""
+        """Experts that are brought up to date together. Small beside a layer, so that chunks on
+        their way cost little memory."""
         own = shapes.parameter_bytes
         record = shapes.record_bytes
         # Two layer buffers and two layers' gradients (one in use, and one being read or written),
         # and two chunks on their way in and out.
         layers = 4 * self.experts * own
+        # A chunk comes in as a whole record, and goes out without its gradient.
         self.working = layers + 2 * self.chunk * (2 * record - own)
         budget = config.placement.device_bytes
         require(
@@ -46,6 +48,7 @@ class Sizes:
         chunks = (budget - self.working) // (self.chunk * record) // self.layers
         self.quota = min(self.experts, chunks * self.chunk)
         """Residents in each layer."""
+        # Counted again: the quota may be cut at E, with a last chunk that is partly filled.
         chunks = -(-self.quota // self.chunk)
         self.device = self.working + self.layers * chunks * self.chunk * record
         """Bytes of the budget that are used."""
@@ -55,7 +58,7 @@ class Sizes:
 
 @dataclass(eq=False)
 class ResidentChunk:
-    """Residents of one layer, [chunk, …]. Rows beyond the last resident are anything."""
+    """Residents of one layer, [chunk, …]. Rows beyond the last resident hold any values."""
 
     ids: Int[np.ndarray, "n"]
     rows: dict[str, Matrices]
@@ -98,7 +101,8 @@ class Programs:
 
 
 def programs_of(config: TrainConfig) -> Programs:
-    """Those of a config, shared by all runs that differ only in where experts live."""
+    """The programs of a config, shared by all runs that differ only in their placement."""
+    # Neutral placement and folder: they are no part of the programs, and would only miss the cache.
     return _programs(replace(config, placement=PlacementConfig(), out=""))
 
 

@@ -26,8 +26,9 @@ from moe_jax.train.engines.tiered.trunk import assemble, init_trunk, with_expert
 from moe_jax.train.state import Metrics, TrainState, abstract_state, tree_bytes
 
 
+# A function of its own, so that tests on several simulated CPU devices can replace it.
 def visible_devices() -> int:
-    """Devices of all processes."""
+    """Number of devices of all processes."""
     return jax.device_count()
 
 
@@ -62,10 +63,10 @@ class TieredEngine(DenseEngine):
             f"{budget} and {visible_devices()} devices: training with tiers uses one device, hide "
             "the others (CUDA_VISIBLE_DEVICES)",
         )
-        Sizes(config, row_shapes(config))
+        Sizes(config, row_shapes(config))  # raises if the budget is too small
 
     def memory_bytes(self) -> int:
-        """Of the trunk's state, and of the part of the device budget that is used."""
+        """Bytes of the trunk's state, and of the part of the device budget that is used."""
         config = self.config
         trunk = tree_bytes(abstract_trunk(config))
         below = min(config.placement.host_bytes, expert_disk_bytes(config))
@@ -107,7 +108,7 @@ class TieredEngine(DenseEngine):
         return self._tiered_step(state, batch)
 
     def step_line(self, step: int) -> dict[str, Any]:
-        """What an update moved between tiers."""
+        """The bytes that an update moved between tiers, its hit rate and its waits."""
         assert self._tiered_step is not None
         return self._tiered_step.lines.pop(step, {})
 
@@ -115,8 +116,10 @@ class TieredEngine(DenseEngine):
         return save_experts(self._open_experts, out, step)
 
     def local_state(self, state: TrainState) -> TrainState | None:
-        """With the experts' parameters, if these fit into the device budget beside what is there.
-        Their moments are left out: nothing that reads this state updates it."""
+        """The state with the experts' parameters, if they fit into what the device budget has left.
+
+        Their moments are left out, because nothing that reads this state updates it.
+        """
         experts = self._open_experts
         layers = experts.sizes.layers
         number = experts.sizes.experts
@@ -158,8 +161,11 @@ def expert_disk_bytes(config: TrainConfig) -> int:
 
 
 def expert_folder(config: TrainConfig, out: Path) -> Path:
-    """Where a run's experts are on disk: a folder of its own, also in a placement.folder that
-    other runs use."""
+    """The folder of a run's experts on disk.
+
+    It belongs to this run alone. In a placement.folder that several runs share, its name has a hash
+    of `out`.
+    """
     if not config.placement.folder:
         return out / "expert-records"
     own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
@@ -169,9 +175,9 @@ def expert_folder(config: TrainConfig, out: Path) -> Path:
 def open_experts(
     config: TrainConfig, out: Path, checkpoint: Path | None, updates: int
 ) -> TieredExperts:
-    """The experts of a fresh run, or those of a checkpoint's folder, in a store made anew.
+    """The experts of a fresh run, or those of a checkpoint's folder, in a new store.
 
-    What a killed run left of its store is scratch: checkpoints hold everything.
+    The store of a killed run is removed. It is scratch, because checkpoints hold everything.
     """
     for unfinished in out.glob("experts-*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -185,15 +191,18 @@ def open_experts(
             saved = RecordStore.open(checkpoint / EXPERTS)
             experts.restore(saved, updates)
             saved.close()
-    except BaseException:
+    except BaseException:  # an interrupt as well: its threads would keep the program alive
         experts.close()
         raise
     return experts
 
 
 def save_experts(experts: TieredExperts, out: Path, step: int) -> Path:
-    """Copies the experts as they are after `step` beside the checkpoints. Returns the folder, which
-    becomes part of the checkpoint when the rest of it is written (train.checkpoint)."""
+    """Copies the experts as they are after `step` to a folder beside the checkpoints.
+
+    Returns the folder. It becomes part of the checkpoint once the rest is written
+    (train.checkpoint).
+    """
     folder = out / f"experts-{step}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     experts.save(folder)
@@ -201,7 +210,7 @@ def save_experts(experts: TieredExperts, out: Path, step: int) -> Path:
 
 
 def assembled(config: TrainConfig, trunk: TrainState, checkpoint: Path) -> TrainState:
-    """The whole state, as the ordinary path would have it, from a checkpoint's two parts."""
+    """The whole state, as the dense engine has it, from the two parts of a checkpoint."""
     saved = RecordStore.open(checkpoint / EXPERTS)
     try:
         return assemble(abstract_state(config), trunk, _stacked(saved, row_shapes(config)))
@@ -210,6 +219,8 @@ def assembled(config: TrainConfig, trunk: TrainState, checkpoint: Path) -> Train
 
 
 def _stacked(saved: RecordStore, shapes: RowShapes) -> Callable[[str], list[Any]]:
+    """kind -> the rows of all experts, [layers, E, …] each."""
+
     def rows(kind: str) -> list[Any]:
         own = shapes.moments if kind == "moments" else shapes.parameters
         stacked = [np.empty((saved.layers, saved.experts, *s.shape), s.dtype) for s in own]

@@ -1,8 +1,8 @@
 """The model's stages (model/stages.py) and their gradients, each a program compiled once.
 
-Between enter and leave of a sparse block the host brings its experts. What a router chose is data
-for the backward pass and never decided again. That pass computes the mixture's forward part anew
-from the chosen experts' matrices, so that no residual holds an expert.
+Between enter and leave of a sparse block the host brings its experts. The backward pass takes the
+router's choice as data and never decides again. It recomputes the forward part of the mixture from
+the experts' matrices, so that no residual holds an expert.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,8 @@ class Ended(NamedTuple):
     losses: Losses
     """Without the statistics of the sparse blocks."""
     outside: Any
-    """Gradient of the trunk's parameters outside the sparse blocks, by way of the last stage."""
+    """Gradient of the trunk's parameters outside the sparse blocks, through the last stage alone.
+    The part through the first stage is added by `finish`: a tied embedding is used by both."""
     x: Float[Array, "B L D"]
 
 
@@ -82,21 +83,21 @@ class BlockGradient(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What every stage takes of the state."""
+    """The part of the state that every stage takes."""
 
     trunk: nnx.State
     router: nnx.State
 
 
 class Inputs(NamedTuple):
-    """What every stage takes of an update. `key` is None outside training."""
+    """The arguments of a stage that belong to the batch. `key` is None outside training."""
 
     batch: Batch
     key: Array | None
 
 
 class Model:
-    """The parts of one config's model as objects that stages take, their experts left empty."""
+    """Builds the modules that stages take from a config's parameters. Their experts stay empty."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config.model
@@ -106,6 +107,7 @@ class Model:
 
     def whole(self, weights: Weights) -> Any:
         """The whole model."""
+        # The leading axis alone, because nnx.merge checks the tree and not the shapes.
         empty = jnp.zeros((self.config.moe_layers, 0))
         trunk = with_experts(weights.trunk, (empty, empty))
         return nnx.merge(self._graph, trunk, weights.router)
@@ -125,6 +127,7 @@ class Model:
         tokens = inputs.batch["tokens"][:, : self.length]
         segments = inputs.batch["segments"][:, : self.length]
         context = stages.whole_documents(self.config, tokens, segments, inputs.key)
+        # The same path as in stages.run_stack, so the same draws as in ordinary training.
         return context if layer is None else context.at("sparse", layer)
 
 
@@ -156,7 +159,7 @@ class Programs:
 
 
 def programs_of(config: TrainConfig, objective: Objective) -> Programs:
-    """The programs of a config, shared by all runs that differ in where experts live alone."""
+    """The programs of a config, shared by all runs that differ only in their placement."""
     return _programs(replace(config, placement=PlacementConfig(), out=""), objective)
 
 
@@ -185,7 +188,7 @@ def _enter(
         return stages.enter(block, x, context)[0]
 
     if model.config.remat != "none":
-        # The router stays outside: the backward pass must not decide again.
+        # The router stays outside, because the backward pass must not decide again.
         attend = jax.checkpoint(attend, policy=REMAT_POLICIES[model.config.remat])
 
     def run(parameters: nnx.State, x: Array) -> Any:
@@ -234,11 +237,12 @@ def _end(
 
     def total(outside: nnx.State, x: Array) -> tuple[Array, Losses]:
         whole = model.whole(weights._replace(trunk=join_blocks(outside, blocks)))
-        found = losses(objective, Reading(whole, part, model.length, x, None))
-        return found.total(config.model.mtp_weight), found
+        reading = Reading(whole, part, model.length, hidden=x, stats=None)
+        parts = losses(objective, reading)
+        return parts.total(config.model.mtp_weight), parts
 
-    (_, found), (d_outside, d_x) = jax.value_and_grad(total, (0, 1), has_aux=True)(outside, x)
-    return Ended(found, d_outside, d_x)
+    (_, parts), (d_outside, d_x) = jax.value_and_grad(total, (0, 1), has_aux=True)(outside, x)
+    return Ended(parts, d_outside, d_x)
 
 
 def _back(
@@ -258,8 +262,10 @@ def _back(
     entered = chosen.entered._replace(x=jnp.zeros_like(d_x))
     pull_second = jax.vjp(run, entered, parameters, chosen.weights, experts)[1]
     d_entered, second, d_weights, d_experts = pull_second(d_x)
-    # 1: the balance losses are added to the objective as they are.
+    # 1 is the cotangent of the balance losses, which are added to the objective as they are.
     first, d_x = pull((d_entered, d_weights, jnp.ones((), jnp.float32)))
+    # Exactly 0 for experts without a token, whatever an implementation computes there: their rows
+    # of the buffer may be stale.
     used = (chosen.stats.load > 0)[:, None, None]
     d_experts = tuple(jnp.where(used, gradient, 0) for gradient in d_experts)
     return BlockGradient(jax.tree.map(jnp.add, second, first), d_x, d_experts, _square(d_experts))
@@ -275,7 +281,7 @@ def _slice(blocks: nnx.State, layer: Array) -> nnx.State:
 
 
 class BlockParts(NamedTuple):
-    """What `finish` takes of one sparse block."""
+    """The part of the gradient and of the statistics that `finish` takes from one sparse block."""
 
     gradient: Any
     square: Float[Array, ""]
@@ -292,9 +298,10 @@ def make_finish(config: TrainConfig) -> Callable[..., Updated]:
     ) -> Updated:
         stacked: Any = jax.tree.map(lambda *parts: jnp.stack(parts), *blocks)
         gradients = join_blocks(jax.tree.map(jnp.add, ended.outside, begun), stacked.gradient)
+        # Over trunk and experts: clipping is by the norm of the whole gradient.
         norm = jnp.sqrt(_square(gradients) + stacked.square.sum())
         stats = {"sparse": stacked.stats} | ended.losses.stats
-        found = ended.losses._replace(balance=balance_loss(stats), stats=stats)
-        return update(state, Gradient(gradients, norm, found))
+        all_losses = ended.losses._replace(balance=balance_loss(stats), stats=stats)
+        return update(state, Gradient(gradients, norm, all_losses))
 
     return finish

@@ -1,4 +1,4 @@
-"""Which experts of a model in training stay on the device, and which in host memory."""
+"""Decides which experts of a model in training stay on the device, and which in host memory."""
 
 import numpy as np
 from jaxtyping import Int
@@ -9,9 +9,10 @@ from moe_jax.placement.policy import make_policy
 from moe_jax.train.engines.tiered.chunks import Sizes
 
 DECIDE_EVERY = 50
-"""Updates between two decisions on who is resident."""
+"""Updates between two decisions on residents. A change waits for all transfers, so it is rare."""
 HYSTERESIS = 0.25
-"""A newcomer's score must exceed a resident's by this fraction."""
+"""A newcomer's score must exceed a resident's by this fraction, or experts with nearly equal scores
+would change places at every decision."""
 
 
 class Residency:
@@ -34,8 +35,10 @@ class Residency:
         return np.flatnonzero(self.placement.resident[start : start + self._experts])
 
     def host_ids(self) -> Int[np.ndarray, "n"]:
-        """The experts, numbered layer · E + expert, of the highest scores that are not resident: as
-        many as host memory may hold."""
+        """The experts with the highest scores that are not resident, as many as host memory holds.
+
+        They are numbered layer · E + expert, in ascending order.
+        """
         below = np.flatnonzero(~self.placement.resident)
         order = np.argsort(-self.placement.policy.score(below), kind="stable")
         return np.sort(below[order[: self._host]])

@@ -41,7 +41,8 @@ class RowIO:
 
     def read(self, kind: str, layer: int, rows: Int[np.ndarray, "n"]) -> list[np.ndarray]:
         """The rows (ascending), padded with zeros to a chunk."""
-        # New memory each time: on a CPU JAX may keep it as it is, so it is never written again.
+        # New memory each time: JAX on a CPU may use an array without copying it, so it must never
+        # be written again.
         arrays = self.blank(kind, self.chunk)
         self.records.read(kind, layer, rows, [part[: len(rows)] for part in as_parts(arrays)])
         for array in arrays:

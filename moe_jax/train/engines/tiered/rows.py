@@ -21,13 +21,15 @@ from moe_jax.train.optimizer import clipped, make_optimizer
 
 
 def _experts_alone(matrices: tuple[Any, ...]) -> nnx.State:
-    """Parameters of the experts and nothing else, under the names that they have in the model, so
-    that the optimizer treats them as it does there."""
+    """Parameters of the experts and nothing else, under the names that they have in the model.
+
+    So the optimizer treats them as it does there (role_of).
+    """
     return with_experts(nnx.State({}), matrices)
 
 
 class RowShapes(NamedTuple):
-    """What one expert's rows are made of (abstract arrays)."""
+    """Shapes and dtypes of the arrays in one expert's rows."""
 
     parameters: tuple[jax.ShapeDtypeStruct, ...]
     moments: tuple[jax.ShapeDtypeStruct, ...]
@@ -84,7 +86,7 @@ def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
 
 
 class PendingUpdates(NamedTuple):
-    """The updates that each of n rows lacks: start … stop - 1. Arrays of the host or of JAX.
+    """The updates that each of n rows lacks: start … stop - 1. NumPy or JAX arrays.
 
     An update is numbered by the count of updates before it.
     """
@@ -115,6 +117,8 @@ def make_advance(config: TrainConfig) -> Callable[..., tuple[Matrices, Matrices]
     def one(p: Matrices, m: Matrices, g: Matrices, count: Array) -> tuple[Matrices, Matrices]:
         parameters = _experts_alone(p)
         leaves, form = jax.tree_util.tree_flatten_with_path(optimizer.init(parameters))
+        # The optimizer's state for one expert: its own moments, and counters (the only integers),
+        # which all stand at the number of the update.
         moments = iter(m)
         filled = [
             next(moments)
@@ -131,6 +135,7 @@ def make_advance(config: TrainConfig) -> Callable[..., tuple[Matrices, Matrices]
 
     def row(p: Matrices, m: Matrices, g: Matrices, count: Array, pending: PendingUpdates) -> Any:
         g = clipped(g, pending.norm, limit)
+        # A missed update had a gradient of 0, which Adam and weight decay still act on.
         own = count == pending.gradient_update
         g = jax.tree.map(lambda leaf: jnp.where(own, leaf, 0), g)
         return jax.tree.map(

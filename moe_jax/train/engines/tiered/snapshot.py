@@ -1,4 +1,4 @@
-"""The experts at the start of a run: drawn anew, or copied from a checkpoint."""
+"""Whole layers of experts: drawn for a fresh run, copied from a checkpoint, or exchanged."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from moe_jax.train.engines.tiered.trunk import init_experts
 
 def initialise(config: TrainConfig, rows: RowIO, residents: list[Residents]) -> None:
     """The parameters of a fresh model, a layer at a time. Moments stay zero."""
+    # The layer is traced, so that one program draws all layers.
     make = jax.jit(init_experts, static_argnums=0)
     for layer, own in enumerate(residents):
         matrices = [np.asarray(m) for m in make(config, jnp.int32(layer))]
@@ -44,8 +45,11 @@ def _copy(
 
 
 def exchange(rows: RowIO, layer: int, before: Residents, after: Residents) -> None:
-    """Fills the new residents of a layer: from the old ones, or from below where the experts that
-    leave are written."""
+    """Fills the new residents of a layer, and writes the experts that leave to the tiers below.
+
+    Experts that stay are copied from the old residents, the others are read from below. Nothing may
+    be in transfer.
+    """
     stays = np.isin(after.ids, before.ids)
     leaves = ~np.isin(before.ids, after.ids)
     for kind in KINDS:

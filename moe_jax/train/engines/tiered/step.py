@@ -1,7 +1,7 @@
 """One update, and an evaluation, of a model whose experts live in tiers: a loop over its layers.
 
-The same mathematics as train.step, in the programs of programs.py. Between them the host brings
-experts.
+It computes what train.step computes, by the programs of programs.py. Between two programs the host
+brings experts.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from moe_jax.train.evaluate import bits_per_byte, held_out_batches
 from moe_jax.train.state import Metrics, TrainState
 
 GROUP = 8
-"""Validation batches that go through a layer before the next one: its experts come once for all."""
+"""Validation batches that pass a layer together, so that its experts are brought once for all."""
 
 
 class TieredStep:
@@ -45,7 +45,7 @@ class TieredStep:
         self.layers = config.model.moe_layers
         self._programs = programs_of(config, objective)
         self.lines: dict[int, dict[str, Any]] = {}
-        """What an update moved, by its number, for metrics.jsonl."""
+        """Entries for metrics.jsonl, by the number of the update."""
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         run = self._programs
@@ -59,6 +59,7 @@ class TieredStep:
         for layer in range(self.layers):
             at = jnp.int32(layer)
             chosen, pull = run.enter(weights, at, x, inputs)
+            # Here the host waits for the device: the router decides which experts are needed.
             active.append(_active(chosen.stats))
             matrices = experts.need(layer, active[-1])
             experts.prefetch(layer + 1)
@@ -81,6 +82,7 @@ class TieredStep:
             del chosen, pull, above, gradient, matrices
         begun = run.begin_back(pull_begin, d_x)
         updated = run.finish(state, ended, begun, tuple(reversed(blocks)))
+        # The norm is known only now, so experts are clipped when they are next brought.
         norm = float(updated.metrics.gradient_norm)
         experts.end_update(active, bool(updated.finite), norm)
         # The loop reads an update's line while the next one runs: a few are kept.
@@ -89,8 +91,10 @@ class TieredStep:
         return updated.state, updated.metrics
 
     def compile(self, state: TrainState, batch: Any) -> None:
-        """Compiles every program of an update for the form of `batch` (abstract or not), by running
-        it on zeros, which changes nothing."""
+        """Compiles every program of an update for batches of this form, by running it on zeros.
+
+        `batch` may be abstract. The run changes neither state nor experts.
+        """
         run = self._programs
         batch = jax.tree.map(
             lambda row: jnp.zeros(row.shape, row.dtype, device=row.sharding), batch

@@ -1,14 +1,14 @@
 """The routed experts of a model in training: hot ones on the device, the others below it.
 
-A layer's turn has its experts in a layer buffer, [E, …] arrays at their natural indices. The buffer
-of the next layer is filled meanwhile. The parts:
+While a layer computes, its experts are in a layer buffer: [E, …] arrays in which each expert has
+its own index. Meanwhile the buffer of the next layer is filled. The parts:
 
-- residency: which experts stay on the device;
-- chunks and buffers: the device's memory, residents and layer buffers;
-- update_log: which updates an expert lacks;
-- updater, row_io, writes: the thread that brings experts up to date, and what it reads and writes;
-- snapshot: the start of a run;
-- traffic: counters.
+- residency: which experts stay on the device
+- chunks and buffers: the device's memory, residents and layer buffers
+- update_log: which updates an expert lacks
+- updater, row_io, writes: the thread that brings experts up to date, and its reads and writes
+- snapshot: the start of a run
+- traffic: counters
 """
 
 from pathlib import Path
@@ -41,9 +41,9 @@ class TieredExperts:
 
     The calls of an update, in their order:
 
-    - forward, for every layer: `prefetch`, `need`;
-    - backward, for every layer: `prefetch`, `need`, `put_gradient`;
-    - `end_update`.
+    - forward, for every layer: `prefetch`, `need`
+    - backward, for every layer: `prefetch`, `need`, `put_gradient`
+    - `end_update`
 
     All calls come from one thread (AssertionError). Three threads of its own read, bring up to
     date, and write.
@@ -62,8 +62,10 @@ class TieredExperts:
         self.residency = Residency(config, self.sizes)
         self.threads = Threads()
         self.spans: list[Span] = []
-        """When the threads were at work, up to the last `traffic`."""
+        """When the threads were at work, as of the last call of `traffic`."""
         self._rows = RowIO(self.records, self.shapes, self.sizes.chunk)
+        # Shared with the updater, whose thread advances the residents of a layer that is brought.
+        # The update's thread writes their gradients only after that (put_gradient asserts it).
         self._residents = [self._new_residents(layer) for layer in range(layers)]
         self._log = UpdateLog(layers, experts, exact=config.placement.mode == "exact")
         self._programs = programs_of(config)
@@ -98,7 +100,7 @@ class TieredExperts:
 
     def save(self, folder: Path) -> None:
         """Brings everything up to date and copies it, a chunk at a time, to a store in `folder`."""
-        self.drain()
+        self.drain()  # the threads then wait for work, so that only save_layer's tasks run
         layouts = self.shapes.layouts()
         del layouts["gradients"]  # none is left once everything is up to date
         saved = RecordStore.create(folder, self.sizes.layers, self.sizes.experts, layouts)
@@ -110,22 +112,30 @@ class TieredExperts:
             saved.close()
 
     def prefetch(self, layer: int, active: Int[np.ndarray, "n"] | None = None) -> None:
-        """Starts to bring `active` of `layer` (unset: those of its last update) to a layer buffer,
-        unless there is no such layer."""
+        """Starts to bring the `active` experts of `layer` to a layer buffer.
+
+        Unset, they are those of its last update: before the router has run, the best guess. Without
+        such a layer nothing happens.
+        """
         if 0 <= layer < self.sizes.layers:
-            with self.threads.timed("wait"):  # unless the threads are blocking, for nothing
+            with self.threads.timed("wait"):  # 0, unless Threads.blocking
                 self._bring(layer, self._last_active[layer] if active is None else active)
 
     def need(self, layer: int, active: Int[np.ndarray, "n"]) -> Matrices:
-        """The matrices of `layer`, [E, …], with at least `active`, once they are there."""
+        """Waits for `active` and returns the matrices of `layer`, [E, …].
+
+        Rows of experts that are neither active nor resident hold any finite values.
+        """
         with self.threads.timed("wait"):
             buffer = self._bring(layer, active)
             buffer.wait()
         return buffer.matrices
 
     def put_gradient(self, layer: int, active: Int[np.ndarray, "n"], gradients: Matrices) -> None:
-        """Keeps the gradients, [E, …], of the experts that were active, until `end_update` says
-        whether they count."""
+        """Stores the gradients, [E, …], of the experts that were active.
+
+        They count once `end_update` reports a finite update.
+        """
         self._owner.check()
         assert not self._buffers.busy(layer), f"layer {layer} is still being brought up to date"
         self._log.void(layer, active)
@@ -145,8 +155,7 @@ class TieredExperts:
             self._gradient_writes.submit(layer, write, gradients)
 
     def end_update(self, active: list[Int[np.ndarray, "n"]], finite: bool, norm: float) -> None:
-        """The update of the last gradients is over: they count, clipped by `norm`, unless it was
-        not `finite`."""
+        """Ends an update. If it was `finite`, its gradients count, clipped by `norm`."""
         self._owner.check()
         self._buffers.empty()
         if finite:
@@ -154,6 +163,7 @@ class TieredExperts:
         for ids, residents in zip(active, self._residents, strict=True):
             self._traffic.used(ids, residents.ids)
         self._last_active = active
+        # None where nothing was decided. An empty list still refreshes host memory.
         changed = self.residency.observe(active)
         if changed is not None:
             self.drain()
@@ -164,14 +174,14 @@ class TieredExperts:
             self.records.keep(self.residency.host_ids())
 
     def drain(self) -> None:
-        """Returns when nothing is being moved any more. UserError: something could not be."""
+        """Returns when no transfer is under way. UserError: one has failed."""
         self._owner.check()
         self._buffers.wait()
         self._gradient_writes.wait_all()
         self._updater.wait()
 
     def traffic(self) -> dict[str, Any]:
-        """What was moved since the last call, and what the experts take on the device at most."""
+        """Bytes moved since the last call, and the most bytes that experts take on the device."""
         self.spans = self.threads.take_spans()
         return {**self._traffic.report(self.spans), "device_expert_bytes": self.sizes.device}
 
@@ -185,14 +195,15 @@ class TieredExperts:
         return Residents(self.residency.resident_ids(layer), self.sizes.chunk, self.shapes)
 
     def _bring(self, layer: int, active: np.ndarray) -> LayerBuffer:
-        """The buffer of `layer`, with a transfer under way that brings what it lacks."""
+        """The buffer of `layer`, with a transfer under way for the experts that it lacks."""
         self._owner.check()
         buffer = self._buffers.of(layer)
+        # Residents come along: placed chunk by chunk, they cost no read.
         wanted = np.union1d(active, self._residents[layer].ids)
         missing = wanted[~buffer.filled[wanted]]
         if len(missing) or buffer.job is None:
             before = buffer.job
-            buffer.filled[missing] = True
+            buffer.filled[missing] = True  # on their way: a second call must not bring them again
 
             def fill() -> None:
                 if before is not None:

@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 
 Task = Literal["bring", "read", "write"]
-"""bring: to a layer buffer, up to date. read and write: the tiers below, for the thread that
-brings."""
+"""`bring` brings experts up to date and to a layer buffer. `read` and `write` work on the tiers
+below, so that `bring` can compute meanwhile."""
 
 
 class Span(NamedTuple):
-    """When something was done, in seconds of perf_counter."""
+    """The time of an activity, in seconds of perf_counter."""
 
     what: str
     """A task, or "compute" while its thread waited for the device, or "wait" while the update
@@ -26,8 +26,8 @@ class Span(NamedTuple):
 class Threads:
     """One thread for each kind of task, which does them in the order they were handed in.
 
-    `blocking` waits for every task before anything else happens: the control of the asynchronous
-    threads.
+    With `blocking`, `submit` waits for its task. This is the control that shows what asynchronous
+    transfers gain.
     """
 
     def __init__(self) -> None:
@@ -40,6 +40,7 @@ class Threads:
     ) -> "Future[Any]":
         """Has the thread of `task` make the call, once the arrays `computed` are ready."""
 
+        # The wait is timed apart: a thread that waits for the device is not at work.
         def run() -> Any:
             if computed:
                 with self.timed("compute"):
@@ -59,6 +60,7 @@ class Threads:
         try:
             yield
         finally:
+            # From several threads: list.append is atomic.
             self.spans.append(Span(what, begin, perf_counter()))
 
     def take_spans(self) -> list[Span]:

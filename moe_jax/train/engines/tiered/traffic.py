@@ -1,4 +1,4 @@
-"""What the experts of a run in tiers moved and waited for, from one report to the next."""
+"""Counts the bytes, hits and waits of experts in tiers from one report to the next."""
 
 from typing import Any
 

@@ -22,7 +22,8 @@ from moe_jax.train.state import TrainState, model_key, new_state
 
 SPARSE_BLOCKS = ("sparse", "blocks")
 EXPERT = ("down", "gate_up")
-"""An expert's matrices in the order of every tuple of them here: that of a sorted tree."""
+"""Names of an expert's matrices. Every tuple of them has this order, which is that of a tree's
+leaves: JAX sorts keys."""
 Matrices = tuple[Array, ...]
 """down [n, F, D], gate_up [n, D, 2F]."""
 
@@ -42,8 +43,10 @@ def with_experts(trunk: nnx.State, matrices: tuple[Any, ...]) -> nnx.State:
 
 
 def of_expert(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf, of parameters or of an optimizer's state, belongs to the routed experts of
-    the sparse blocks."""
+    """Whether a leaf belongs to the routed experts of the sparse blocks.
+
+    The path is that of a leaf of the parameters or of an optimizer's state.
+    """
     name = dotted(path)
     # Counters of an optimizer's state have no name at all.
     return f"{'.'.join(SPARSE_BLOCKS)}." in name and role_of(name) == "expert"
@@ -84,9 +87,13 @@ def init_experts(config: TrainConfig, layer: Int[Array, ""]) -> Matrices:
 
 
 def assemble(whole: TrainState, trunk: TrainState, rows: Callable[[str], list[Any]]) -> TrainState:
-    """The state of the ordinary path: `whole` gives its form (abstract), `trunk` all but the
-    experts, rows("parameters" | "moments") their stacked parts [layers, E, …]."""
+    """The state as the dense engine has it.
+
+    `whole` gives its form (abstract). `trunk` gives everything but the experts, and
+    rows("parameters" | "moments") gives their stacked parts, [layers, E, …] each.
+    """
     parameters = with_experts(trunk.parameters, tuple(rows("parameters")))
+    # Both iterators follow the order of the leaves in the whole optimizer state.
     moments = iter(rows("moments"))
     rest = iter(jax.tree.leaves(trunk.optimizer))
     leaves, form = jax.tree_util.tree_flatten_with_path(whole.optimizer)

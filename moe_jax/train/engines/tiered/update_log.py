@@ -1,4 +1,4 @@
-"""Which updates every expert lacks.
+"""The log of the updates that each expert still lacks.
 
 An update that touches an expert only leaves its gradient. The expert is brought up to date when it
 is next needed. So the backward pass writes gradients alone, and clipping by the global norm, which
@@ -23,7 +23,7 @@ class UpdateLog:
 
     def __init__(self, layers: int, experts: int, *, exact: bool) -> None:
         self.updates = 0
-        """Done so far."""
+        """Number of updates so far."""
         self._exact = exact
         self._gradient_update = np.full((layers, experts), -1, np.int32)
         """The update that the gradient row belongs to. -1: the row is void or used up."""
@@ -38,7 +38,10 @@ class UpdateLog:
         self._reflected[:] = updates
 
     def void(self, layer: int, ids: Int[np.ndarray, "n"]) -> None:
-        """The gradients of `ids` are about to be replaced. Until `record` they do not count."""
+        """Marks the gradients of `ids` as void, because new ones are about to be written.
+
+        The new ones do not count before `record`: the update may still turn out not to be finite.
+        """
         self._gradient_update[layer, ids] = -1
 
     def record(self, active: list[Int[np.ndarray, "n"]], norm: float) -> None:
@@ -60,8 +63,10 @@ class UpdateLog:
             start = self._reflected[layer, ids]
             stop = np.full_like(start, self.updates)
         else:
+            # Lazy AdamW: the update of the gradient and no other one.
             start = np.maximum(gradient, 0)
             stop = gradient + 1  # 0 without a gradient: then nothing is pending
+        # Padding rows have start = stop = 0, so `advance` leaves them alone.
         size = max(size, len(ids))
         return PendingUpdates(
             start=padded(start, size),

@@ -18,7 +18,7 @@ from moe_jax.train.engines.tiered.update_log import UpdateLog
 from moe_jax.train.engines.tiered.writes import WriteQueue
 
 ROW_WRITES = 4
-"""Rows of parameters and moments, two writes a chunk, that may wait for the writing thread."""
+"""Writes of rows that may wait for the writing thread. A chunk has two, parameters and moments."""
 
 
 class Updater:
@@ -53,11 +53,12 @@ class Updater:
         residents = self._residents[layer]
         self._advance_residents(layer)
         cold = np.setdiff1d(ids, residents.ids)
-        if len(cold) < len(ids):  # residents, then: they come together
+        if len(cold) < len(ids):  # residents are among them, and are always placed all together
             for chunk in residents.chunks:
                 self._place(buffer, chunk.ids, chunk.rows["parameters"])
         for rows, parameters in self._up_to_date(layer, cold):
             self._place(buffer, rows, parameters)
+        # The future of this call promises that the matrices are there (TieredExperts.need).
         jax.block_until_ready(buffer.matrices)
 
     def save_layer(self, saved: RecordStore, layer: int) -> None:
@@ -96,11 +97,15 @@ class Updater:
                 self._log.applied(layer, chunk.ids)
 
     def _up_to_date(self, layer: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Any]]:
-        """(experts, their parameters [chunk, …]) for all of `ids`, a chunk at a time: the next one
-        is read while this one is used, and what changed is written back."""
+        """(experts, their parameters [chunk, …]) for all of `ids`, a chunk at a time.
+
+        The next chunk is read while this one is used. Rows that changed are written back.
+        """
+        # Rows are read below, so earlier writes of this layer must have ended.
         self._gradient_writes.wait(layer)
         self._row_writes.wait(layer)
         pending = self._log.pending(layer, ids)
+        # Experts that lack nothing need no moments and no gradient: a third of the bytes or less.
         behind = pending.stop > pending.start
         chunks = [(rows, KINDS) for rows in self._rows.chunks(ids[behind])]
         chunks += [(rows, KINDS[:1]) for rows in self._rows.chunks(ids[~behind])]

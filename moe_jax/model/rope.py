@@ -24,7 +24,9 @@ def rotation(positions: Int[Array, "B L"], width: int, base: float) -> Rotation:
 
 def rotate(x: Float[Array, "B L H R"], by: Rotation) -> Float[Array, "B L H R"]:
     """Turns the pair (x[i], x[i + R/2]) of every head by the token's i-th angle; R = 2W."""
-    cos, sin = by.cos[:, :, None, :], by.sin[:, :, None, :]
+    # [B, L, 1, R/2]: the same angles for every head.
+    cos = by.cos[:, :, None, :]
+    sin = by.sin[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -108,7 +108,8 @@ class Transformer(nnx.Module):
         self, context: stages.Context, caches: Caches, shift: Array | None = None
     ) -> tuple[Array, Caches, RouterStats | None]:
         x, dense = self.begin(context, caches.dense, shift)
-        sparse, stats = None, None
+        sparse = None
+        stats = None
         if self.config.moe_layers:
             x, sparse, stats = stages.run_stack(self.sparse, x, context, caches.sparse)
         return x, Caches(dense, sparse), stats

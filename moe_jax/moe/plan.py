@@ -72,15 +72,23 @@ def make_plan(
     `capacity` an expert keeps its first so many assignments and the others have no row either;
     without one nothing is dropped. With `kernels` the same arrays are made by Triton kernels.
     """
-    tokens, per_token = experts.shape
-    assignments = tokens * per_token
+    assignments = experts.size
     most = assignments if capacity is None else min(assignments, num_experts * capacity)
     rows = choose_block_rows(most, num_experts)
-    blocks = block_count(most, num_experts, rows)
     if kernels:
+        blocks = block_count(most, num_experts, rows)
         made = schedule(experts, num_experts, rows, blocks, capacity)
         return Plan(**vars(made), most=most)
+    return _plan_in_xla(experts, num_experts, capacity, rows, most)
 
+
+def _plan_in_xla(
+    experts: Int[Array, "T K"], num_experts: int, capacity: int | None, rows: int, most: int
+) -> Plan:
+    """make_plan without Triton: blocks of `rows` rows for at most `most` assignments."""
+    tokens, per_token = experts.shape
+    assignments = tokens * per_token
+    blocks = block_count(most, num_experts, rows)
     flat = experts.reshape(assignments)
     in_order, order = sort_with_index(flat, num_experts + 1)
     ends = jnp.searchsorted(in_order, jnp.arange(num_experts), side="right").astype(jnp.int32)
@@ -106,4 +114,14 @@ def make_plan(
     row = row.reshape(tokens, per_token)
     if capacity is not None:
         experts = jnp.where(row < blocks * rows, experts, num_experts)
-    return Plan(load, counts, starts, assignment, row, experts, block_expert, rows, most)
+    return Plan(
+        load=load,
+        counts=counts,
+        starts=starts,
+        assignment=assignment,
+        row=row,
+        experts=experts,
+        block_expert=block_expert,
+        block_rows=rows,
+        most=most,
+    )

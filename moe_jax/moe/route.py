@@ -66,13 +66,13 @@ def route(
 def kernel_choice(config: MoEConfig) -> GateConfig:
     """The configured gate in the kernel's words."""
     return GateConfig(
-        config.experts_per_token,
-        config.gate,
-        config.normalise,
-        config.scale,
-        config.groups,
-        config.groups_per_token,
-        representatives(config),
+        per_token=config.experts_per_token,
+        function=config.gate,
+        normalise=config.normalise,
+        scale=config.scale,
+        groups=config.groups,
+        groups_per_token=config.groups_per_token,
+        representatives=representatives(config),
     )
 
 

@@ -109,9 +109,12 @@ def _forward(
     x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan, rounding: Rounding
 ) -> tuple[Array, Array | None]:
     """(out, z of the batch)"""
-    share, dtype = _share(plan), x.dtype
-    out, z = jnp.zeros_like(x, jnp.float32), None
-    x, gate_up = rounding.rows(x), rounding.matrices(gate_up, 2)
+    share = _share(plan)
+    dtype = x.dtype
+    out = jnp.zeros_like(x, jnp.float32)
+    z = None
+    x = rounding.rows(x)
+    gate_up = rounding.matrices(gate_up, 2)
     down = rounding.matrices(down, 1)
     if share:
         rows = _batch_rows(plan, weights, share)
@@ -186,7 +189,8 @@ def _backward(
         sums = d._replace(x=dx, weight=d_weight.reshape(-1))
 
     def turn(expert: Array, rows: Rows, sums: Gradients) -> Gradients:
-        x_rows, up = _take(x, rows.source), gate_up[expert]
+        x_rows = _take(x, rows.source)
+        up = gate_up[expert]
         d_rows = _take(d_out, rows.source)
         z = (rounding.rows(x_rows) @ rounding.matrices(up[None], 2)[0]).astype(x.dtype)
         d = _pull(x_rows.T, z, d_rows, rows.weight, up, down[expert])

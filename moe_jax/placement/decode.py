@@ -78,7 +78,9 @@ class TieredDecoder:
         look_ahead: bool = True,
     ) -> None:
         _check(config, store)
-        self.config, self.store, self.look_ahead = config, store, look_ahead
+        self.config = config
+        self.store = store
+        self.look_ahead = look_ahead
         self.shares = store.low_bit is not None
         self.routing: list[np.ndarray] | None = None
         """Set to [] to collect the chosen experts, [B, K] for each token and layer."""

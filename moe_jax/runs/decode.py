@@ -28,7 +28,9 @@ from moe_jax.placement.store import ExpertStore
 from moe_jax.runs.load import load_run, newest_step
 from moe_jax.train.engines.tiered.trunk import without_experts
 
-TRUNK, MODEL, LOW_BIT = "trunk.safetensors", "model.json", "low-bit"
+TRUNK = "trunk.safetensors"
+MODEL = "model.json"
+LOW_BIT = "low-bit"
 
 
 def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False) -> Path:
@@ -38,7 +40,8 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
     An ordinary run is loaded as a whole for this, once; one that was trained with tiers too.
     UserError: no checkpoint, a dense model, or a disk that fails.
     """
-    folder, wanted = Path(run) / "decode", (newest_step(run), dtype)
+    folder = Path(run) / "decode"
+    wanted = (newest_step(run), dtype)
     if _prepared(folder) != wanted:
         for about in (folder / MODEL, folder / LOW_BIT / MODEL):
             about.unlink(missing_ok=True)
@@ -109,10 +112,12 @@ def load_decodable(folder: Path) -> Decodable:
     """The trunk of a prepared run, in memory."""
     about = json.loads((folder / MODEL).read_text())
     config = from_dict(TrainConfig, about["config"])
-    parameters, router = [], []
+    parameters = []
+    router = []
     with safe_open(folder / TRUNK, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-            path, value = tuple(name.split(".")), jnp.asarray(file.get_tensor(name))
+            path = tuple(name.split("."))
+            value = jnp.asarray(file.get_tensor(name))
             if path[-2:] == ("moe", "bias"):
                 router.append((path, RouterBias(value)))
             else:
@@ -133,8 +138,11 @@ def open_decoder(
     context. UserError: a budget below one layer's working set, and as prepare_decoding."""
     low_bit = placement.low_bit_share > 0
     folder = prepare_decoding(run, dtype=placement.dtype, low_bit=low_bit)
-    made, files = load_decodable(folder), ExpertFiles(folder)
-    layers, experts, slots = made.model.moe_layers, files.experts, made.model.moe.slots
+    decodable = load_decodable(folder)
+    files = ExpertFiles(folder)
+    layers = decodable.model.moe_layers
+    experts = files.experts
+    slots = decodable.model.moe.slots
     everything = layers * experts * files.expert_bytes
     sizes = {
         name: parse_bytes(f"placement.{name}", getattr(placement, name) or otherwise)
@@ -153,5 +161,11 @@ def open_decoder(
         low_bit=ExpertFiles(folder / LOW_BIT) if low_bit else None,
         low_bit_share=placement.low_bit_share,
     )
-    decoder = TieredDecoder(made.model, made.parameters, made.router, store, look_ahead=ahead > 0)
-    return decoder, made
+    decoder = TieredDecoder(
+        decodable.model,
+        decodable.parameters,
+        decodable.router,
+        store,
+        look_ahead=ahead > 0,
+    )
+    return decoder, decodable

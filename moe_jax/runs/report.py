@@ -216,7 +216,8 @@ def draw_router(lines: list[dict[str, Any]], experts: int) -> Figure:
     entropy = np.array([x["router_entropy"] for x in routed]) / max(np.log(experts), 1e-9)
     imbalance = np.array([x["load_imbalance"] for x in routed])
     for layer in range(entropy.shape[1]):
-        color, label = f"C{layer % 10}", f"MoE layer {layer}"
+        color = f"C{layer % 10}"
+        label = f"MoE layer {layer}"
         draw_smoothed(left, steps, entropy[:, layer], color, label)
         draw_smoothed(right, steps, imbalance[:, layer], color, label)
     left.set(xlabel="step", ylabel="entropy / log E", title="router entropy", ylim=(0, 1.02))

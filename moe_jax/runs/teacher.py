@@ -24,9 +24,11 @@ def find_teacher(name: str) -> Teacher:
         teacher = Teacher(run.config.model, run.state.parameters, run.state.router, run.tokenizer)
         kind = f"run, step {run.step}"
     elif place.is_dir() or name.startswith(HUB):
-        teacher, kind = Teacher.from_folder(name), "safetensors"
+        teacher = Teacher.from_folder(name)
+        kind = "safetensors"
     elif place.is_file() or name == SMOLLM2:
-        teacher, kind = Teacher.from_gguf(name), "GGUF"
+        teacher = Teacher.from_gguf(name)
+        kind = "GGUF"
     else:
         raise UserError(
             f"distill.teacher '{name}' is not here: use {SMOLLM2} ({GET_SMOLLM2}), a GGUF file, "

@@ -14,7 +14,8 @@ class Speedometer:
     """Tokens per second and time left, over the last updates rather than the whole run."""
 
     def __init__(self, tokens_per_step: int, steps: int, window: int = 20) -> None:
-        self.tokens_per_step, self.steps = tokens_per_step, steps
+        self.tokens_per_step = tokens_per_step
+        self.steps = steps
         self._last: float | None = None
         self._recent: deque[float] = deque(maxlen=window)
 
@@ -46,7 +47,8 @@ class Display:
     """A live line in a terminal; a plain line every so often where output goes to a file."""
 
     def __init__(self, steps: int, plain_every: int) -> None:
-        self.steps, self.plain_every = steps, plain_every
+        self.steps = steps
+        self.plain_every = plain_every
         self._progress = Progress(
             BarColumn(30),
             TaskProgressColumn(),

@@ -46,7 +46,10 @@ class TieredStep:
         self.lines: dict[int, dict[str, Any]] = {}
         """What an update moved, by its number, for metrics.jsonl."""
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    # One update from top to bottom: the order of prefetch, need and put_gradient is the point.
+    def __call__(  # noqa: PLR0915
+        self, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         run = self._programs
         experts = self.experts
         experts.prefetch(0)

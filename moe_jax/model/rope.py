@@ -11,20 +11,23 @@ class Rotation(NamedTuple):
     """cos and sin of every token's angles, made once for all layers: XLA's CPU backend computes
     them slowly, and over again where they are fused into their users."""
 
-    cos: Float[Array, "B L W"]
-    sin: Float[Array, "B L W"]
+    cos: Float[Array, "B L pairs"]
+    sin: Float[Array, "B L pairs"]
 
 
 def rotation(positions: Int[Array, "B L"], width: int, base: float) -> Rotation:
-    """Angles positions · base^(-2i/width) for i = 0 … width/2 - 1 (W = width/2), in float32."""
+    """Angles positions · base^(-2i/width) for i = 0 … width/2 - 1 (pairs = width/2), in float32."""
     frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(x: Float[Array, "B L H R"], by: Rotation) -> Float[Array, "B L H R"]:
-    """Turns the pair (x[i], x[i + R/2]) of every head by the token's i-th angle; R = 2W."""
-    # [B, L, 1, R/2]: the same angles for every head.
+def rotate(x: Float[Array, "B L H rope_dim"], by: Rotation) -> Float[Array, "B L H rope_dim"]:
+    """Turns the pair (x[i], x[i + pairs]) of every head by the token's i-th angle.
+
+    rope_dim = 2·pairs.
+    """
+    # [B, L, 1, pairs]: the same angles for every head.
     cos = by.cos[:, :, None, :]
     sin = by.sin[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

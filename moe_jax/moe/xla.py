@@ -17,8 +17,8 @@ Why this design: rates as fractions of that of a batched GEMM of the same FLOPs,
 this design 0.77 and 0.88; one standard deviation in C and turns of 128 rows 0.75 and 0.70; the loop
 alone with turns of 256 rows 0.60 and 0.65, of 224 rows 0.73 and 0.70. In another, with balanced
 logits: C of twice the mean load 0.54 and 0.58, where one deviation gave 0.87 and 0.95. In
-experiments/moe_layer.py, beside other libraries: this design 0.76 and 0.77; blocks of 128 rows with
-a copy of the matrices each (the reference) 0.40 and 0.36; jax.lax.ragged_dot 0.014 forward.
+experiments/moe_layer/run.py, beside other libraries: this design 0.76 and 0.77; blocks of 128 rows
+with a copy of the matrices each (the reference) 0.40 and 0.36; jax.lax.ragged_dot 0.014 forward.
 Time goes to the up-projection (51% of the forward pass), the down-projection (32%), routing and
 plan (4%), the gather (3%) and the sum (2%). XLA's product with a transposed left operand (the
 gradients of the matrices) runs at two thirds of the others' rate; transposing x before costs less

@@ -44,7 +44,7 @@ class Leaving(NamedTuple):
     """A block with its experts' outputs."""
 
     chosen: Chosen
-    ids: Int[np.ndarray, "A"]
+    ids: Int[np.ndarray, "active"]
     """The active experts: distinct, ascending, then -1, so that one program serves any number."""
     outputs: list[Float[Array, "B D"]]
     """Of each in float32, not weighted. Anything finite where the id is -1."""
@@ -196,7 +196,7 @@ class TieredDecoder:
 
 def _shares(
     chosen: Int[np.ndarray, "B K"], weights: Float[np.ndarray, "B K"], active: np.ndarray
-) -> Float[np.ndarray, "A"]:
+) -> Float[np.ndarray, "active"]:
     """The largest share of a token's weight that each active expert has."""
     share = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-20)
     return np.array([share[chosen == expert].max() for expert in active])

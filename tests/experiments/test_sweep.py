@@ -23,7 +23,7 @@ pytest.importorskip("optuna")
 
 SEARCH = "--search model.moe.experts=1,8,16 --search optim.learning-rate=log:1e-4..1e-2"
 
-# Takes the options of experiments/train.py, logs its start and end in runs.txt, and is lowest at 1e-3.
+# Takes the options of experiments/train.py. Logs its start and end in runs.txt. Lowest at 1e-3.
 FAKE = """
 import json, math, sys, time
 from pathlib import Path

@@ -56,7 +56,8 @@ def main() -> None:
     base = Path(sys.argv[1])
     run_whole(base / "whole")
     run_killed(base / "killed")
-    whole, killed = losses(base / "whole"), losses(base / "killed")
+    whole = losses(base / "whole")
+    killed = losses(base / "killed")
     assert [step for step, _ in whole] == list(range(1, STEPS + 1))
     assert killed == whole, "a killed and resumed run must repeat every loss bit for bit"
     result = json.loads((base / "killed" / "result.json").read_text())

@@ -125,7 +125,7 @@ def fit(clean: Features, other: Features, decay: float = 1.0) -> Logistic:
     return Logistic(theta[:-1], float(theta[-1]))
 
 
-def auc(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]) -> float:
+def auc(positive: Float[np.ndarray, "n"], negative: Float[np.ndarray, "m"]) -> float:
     """P(s+ > s-) + P(s+ = s-)/2 over all pairs, by ranks (Mann-Whitney). 0.5 is chance."""
     ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)]
     pairs = len(positive) * len(negative)

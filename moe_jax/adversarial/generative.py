@@ -63,7 +63,9 @@ def accuracy(teacher: Float[Array, "N"], student: Float[Array, "N"]) -> Float[Ar
     return jnp.mean(jnp.where(teacher == student, 0.5, teacher > student))
 
 
-def group_advantage(rewards: Float[Array, "P n"], epsilon: float = 1e-6) -> Float[Array, "P n"]:
+def group_advantage(
+    rewards: Float[Array, "prompts n"], epsilon: float = 1e-6
+) -> Float[Array, "prompts n"]:
     """(r - mean) / (std + epsilon) over the n continuations of a prompt (GRPO, arXiv:2402.03300).
 
     The mean is the policy gradient's baseline. It contains the continuation's own reward, which

@@ -76,6 +76,7 @@ def train_batches(
     length: int,
     batch: int,
     seed: int,
+    *,
     ahead: int = 0,
     process_index: int = 0,
     process_count: int = 1,

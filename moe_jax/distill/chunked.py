@@ -51,7 +51,7 @@ class VocabularyChunks(NamedTuple):
         # that it shares with the chunk before are masked in `logits`.
         return jnp.minimum(index * self.size, self.vocabulary - self.size)
 
-    def logits(self, of: LazyLogits, index: Array) -> Float[Array, "N C"]:
+    def logits(self, of: LazyLogits, index: Array) -> Float[Array, "N columns"]:
         """A chunk's logits / temperature in float32. Tokens of another chunk are MASKED_LOGIT."""
         begin = self.begin(index)
         rows = lax.dynamic_slice_in_dim(of.table, begin, self.size)
@@ -186,7 +186,7 @@ def _terms(
     of: _Residuals,
     index: Array,
 ) -> tuple[Array, Array, Array]:
-    """A chunk's terms, their derivatives in log q, and log q: [N, C] each."""
+    """A chunk's terms, their derivatives in log q, and log q: [N, columns] each."""
     log_q = chunks.logits(of.student, index) - of.log_z[:, None]
     logs = [
         jnp.log(weight) + chunks.logits(teacher, index) - log_z[:, None]

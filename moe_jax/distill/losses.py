@@ -131,8 +131,8 @@ def _picked(
 
 def hidden_match(
     student: Float[Array, "N D"],
-    teacher: Float[Array, "N D2"],
-    projection: Float[Array, "D D2"] | None = None,
+    teacher: Float[Array, "N teacher_width"],
+    projection: Float[Array, "D teacher_width"] | None = None,
 ) -> Float[Array, "N"]:
     """Mean over D2 of (student · projection - teacher)² (FitNets, arXiv:1412.6550, eq. 3).
 

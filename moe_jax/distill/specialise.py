@@ -40,7 +40,7 @@ class Specialisation(NamedTuple):
 
 def routing_table(
     experts: Int[np.ndarray, "N K"], classes: Int[np.ndarray, "N"], shape: tuple[int, int]
-) -> Int[np.ndarray, "E C"]:
+) -> Int[np.ndarray, "E classes"]:
     """How often expert e (of shape[0]) was chosen for a token of class c (of shape[1])."""
     table = np.zeros(shape, np.int64)
     columns = np.broadcast_to(classes[:, None], experts.shape)
@@ -50,11 +50,12 @@ def routing_table(
     return table
 
 
-def mutual_information(table: Int[np.ndarray, "E C"]) -> float:
+def mutual_information(table: Int[np.ndarray, "E classes"]) -> float:
     """I = sum p(e, c) log(p(e, c) / (p(e) p(c))) of a table of counts, in nats.
 
-    It is 0 if experts ignore the class, and log C if each of C equally frequent classes has experts
-    of its own. Estimated from N counts it is about (E-1)(C-1)/(2N) too large (Miller, 1955).
+    It is 0 if experts ignore the class. It is log(classes) if all classes are equally frequent and
+    each has experts of its own. Estimated from N counts it is about (E - 1)(classes - 1)/(2N) too
+    large (Miller, 1955).
     """
     p = table / max(table.sum(), 1)
     expected = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
@@ -68,7 +69,7 @@ def normalised_entropy(counts: Int[np.ndarray, "E"]) -> float:
     return float(-np.sum(p * np.log(p)) / np.log(len(counts)))
 
 
-def mean_cosine(vectors: Float[np.ndarray, "E M"]) -> float:
+def mean_cosine(vectors: Float[np.ndarray, "E n"]) -> float:
     """Mean over pairs of a · b / (|a| |b|): 1 for copies, about 0 for independent ones."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = vectors / np.maximum(norms, 1e-30)

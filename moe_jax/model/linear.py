@@ -19,5 +19,5 @@ class Linear(nnx.Module):
     ) -> None:
         self.weight = normal_parameter(key, (inputs, outputs), std, dtype)
 
-    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         return x @ self.weight[...].astype(x.dtype)

@@ -13,22 +13,26 @@ class Rotation(NamedTuple):
     XLA's CPU backend computes them slowly, and repeats the work wherever it fuses them into a user.
     """
 
-    cos: Float[Array, "B L W"]
-    sin: Float[Array, "B L W"]
+    cos: Float[Array, "B L pairs"]
+    sin: Float[Array, "B L pairs"]
 
 
 def rotation(positions: Int[Array, "B L"], width: int, base: float) -> Rotation:
-    """cos and sin, in float32, of the angles positions · base^(-2i/width) for i = 0 … W - 1.
+    """cos and sin, in float32, of the angles positions · base^(-2i/width) for i = 0 … pairs - 1.
 
-    W = width/2.
+    pairs = width/2.
     """
     frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(x: Float[Array, "B L H R"], by: Rotation) -> Float[Array, "B L H R"]:
-    """Rotates the pair (x[i], x[i + R/2]) of every head by the token's i-th angle; R = 2W."""
+def rotate(x: Float[Array, "B L H rope_dim"], by: Rotation) -> Float[Array, "B L H rope_dim"]:
+    """Rotates the pair (x[i], x[i + pairs]) of every head by the token's i-th angle.
+
+    rope_dim = 2·pairs.
+    """
+    # [B, L, 1, pairs]: the same angles for every head.
     cos = by.cos[:, :, None, :]
     sin = by.sin[:, :, None, :]
     # In float32, because the 8 bits of bfloat16 would round neighbouring angles to the same cos.

@@ -72,15 +72,23 @@ def make_plan(
     expert keeps its first so many assignments, and its others have no row either. Without one,
     nothing is dropped. With `kernels`, Triton kernels compute the same arrays.
     """
-    tokens, per_token = experts.shape
-    assignments = tokens * per_token
+    assignments = experts.size
     most = assignments if capacity is None else min(assignments, num_experts * capacity)
     rows = choose_block_rows(most, num_experts)
-    blocks = block_count(most, num_experts, rows)
     if kernels:
+        blocks = block_count(most, num_experts, rows)
         scheduled = schedule(experts, num_experts, rows, blocks, capacity)
         return Plan(**vars(scheduled), most=most)
+    return _plan_in_xla(experts, num_experts, capacity, rows, most)
 
+
+def _plan_in_xla(
+    experts: Int[Array, "T K"], num_experts: int, capacity: int | None, rows: int, most: int
+) -> Plan:
+    """make_plan without Triton: blocks of `rows` rows for at most `most` assignments."""
+    tokens, per_token = experts.shape
+    assignments = tokens * per_token
+    blocks = block_count(most, num_experts, rows)
     # Loads from the positions where each expert's run ends. Number E (no expert) sorts last and is
     # never counted.
     flat = experts.reshape(assignments)

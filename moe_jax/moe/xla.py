@@ -23,7 +23,7 @@ D=512, F=256, E=64, K=6 in float32 on two cores. A line gives forward, then forw
     another trial, with balanced logits
       C of one standard deviation                                0.87   0.95
       C of twice the mean load                                   0.54   0.58
-    experiments/moe_layer.py, beside other libraries
+    experiments/moe_layer/run.py, beside other libraries
       this design                                                0.76   0.77
       blocks of 128 rows, each with a copy of the matrices       0.40   0.36
       jax.lax.ragged_dot                                         0.014

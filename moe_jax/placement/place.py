@@ -109,7 +109,8 @@ class Placement:
             elif room and entry[0] > (1 + self.policy.hysteresis) * heap[0][0]:
                 heapreplace(heap, entry)
         after = {e for _, e in heap}
-        evicted, admitted = sorted({*before} - after), sorted(after - {*before})
+        evicted = sorted({*before} - after)
+        admitted = sorted(after - {*before})
         self.resident[evicted] = False
         self.resident[admitted] = True
         return admitted, evicted

@@ -62,7 +62,8 @@ class ExpertStore:
     `fetch` ends. UserError: a budget below one layer's working set, or experts that cannot be read.
     """
 
-    def __init__(
+    # Every option is a keyword and a setting of its own: a config class would repeat them.
+    def __init__(  # noqa: PLR0913
         self,
         files: ExpertFiles,
         policy: Policy,

@@ -32,7 +32,7 @@ def record_routing(
     length = run.config.data.length
 
     @jax.jit
-    def chosen(parameters: Any, router: Any, tokens: Int[Array, "1 L"]) -> Int[Array, "L M K"]:
+    def chosen(parameters: Any, router: Any, tokens: Int[Array, "1 L"]) -> Int[Array, "L layers K"]:
         merged = nnx.merge(graph, parameters, router)
         _, stats = merged.hidden(tokens, jnp.ones_like(tokens))  # one document, segment 1
         assert stats is not None

@@ -1,4 +1,4 @@
-"""The training program.
+"""The training program. The loop drives an engine and asks it for no details.
 
 loop.py        a run from its first step to its last, resumable
 task.py        what a run learns from              teacher.py    a task with a teacher

@@ -214,15 +214,20 @@ def manifest_fault(directory: Path) -> str | None:
     if not entries:
         return "it is empty"
     for name, (size, digest) in entries.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        try:
-            actual = _digest(path)
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        if actual != digest:
-            return f"{name} has changed"
+        if fault := _file_fault(directory, name, size, digest):
+            return fault
     return None
+
+
+def _file_fault(directory: Path, name: str, size: int, digest: str) -> str | None:
+    path = directory / name
+    if not path.is_file():
+        return f"{name} is missing"
+    # The size first: it finds a file that was cut off without reading it.
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    try:
+        actual = _digest(path)
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None if actual == digest else f"{name} has changed"

@@ -23,7 +23,7 @@ pytest.importorskip("optuna")
 
 SEARCH = "--search model.moe.experts=1,8,16 --search optim.learning-rate=log:1e-4..1e-2"
 
-# Takes the options of train.py, logs its start and end in runs.txt, and is lowest at 1e-3.
+# Takes the options of experiments/train.py. Logs its start and end in runs.txt. Lowest at 1e-3.
 FAKE = """
 import json, math, sys, time
 from pathlib import Path
@@ -63,7 +63,7 @@ sweep.cli.program(sweep.main)
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts `sweep.py train --out DIR LINE` over the stand-in."""
+    """Starts `experiments/sweep.py train --out DIR LINE` over the stand-in."""
     fake = tmp_path / "train.py"
     fake.write_text(FAKE)
 

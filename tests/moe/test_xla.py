@@ -87,7 +87,7 @@ def test_bfloat16_is_the_reference_but_for_rounding():
     for key in NAMES:
         wanted = np.asarray(expected[key])
         error = np.abs(np.asarray(found[key], np.float32) - wanted)
-        # 8 bits of mantissa through three products: the metric of kernels/README
+        # 8 bits of mantissa through three products: the metric of kernels/README.md
         scale = np.maximum(np.sqrt((wanted**2).mean()), np.abs(wanted))
         assert (error / scale).max() < 5e-2, key
 

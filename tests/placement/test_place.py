@@ -67,7 +67,7 @@ def slow_score(name, expert, uses, now, history):
 @given(
     traces(), st.sampled_from(list(ONLINE)), st.integers(0, 9), st.sampled_from(["pool", "quota"])
 )
-def test_every_policy_follows_its_definition(steps, name, capacity, scope):
+def test_every_policy_follows_its_definition(steps, name, capacity, scope):  # noqa: C901, PLR0915
     """A reference that keeps lists and looks at everything at each step."""
     placement = make(name, capacity, scope)
     uses = {e: [] for e in range(LAYERS * EXPERTS)}

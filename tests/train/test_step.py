@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,25 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.train.state import init_state
 from moe_jax.train.step import make_gradient, make_step
+from tests.conftest import SMALL_MODEL, make_run
+
+# Compiling is nearly all of this file's time. One run serves all tests, so that equal configs share
+# their compiled step and their initial state.
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("step"), SMALL_MODEL)
+
+
+@cache
+def compiled_step(config):
+    return jax.jit(make_step(config))
+
+
+@cache
+def initial_state(config):
+    return jax.jit(lambda: init_state(config))()
 
 
 def make_batch(config, seed=0):
@@ -31,7 +51,7 @@ def assert_close(one, two, rtol=2e-4, atol=2e-6):
 
 def test_the_loss_falls(small_run):
     config = replace(small_run, optim=OptimConfig(learning_rate=1e-2, warmup=0.0), steps=30)
-    step, state, batch = jax.jit(make_step(config)), init_state(config), make_batch(config)
+    step, state, batch = compiled_step(config), initial_state(config), make_batch(config)
     losses = []
     for _ in range(30):
         state, metrics = step(state, batch)
@@ -62,7 +82,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
     per-sequence means, so they agree as well)."""
     config = replace(small_run, model=replace(small_run.model, **VARIANTS[name]))
     split = replace(config, optim=OptimConfig(accumulation=4))
-    state, batch = init_state(config), make_batch(config)
+    state, batch = initial_state(config), make_batch(config)
     (whole, gradient), (parts, accumulated) = (
         jax.jit(make_gradient(c))(state.parameters, state.router, batch, jax.random.key(0))
         for c in (config, split)
@@ -84,7 +104,7 @@ def test_two_devices_equal_one(small_run, name, accumulation):
     optim = OptimConfig(accumulation=accumulation)
     model = replace(small_run.model, **VARIANTS[name])
     config = replace(small_run, model=model, optim=optim)
-    state, batch = init_state(config), make_batch(config)
+    state, batch = initial_state(config), make_batch(config)
     gradient = make_gradient(config)
     alone = jax.jit(gradient)(state.parameters, state.router, batch, jax.random.key(0))
     mesh = make_mesh(2)
@@ -101,7 +121,7 @@ def test_two_devices_equal_one(small_run, name, accumulation):
 def test_noise_differs_between_devices_and_steps(small_run):
     moe = MoEConfig(experts=6, gate="softmax", bias_rate=0, rule="noisy_top_k")
     config = replace(small_run, model=replace(small_run.model, moe=moe))
-    state, batch = init_state(config), make_batch(config)
+    state, batch = initial_state(config), make_batch(config)
     batch = jax.tree.map(lambda leaf: jnp.tile(leaf[:1], (len(leaf), 1)), batch)
     mesh = make_mesh(2)
     with jax.set_mesh(mesh):
@@ -119,10 +139,10 @@ def test_noise_differs_between_devices_and_steps(small_run):
 
 @pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
 def test_a_non_finite_update_changes_nothing_and_is_counted(small_run, poison):
-    state, batch = init_state(small_run), make_batch(small_run)
+    state, batch = initial_state(small_run), make_batch(small_run)
     poisoned = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(poison), state.parameters)
     bad = state._replace(parameters=poisoned)
-    step = jax.jit(make_step(small_run))
+    step = compiled_step(small_run)
     after, metrics = step(bad, batch)
     assert not np.isfinite(metrics.loss)
     for part in ("parameters", "optimizer", "router", "updates"):
@@ -138,7 +158,7 @@ def test_a_non_finite_update_changes_nothing_and_is_counted(small_run, poison):
 def test_the_router_bias_follows_the_load_and_freezes(small_run):
     moe = replace(small_run.model.moe, bias_rate=0.01, bias_until=0.5)
     config = replace(small_run, model=replace(small_run.model, moe=moe), steps=4)
-    step, state, batch = jax.jit(make_step(config)), init_state(config), make_batch(config)
+    step, state, batch = compiled_step(config), initial_state(config), make_batch(config)
     biases = []
     for _ in range(4):
         state, metrics = step(state, batch)
@@ -155,6 +175,7 @@ def test_the_router_bias_follows_the_load_and_freezes(small_run):
 def test_the_same_seed_gives_the_same_bits(small_run):
     runs = []
     for _ in range(2):
+        # Nothing is shared here: the draws and the program are made anew.
         state, batch = init_state(small_run), make_batch(small_run)
         step = jax.jit(make_step(small_run))
         for _ in range(3):
@@ -172,6 +193,6 @@ def test_the_same_seed_gives_the_same_bits(small_run):
 )
 def test_other_gates_train(small_run, moe):
     config = replace(small_run, model=replace(small_run.model, moe=moe))
-    _, metrics = jax.jit(make_step(config))(init_state(config), make_batch(config))
+    _, metrics = jax.jit(make_step(config))(initial_state(config), make_batch(config))
     assert np.isfinite(metrics.loss)
     assert metrics.stats["sparse"].load.sum() == 2 * config.batch * config.data.length

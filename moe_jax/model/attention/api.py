@@ -1,4 +1,4 @@
-"""Checks and chooses the implementation of softmax(q kᵀ / sqrt(A), masked) v."""
+"""Checks and chooses the implementation of softmax(q kᵀ / sqrt(head_dim), masked) v."""
 
 from collections.abc import Callable
 
@@ -18,22 +18,22 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 }
 """(query, key, value, mask) -> outputs, by `model.attention.implementation`."""
 
-# Forward and backward on two busy CPU cores, B=2, H=4, N=2, A=64, float32, medians of paired runs
-# (`python -m moe_jax.model.attention.bench --length L`): blockwise is 0.85x as fast as reference at
-# L = 256, 1.1x at 512, 2.9x at 1024, 4.1x at 2048 and 2.3x at 4096. Its temporaries at L = 4096 are
-# 34 MB, and those of reference 1,623 MB.
+# Forward and backward on two busy CPU cores, B=2, H=4, kv_heads=2, head_dim=64, float32, medians of
+# paired runs (`python -m moe_jax.model.attention.bench --length L`): blockwise is 0.85x as fast as
+# reference at L = 256, 1.1x at 512, 2.9x at 1024, 4.1x at 2048 and 2.3x at 4096. Its
+# temporaries at L = 4096 are 34 MB, and those of reference 1,623 MB.
 LONG = 1024
 """Queries from which on `auto` computes blockwise."""
 
 
 def attend(
-    query: Float[Array, "B L H A"],
-    key: Float[Array, "B M N A"],
-    value: Float[Array, "B M N C"],
+    query: Float[Array, "B L H head_dim"],
+    key: Float[Array, "B keys kv_heads head_dim"],
+    value: Float[Array, "B keys kv_heads value_dim"],
     mask: AttentionMask,
     implementation: str = "auto",
-) -> Float[Array, "B L H C"]:
-    """softmax(q kᵀ / sqrt(A), masked) v; each key head serves H / N queries.
+) -> Float[Array, "B L H value_dim"]:
+    """softmax(q kᵀ / sqrt(head_dim), masked) v; each key head serves H / kv_heads queries.
 
     UserError: `implementation` is cudnn and cuDNN cannot compute this attention here.
     """
@@ -42,8 +42,8 @@ def attend(
 
 
 def choose(
-    query: Float[Array, "B L H A"],
-    value: Float[Array, "B M N C"],
+    query: Float[Array, "B L H head_dim"],
+    value: Float[Array, "B keys kv_heads value_dim"],
     mask: AttentionMask,
     implementation: str = "auto",
 ) -> str:

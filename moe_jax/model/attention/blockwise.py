@@ -51,14 +51,15 @@ class Blocks(NamedTuple):
 
 
 def attend(
-    query: Float[Array, "B L H A"],
-    key: Float[Array, "B M N A"],
-    value: Float[Array, "B M N C"],
+    query: Float[Array, "B L H head_dim"],
+    key: Float[Array, "B keys kv_heads head_dim"],
+    value: Float[Array, "B keys kv_heads value_dim"],
     mask: AttentionMask,
     block: int = BLOCK,
-) -> Float[Array, "B L H C"]:
-    """softmax(q kᵀ / sqrt(A), masked) v, as reference.attend; O(B H block²) memory for scores.
+) -> Float[Array, "B L H value_dim"]:
+    """softmax(q kᵀ / sqrt(head_dim), masked) v, as reference.attend.
 
+    The scores take O(B·H·block²) memory.
     Forward-mode derivatives are not defined (jax.custom_vjp).
     """
     batch, length, heads, width = query.shape
@@ -92,7 +93,7 @@ def _cut(x: Array, size: int, fill: int = 0) -> Array:
     return jnp.moveaxis(padded.reshape(len(x), -1, size, *x.shape[2:]), 1, 0)
 
 
-def _scores(query: Array, key: Array, visible: Array) -> Float[Array, "B N rows columns"]:
+def _scores(query: Array, key: Array, visible: Array) -> Float[Array, "B kv_heads rows columns"]:
     logits = jnp.einsum("bnqa,bnua->bnqu", query, key, preferred_element_type=jnp.float32)
     return jnp.where(visible, logits, -jnp.inf)
 
@@ -103,11 +104,11 @@ def _product(equation: str, *operands: Array) -> Array:
 
 @jax.custom_vjp
 def _attend(
-    query: Float[Array, "query_blocks B N rows A"],
-    key: Float[Array, "key_blocks B N columns A"],
-    value: Float[Array, "key_blocks B N columns C"],
+    query: Float[Array, "query_blocks B kv_heads rows head_dim"],
+    key: Float[Array, "key_blocks B kv_heads columns head_dim"],
+    value: Float[Array, "key_blocks B kv_heads columns value_dim"],
     blocks: Blocks,
-) -> Float[Array, "query_blocks B N rows C"]:
+) -> Float[Array, "query_blocks B kv_heads rows value_dim"]:
     """attend on blocks; scores, sums and gradients are accumulated in float32."""
     return _forward(query, key, value, blocks)[0]
 

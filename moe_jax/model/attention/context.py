@@ -13,15 +13,15 @@ from moe_jax.model.rope import Rotation, rotation
 class AttentionMask(NamedTuple):
     """Query l may see key m if m <= start + l and both belong to the same segment (document).
 
-    The mask is kept as its parts, O(L + M) integers, because B x L x M booleans would be as long
-    as the scores that the blockwise implementation avoids.
+    The mask is kept as its parts, O(L + keys) integers, because B x L x keys booleans would be as
+    long as the scores that the blockwise implementation avoids.
     """
 
     start: Int[Array, ""] | None
     """Slot of the first query among the keys. None: the queries are the keys' own tokens, so the
     mask is known to be causal when the program is compiled."""
     query_segments: Int[Array, "#B L"]
-    key_segments: Int[Array, "#B M"]
+    key_segments: Int[Array, "#B keys"]
 
     @property
     def positions(self) -> Int[Array, "L"]:
@@ -33,11 +33,11 @@ class AttentionMask(NamedTuple):
         """`start` as a number."""
         return jnp.zeros((), jnp.int32) if self.start is None else self.start
 
-    def same_document(self) -> Bool[Array, "#B L M"]:
+    def same_document(self) -> Bool[Array, "#B L keys"]:
         """Whether query l and key m belong to one segment."""
         return self.query_segments[:, :, None] == self.key_segments[:, None, :]
 
-    def dense(self) -> Bool[Array, "#B L M"]:
+    def dense(self) -> Bool[Array, "#B L keys"]:
         """Whether query l may see key m."""
         keys = jnp.arange(self.key_segments.shape[1])
         return self.same_document() & (keys <= self.positions[:, None])

@@ -15,15 +15,16 @@ HOPPER = 9.0
 
 
 def attend(
-    query: Float[Array, "B L H A"],
-    key: Float[Array, "B M N A"],
-    value: Float[Array, "B M N C"],
+    query: Float[Array, "B L H head_dim"],
+    key: Float[Array, "B keys kv_heads head_dim"],
+    value: Float[Array, "B keys kv_heads value_dim"],
     mask: AttentionMask,
-) -> Float[Array, "B L H C"]:
-    """softmax(q kᵀ / sqrt(A), masked) v, as reference.attend; no scores reach the GPU's memory.
+) -> Float[Array, "B L H value_dim"]:
+    """softmax(q kᵀ / sqrt(head_dim), masked) v, as reference.attend.
 
+    No scores reach the GPU's memory.
     The documents cost one number for each query and key, shared by all heads: jax.nn takes the
-    mask as B x 1 x L x M booleans and hands it to cuDNN as a bias. UserError: see `obstacle`.
+    mask as B x 1 x L x keys booleans and hands it to cuDNN as a bias. UserError: see `obstacle`.
     """
     width = value.shape[-1]
     problem = obstacle(query.dtype, query.shape[-1], width)

@@ -14,7 +14,7 @@ from moe_jax.model.norm import RMSNorm
 from moe_jax.model.rope import Rotation, rotate
 
 Cache = tuple[Array, Array]
-"""The KV cache of one layer, [B, M, …] each: keys and values (GQA), or latents and shared rotary
+"""The KV cache of one layer, [B, keys, …] each: keys and values (GQA), or latents and shared rotary
 keys (MLA). See `empty_cache`."""
 
 
@@ -61,7 +61,7 @@ class GroupedQueryAttention(nnx.Module):
 
     def _heads(
         self, x: Float[Array, "B L D"], projection: Linear, name: str
-    ) -> Float[Array, "B L heads A"]:
+    ) -> Float[Array, "B L heads head_dim"]:
         """The projection cut into heads and normalised as `qk_norm` says."""
         c = self.config
         projected = projection(x)
@@ -115,8 +115,8 @@ class LatentAttention(nnx.Module):
         out = attend(query, key, value, context.mask, c.implementation)
         return self.out(out.reshape(*x.shape[:2], -1)), cache
 
-    def _query(self, x: Float[Array, "B L D"], angles: Rotation) -> Float[Array, "B L H A"]:
-        """Queries whose last rope_dim numbers are rotated; A = nope_dim + rope_dim."""
+    def _query(self, x: Float[Array, "B L D"], angles: Rotation) -> Float[Array, "B L H head_dim"]:
+        """Queries whose last rope_dim numbers are rotated; head_dim = nope_dim + rope_dim."""
         c = self.config
         compressed = self.query_norm(self.query_down(x)) if c.q_rank else x
         heads = self.query_up(compressed).reshape(*x.shape[:2], c.heads, -1)
@@ -124,8 +124,8 @@ class LatentAttention(nnx.Module):
         return jnp.concatenate([nope, rotate(rope, angles)], axis=-1)
 
     def _key_value(
-        self, latent: Float[Array, "B M kv_rank"], rope_key: Float[Array, "B M rope_dim"]
-    ) -> tuple[Float[Array, "B M H A"], Float[Array, "B M H C"]]:
+        self, latent: Float[Array, "B keys kv_rank"], rope_key: Float[Array, "B keys rope_dim"]
+    ) -> tuple[Float[Array, "B keys H head_dim"], Float[Array, "B keys H value_dim"]]:
         """Keys and values of all heads from latents and shared rotary keys.
 
         They are rebuilt for every cached token at each call. The products with kv_up could be

@@ -11,14 +11,15 @@ from moe_jax.model.attention.context import AttentionMask
 
 
 def attend(
-    query: Float[Array, "B L H A"],
-    key: Float[Array, "B M N A"],
-    value: Float[Array, "B M N C"],
+    query: Float[Array, "B L H head_dim"],
+    key: Float[Array, "B keys kv_heads head_dim"],
+    value: Float[Array, "B keys kv_heads value_dim"],
     mask: AttentionMask,
-) -> Float[Array, "B L H C"]:
-    """softmax(q kᵀ / sqrt(A), masked) v, softmax in float32; each key head serves H / N queries.
+) -> Float[Array, "B L H value_dim"]:
+    """softmax(q kᵀ / sqrt(head_dim), masked) v, with the softmax in float32.
 
-    Memory is O(B H L M): every score is kept for the backward pass.
+    Each key head serves H / kv_heads query heads.
+    Memory is O(B·H·L·keys): every score is kept for the backward pass.
     """
     batch, length, heads, width = query.shape
     slots, kv_heads = key.shape[1:3]

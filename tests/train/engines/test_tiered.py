@@ -73,7 +73,9 @@ class Tiers:
         self.config, self.folder = config, folder
         self.experts = open_experts(config, folder, None, 0)
         self.step = TieredStep(config, self.experts)
-        self.trunk = jax.jit(init_trunk, static_argnums=0)(config)
+        # The trunk is the same wherever the experts are: one program for all placements.
+        anywhere = replace(config, placement=PlacementConfig())
+        self.trunk = jax.jit(init_trunk, static_argnums=0)(anywhere)
         self.losses = []
 
     def run(self, first, last):

@@ -245,7 +245,8 @@ def _end(
     return Ended(parts, d_outside, d_x)
 
 
-def _back(
+# partial() binds `model`. The program takes six arguments.
+def _back(  # noqa: PLR0917
     model: Model,
     weights: Weights,
     layer: Array,

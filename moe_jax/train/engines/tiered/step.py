@@ -47,7 +47,10 @@ class TieredStep:
         self.lines: dict[int, dict[str, Any]] = {}
         """Entries for metrics.jsonl, by the number of the update."""
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    # One update from top to bottom: the order of prefetch, need and put_gradient is the point.
+    def __call__(  # noqa: PLR0915
+        self, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         run = self._programs
         experts = self.experts
         experts.prefetch(0)

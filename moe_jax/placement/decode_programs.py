@@ -38,7 +38,7 @@ class Leaving(NamedTuple):
     """A block with its experts' outputs."""
 
     chosen: Chosen
-    ids: Int[np.ndarray, "A"]
+    ids: Int[np.ndarray, "active"]
     """The active experts: distinct, ascending, then padded with -1. A = min(B·K, E), so that one
     program serves any number of active experts."""
     outputs: list[Float[Array, "B D"]]

@@ -56,7 +56,7 @@ def train(task: Task, engine: Engine, out: Path) -> RunSummary:
     try:
         saved = checkpoints.peek(say)
         if saved is not None:
-            check_same_task(task.fingerprint, saved.get("teacher"), out)
+            check_same_task(task.fingerprint, saved.get("task"), out)
             check_same_run(task.config, saved["config"], out)
         data = prepare_data(task, saved)
         say(describe_data(data))
@@ -269,7 +269,7 @@ def _save(run: Run, step: int, bits: float | None) -> None:
         "data_fingerprint": run.data.fingerprint,
         "data_stats": run.data.stats,
         "data_state": run.windows.get_state(),
-        "teacher": run.task.fingerprint,
+        "task": run.task.fingerprint,
     }
     beside = run.engine.save_beside(run.out, step)
     run.checkpoints.save(step, run.state, extra, bits, beside)

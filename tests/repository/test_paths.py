@@ -49,7 +49,8 @@ def folders() -> frozenset[str]:
 @cache
 def is_path(token: str) -> bool:
     """Whether some file or folder has this path, or ends in it: `train/loop.py` is enough."""
-    token = token.rstrip("/").removeprefix("./")
+    # Documents link from their own folder: wrong_links checks where such links lead.
+    token = re.sub(r"^(\.{1,2}/)+", "", token.rstrip("/"))
     everything = [*repository_files(), *folders()]
     return any(fnmatch(path, token) or fnmatch(path, f"*/{token}") for path in everything)
 

@@ -60,7 +60,7 @@ def train(task: Task, engine: Engine, out: Path) -> RunSummary:
             check_same_run(task.config, saved["config"], out)
         data = prepare_data(task, saved)
         say(describe_data(data))
-        # Outside the mesh: a teacher that fills a cache was loaded on one device.
+        # Outside the mesh: what it computes runs on the one device that its model was loaded on.
         task = task.prepare(data)
         with jax.set_mesh(engine.mesh), closing(engine):
             run = start(task, engine, out, data, checkpoints)

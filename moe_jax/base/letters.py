@@ -15,7 +15,7 @@ LETTERS = {
     "F": "expert hidden",
     "S": "T·K expert-sorted rows",
     "R": "padded rows",
-    "G": "groups / devices",
+    "G": "groups or devices",
     "V": "vocabulary",
     "P": "stages",
     "M": "micro-batches",

@@ -70,6 +70,6 @@ def test_readme_gives_the_letters_in_the_same_words():
     """README has them in one passage: B batch · L length · T = B·L tokens · …"""
     text = " ".join((ROOT / "README.md").read_text().split())
     passage = text[text.index("Letters") :][:1000]
-    for letter in "BLTDHEKFSV":
+    for letter in "BLTDHEKFSV":  # the letters of the mixture and its model
         pattern = rf"\b{letter}\b\W+{re.escape(LETTERS[letter])}"
         assert re.search(pattern, passage), f"{letter}: {LETTERS[letter]}"

@@ -14,9 +14,7 @@ from tests.repository.sources import ROOT, parsed, prose, python_files, reposito
 ROOTS = ("moe_jax", "moe_kernels", "kernels", "experiments", "docs", "tests", "colab")
 # The first form is a file by its name or a path to it. Data files (.json, .png) count only below a
 # folder of the repository, because runs write files of such names, too.
-FILE = re.compile(
-    r"(?<![\w/.:~@-])(?:\.{0,2}/)?(?:[\w.*<>-]+/)*[\w.*<>-]+\.(?:py|md|toml|ipynb|yaml)\b"
-)
+FILE = re.compile(r"(?<![\w/.:~@-])(?:[\w.*<>-]+/)*[\w.*<>-]+\.(?:py|md|toml|ipynb|yaml)\b")
 BELOW = re.compile(rf"(?<![\w/.:~@-])(?:{'|'.join(ROOTS)})/[\w./*<>-]*[\w/*>]")
 MODULE = re.compile(r"(?<![\w/.-])(?:moe_jax|moe_kernels|experiments|tests)(?:\.\w+)+")
 COMMAND = re.compile(r"python3? -m ((?:moe_jax|moe_kernels|experiments)[\w.]*\w)")
@@ -49,7 +47,7 @@ def folders() -> frozenset[str]:
 @cache
 def is_path(token: str) -> bool:
     """Whether some file or folder has this path, or ends in it: `train/loop.py` is enough."""
-    # Documents link from their own folder: wrong_links checks where such links lead.
+    # wrong_links resolves ../ from the folder of the document. Here the rest must exist.
     token = re.sub(r"^(\.{1,2}/)+", "", token.rstrip("/"))
     everything = [*repository_files(), *folders()]
     return any(fnmatch(path, token) or fnmatch(path, f"*/{token}") for path in everything)

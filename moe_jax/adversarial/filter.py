@@ -110,8 +110,7 @@ def fit(clean: Features, other: Features, decay: float = 1.0) -> Logistic:
     )
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        w = theta[:-1]
-        b = theta[-1]
+        w, b = theta[:-1], theta[-1]
         margin = sign * (x @ w + b)
         slope = -weight * sign * expit(-margin)
         value = weight @ np.logaddexp(0, -margin) + decay / len(x) * (w @ w) / 2

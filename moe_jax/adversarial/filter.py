@@ -103,20 +103,25 @@ def fit(clean: Features, other: Features, decay: float = 1.0) -> Logistic:
     n counts all documents. Both classes weigh the same, however many documents they have, so that
     the logit is the log of their density ratio.
     """
+    # scikit-learn's LogisticRegression(C=2 / decay, class_weight="balanced", tol=1e-6) reaches the
+    # same minimum (to 1e-8). It was 1.0 to 1.2 times as slow on pools of 600 documents and 2 to 4
+    # times on 100, for four more packages. Logits that differ by 1e-3 change which documents the
+    # later rounds see: in one pool of three, 35 of 600 decisions changed.
     x = np.concatenate([clean, other]).astype(np.float64)
     sign = np.concatenate([np.ones(len(clean)), -np.ones(len(other))])
     weight = np.concatenate(
         [np.full(len(clean), 1 / len(clean)), np.full(len(other), 1 / len(other))]
     )
 
-    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        w, b = theta[:-1], theta[-1]
-        margin = sign * (x @ w + b)
+    def loss_and_gradient(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        w = theta[:-1]
+        margin = sign * (x @ w + theta[-1])
         slope = -weight * sign * expit(-margin)
-        value = weight @ np.logaddexp(0, -margin) + decay / len(x) * (w @ w) / 2
-        return value, np.append(slope @ x + decay / len(x) * w, slope.sum())
+        loss = weight @ np.logaddexp(0, -margin) + decay / len(x) * (w @ w) / 2
+        return loss, np.append(slope @ x + decay / len(x) * w, slope.sum())
 
-    theta = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    start = np.zeros(x.shape[1] + 1)
+    theta = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B").x
     return Logistic(theta[:-1], float(theta[-1]))
 
 
@@ -170,7 +175,7 @@ def iterated_filter(
     aucs = []
     extra = config.extra
     stopped = False
-    # Each fold needs two documents.
+    # Two documents for each of the two folds.
     while len(aucs) < config.rounds + config.extra and kept.sum() >= 4:
         current, logits = discriminate(seed, pool[kept], rng, config.decay)
         aucs.append(current)

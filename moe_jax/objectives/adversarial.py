@@ -96,7 +96,10 @@ def student_of(reading: Reading, temperature: float = 1.0) -> Student:
 
 
 def weighted(reading: Reading) -> Loss:
-    """Cross-entropy whose sequences weigh batch[WEIGHT] (adversarial.reweight.item_weights)."""
+    """Cross-entropy whose sequences weigh batch[WEIGHT] (adversarial.reweight.item_weights).
+
+    Multi-token prediction, where the model has it, weighs all sequences alike.
+    """
     student = student_of(reading)
     weights = jnp.repeat(reading.batch[WEIGHT], reading.length)
     return student.loss(student.total(weights * student.nats()))

@@ -28,6 +28,7 @@ from moe_jax.placement.policy import make_policy
 from moe_jax.placement.save_experts import save_experts
 from moe_jax.placement.store import ExpertStore
 from moe_jax.runs.load import load_run, newest_step
+from moe_jax.train.checkpoint import FORMAT
 from moe_jax.train.engines.tiered.trunk import without_experts
 
 TRUNK = "trunk.safetensors"
@@ -58,6 +59,7 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
         with disk_errors(folder):
             write_atomically(folder / TRUNK, save(_flat(trained.state)))
             description = {
+                "format": FORMAT,
                 "step": wanted[0],
                 "dtype": dtype,
                 "loaded": trained.step,  # an older one, if the newest was damaged
@@ -69,7 +71,7 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
         files = ExpertFiles(folder)
         write_experts(folder / LOW_BIT, _read_all(files), low_bit=True)
         files.close()
-        description = {"step": wanted[0], "dtype": dtype}
+        description = {"format": FORMAT, "step": wanted[0], "dtype": dtype}
         write_atomically(folder / LOW_BIT / MODEL, json.dumps(description))
     return folder
 
@@ -78,7 +80,9 @@ def _prepared(folder: Path) -> tuple[int, str] | None:
     """(step, dtype of the experts) that the folder was written for. None: it is incomplete."""
     try:
         description = json.loads((folder / MODEL).read_text())
-        return description["step"], description["dtype"]
+        # A folder of another format is written anew, from a checkpoint whose format is checked.
+        current = description["format"] == FORMAT
+        return (description["step"], description["dtype"]) if current else None
     except (OSError, ValueError, KeyError):
         return None
 

@@ -9,8 +9,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from moe_jax.base.console import console, say
+from moe_jax.base.console import console
 from moe_jax.base.files import write_atomically
+from moe_jax.base.initial import named_key
 from moe_jax.base.machine import peak_resident_bytes
 from moe_jax.base.result import Measurement, write_result
 from moe_jax.config import TrainConfig
@@ -112,13 +113,7 @@ def sample_continuations(summary: RunSummary) -> str:
     tokenizer = summary.data.tokenizer
     ends = np.append(array.starts[1:], len(array.tokens))
     long_enough = array.starts[ends - array.starts > 2 * PROMPT_TOKENS]
-    if not config.samples or not len(long_enough):
-        return ""
-    if summary.state is None:
-        say(
-            "no samples: all experts are more than placement.device_budget has left; "
-            f"experiments/complete.py --run {summary.out} writes within it"
-        )
+    if summary.state is None or not len(long_enough):
         return ""
     # Spread evenly over the held-out text, so that every run on it shows the same beginnings.
     chosen = long_enough[np.linspace(0, len(long_enough) - 1, config.samples).astype(int)]
@@ -127,7 +122,7 @@ def sample_continuations(summary: RunSummary) -> str:
         graph_of(config.model),
         (summary.state.parameters, summary.state.router),
         jnp.asarray(prompts),
-        jax.random.wrap_key_data(summary.state.key),
+        named_key(jax.random.wrap_key_data(summary.state.key), "samples"),
         count=CONTINUATION_TOKENS,
         vocabulary=tokenizer.vocabulary,
     )

@@ -56,8 +56,9 @@ def task_of(config: TrainConfig) -> Task:
         require_upcyclable(config, teacher.model)
     # The teacher computes as the student does, whatever it was trained with.
     moe = replace(teacher.model.moe, implementation="auto")
+    attention = replace(teacher.model.attention, implementation="auto")
     dtype = config.model.compute_dtype
-    model = replace(teacher.model, compute_dtype=dtype, moe=moe)
+    model = replace(teacher.model, compute_dtype=dtype, attention=attention, moe=moe)
     return TeacherTask(config, teacher._replace(model=model))
 
 

@@ -14,6 +14,7 @@ from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
 from moe_jax.model.attention import check_attention
 from moe_jax.moe.implementation import implementation
 from moe_jax.train.engine import Engine
+from moe_jax.train.engines import engine_of
 from moe_jax.train.state import abstract_state, tree_bytes
 from moe_jax.train.task import Task
 
@@ -66,12 +67,12 @@ def check_kernels(config: TrainConfig) -> None:
 def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
     """Raises UserError if a setting that matters differs from the run in `out`."""
     old = from_dict(TrainConfig, saved)
-    # Budgets may change, but a checkpoint with tiers has its experts in files of their own.
-    if old.placement.tiered != config.placement.tiered:
+    mine = engine_of(config).described
+    its = engine_of(old).described
+    if mine != its:
         raise UserError(
-            f"{out} holds a run {'with' if old.placement.tiered else 'without'} "
-            "placement.device_budget: it may be given another one, but tiers cannot be turned on "
-            "or off, choose another --out"
+            f"{out} holds a run {its}, and this one is {mine}: a run goes on as it began, choose "
+            "another --out"
         )
     before = settings_that_must_match(old)
     for name, value in settings_that_must_match(config).items():

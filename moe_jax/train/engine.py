@@ -21,6 +21,10 @@ class Engine(Protocol):
 
     config: TrainConfig
     mesh: Mesh
+    described: str
+    """How it differs from other engines, for messages: `with …` or `without …`."""
+
+    def __init__(self, config: TrainConfig) -> None: ...
 
     @staticmethod
     def applies(config: TrainConfig) -> bool:

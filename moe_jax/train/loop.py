@@ -39,7 +39,7 @@ class RunSummary:
     out: Path
     data: TokenData
     state: TrainState | None
-    """On one device. None: it is too large for that."""
+    """On one device, to sample from. None: no samples are wanted, or it has no room there."""
     compile_seconds: float
     gemm_rate: float
     """FLOP/s of a plain GEMM on all devices, measured when the run started."""
@@ -60,8 +60,10 @@ def train(task: Task, engine: Engine, out: Path) -> RunSummary:
             check_same_run(task.config, saved["config"], out)
         data = prepare_data(task, saved)
         say(describe_data(data))
+        # Outside the mesh: a teacher that fills a cache was loaded on one device.
+        task = task.prepare(data)
         with jax.set_mesh(engine.mesh), closing(engine):
-            run = start(task.prepare(data), engine, out, data, checkpoints)
+            run = start(task, engine, out, data, checkpoints)
             with disk_errors(out):
                 run_steps(run)
                 checkpoints.wait()
@@ -129,7 +131,7 @@ class Run:
             config=self.config,
             out=self.out,
             data=self.data,
-            state=self.engine.local_state(self.state),
+            state=self.engine.local_state(self.state) if self.config.samples else None,
             compile_seconds=self.compile_seconds,
             gemm_rate=self.gemm_rate,
             flops_per_token=self.flops_per_token,

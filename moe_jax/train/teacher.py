@@ -1,6 +1,7 @@
 """Training on a teacher: the task that wraps the objective and the batches of a run."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.base.console import say
+from moe_jax.base.initial import named_key
 from moe_jax.data.batches import WindowArrays
 from moe_jax.data.cache import cache_folder, usable
 from moe_jax.data.tokenizer import Tokenizer
@@ -46,7 +48,7 @@ class TeacherTask(Task):
     def tokenizer(self) -> Tokenizer | None:
         return self.teacher.tokenizer
 
-    @property
+    @cached_property  # every checkpoint saves it, and it reads all parameters
     def fingerprint(self) -> str | None:
         # runs.teacher has set the teacher's compute dtype to the student's. The fingerprint must
         # not depend on it.
@@ -127,7 +129,7 @@ class TeacherTask(Task):
         if is_on_policy(settings, self.config.seed, step):
             states = (state.parameters, state.router)
             tokens = self.teacher.tokenizer.vocabulary
-            key = state.step_key()
+            key = named_key(state.step_key(), "own batch")
             batch = own_batch(settings, self.config.model, states, batch, key, tokens)
         else:
             batch = text_batch(batch)

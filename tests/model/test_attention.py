@@ -89,7 +89,7 @@ def test_gradients_reach_earlier_tokens_of_the_document_only(config, implementat
     module, model = build(replace(config, implementation=implementation))
     attention = document_context(model, jnp.asarray(SEGMENTS))
     x = jax.random.normal(jax.random.key(0), (1, 9, WIDTH))
-    jacobian = jax.jacobian(lambda x: module(x, attention)[0].sum(axis=-1)[0])(x)
+    jacobian = jax.jit(jax.jacobian(lambda x: module(x, attention)[0].sum(axis=-1)[0]))(x)
     reaches = np.abs(np.asarray(jacobian)[:, 0]).sum(axis=-1) > 0
     same = SEGMENTS[0][:, None] == SEGMENTS[0][None, :]
     np.testing.assert_array_equal(reaches, same & np.tril(np.ones((9, 9), bool)))

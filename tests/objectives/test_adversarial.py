@@ -62,6 +62,31 @@ def test_weights_of_one_are_the_plain_loss_and_zeros_drop_sequences(config, sett
     np.testing.assert_allclose(weighed[0][0], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["weighted", "smoothed", "perturbed"])
+def test_every_objective_has_multi_token_prediction(config, name):
+    """Its loss and its gradient are those of the plain objective, whatever the main loss is."""
+    config = replace(config, model=replace(config.model, mtp_depth=1))
+    state = init_state(config)
+    batch = make_batch(config)
+    batch |= {ours.WEIGHT: jnp.ones(len(batch["tokens"]))}
+    objective, operands = {
+        "weighted": (ours.weighted, ()),
+        "smoothed": (ours.smoothed_objective(0.3), ()),
+        "perturbed": (
+            ours.perturbed_objective(PerturbConfig(kind="none"), config.model),
+            (states_of(config.model, 5),),
+        ),
+    }[name]
+    key = jax.random.key(0)
+    model = state.model_states()
+    (_, plain), plain_gradient = jax.jit(make_gradient(config))(*model, batch, key)
+    (_, losses), gradient = jax.jit(make_gradient(config, objective))(*model, batch, key, *operands)
+    assert losses.mtp > 0
+    np.testing.assert_allclose(losses.mtp, plain.mtp, rtol=1e-5)
+    # The modules of multi-token prediction are reached by its loss alone.
+    assert_close(gradient["mtp"], plain_gradient["mtp"], rtol=1e-3, atol=1e-6)
+
+
 def merged(model: ModelConfig, states) -> Transformer:
     return nnx.merge(graph_of(model), *states)
 

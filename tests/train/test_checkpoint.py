@@ -50,6 +50,18 @@ def test_round_trip(tmp_path, state):
     np.testing.assert_array_equal(found.state["weights"], 7 * np.arange(5000))
 
 
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(tmp_path, state, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "FORMAT", 1)
+        save_steps(tmp_path, state, [7])
+    checkpoints = open_checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"format 1, this version .* choose another --out") as error:
+        checkpoints.peek(print)
+    checkpoints.close()
+    assert "\n" not in str(error.value)
+    assert kept_steps(tmp_path) == [7]
+
+
 def test_nothing_saved_yet(tmp_path, state):
     assert restore(tmp_path, state) == (None, [])
 

@@ -11,5 +11,4 @@ ENGINES: tuple[type[Engine], ...] = (TieredEngine, DenseEngine)
 
 def engine_of(config: TrainConfig) -> Engine:
     """The engine that these settings ask for."""
-    # pyright: a Protocol has no constructor. Every engine is built from the config alone.
-    return next(kind for kind in ENGINES if kind.applies(config))(config)  # pyright: ignore
+    return next(kind for kind in ENGINES if kind.applies(config))(config)

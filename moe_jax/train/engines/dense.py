@@ -20,6 +20,8 @@ from moe_jax.train.step import make_step
 class DenseEngine:
     """train.engine.Engine for a state that fits each device. Its step is make_step's function."""
 
+    described = "without placement.device_budget"
+
     def __init__(self, config: TrainConfig, devices: int | None = None) -> None:
         """Uses the first `devices` devices. Unset, all of them."""
         self.config = config

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.base.console import say
 from moe_jax.config import TrainConfig, require
 from moe_jax.data.tokens import TokenArray
 from moe_jax.objectives.base import Batch, Objective
@@ -33,6 +34,8 @@ def visible_devices() -> int:
 
 class TieredEngine(DenseEngine):
     """train.engine.Engine whose state is the trunk's. Batches are placed as by DenseEngine."""
+
+    described = "with placement.device_budget"
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config, devices=1)
@@ -122,6 +125,10 @@ class TieredEngine(DenseEngine):
         number = experts.sizes.experts
         size = experts.shapes.parameter_bytes * layers * number + experts.sizes.device
         if size > self.config.placement.device_bytes:
+            say(
+                "no samples: all experts are more than placement.device_budget has left; "
+                f"experiments/complete.py --run {self.config.out} writes within it"
+            )
             return None
         everyone = np.arange(number)
         # Copies: the next layer overwrites what `need` returned.

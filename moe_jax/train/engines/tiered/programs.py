@@ -54,6 +54,12 @@ class Chosen(NamedTuple):
     stats: RouterStats
 
 
+def without_stream(chosen: Chosen) -> Chosen:
+    """What the backward pass needs: the residual stream passes through a block by addition, so its
+    values play no part in any gradient."""
+    return chosen._replace(entered=chosen.entered._replace(x=None))
+
+
 class Ended(NamedTuple):
     """The loss, and its gradient at the end of the blocks."""
 
@@ -252,7 +258,7 @@ def _back(
     parameters = _slice(split_blocks(weights.trunk)[1], layer)
     key = model.context(inputs, layer).key
     run = _second_half(model, weights.router, layer, chosen.plan, key)
-    # x is only added to, so its values do not matter. Zeros keep the stream out of memory.
+    # Any values do for x (without_stream): it is only added to.
     entered = chosen.entered._replace(x=jnp.zeros_like(d_x))
     pull_second = jax.vjp(run, entered, parameters, chosen.weights, experts)[1]
     d_entered, second, d_weights, d_experts = pull_second(d_x)

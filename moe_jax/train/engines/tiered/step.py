@@ -24,6 +24,7 @@ from moe_jax.train.engines.tiered.programs import (
     Inputs,
     Weights,
     programs_of,
+    without_stream,
 )
 from moe_jax.train.engines.tiered.store import TieredExperts
 from moe_jax.train.evaluate import bits_per_byte, held_out_batches
@@ -63,7 +64,7 @@ class TieredStep:
             matrices = experts.need(layer, active[-1])
             experts.prefetch(layer + 1)
             x = run.leave(weights, at, chosen, inputs, matrices)
-            passed.append((chosen, pull))
+            passed.append((without_stream(chosen), pull))
         ended = run.end(weights, x, inputs)
         d_x = ended.x
         blocks: list[BlockParts] = []
@@ -110,7 +111,8 @@ class TieredStep:
         chosen, pull = run.enter(weights, at, x, inputs)
         x = run.leave(weights, at, chosen, inputs, matrices)
         ended = run.end(weights, x, inputs)
-        gradient = run.back(weights, at, chosen, inputs, matrices, (pull, ended.x))
+        above = (pull, ended.x)
+        gradient = run.back(weights, at, without_stream(chosen), inputs, matrices, above)
         begun = run.begin_back(pull_begin, gradient.x)
         block = BlockParts(gradient.parameters, gradient.square, chosen.stats)
         jax.block_until_ready(run.finish(state, ended, begun, (block,) * self.layers))

@@ -98,7 +98,7 @@ class TieredDecoder:
             own = jax.random.fold_in(key, index)
             token = sample_below(own, logits, vocabulary, temperature, top_k)
             generated.append(np.asarray(token))
-            if index + 1 < count:  # nobody reads the logits after the last token
+            if index + 1 < count:  # the logits after the last token are not needed
                 logits, caches = self.step(generated[-1], length + index, caches)
         return np.stack(generated, axis=1) if generated else np.zeros((batch, 0), np.int32)
 

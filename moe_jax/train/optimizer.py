@@ -1,4 +1,4 @@
-"""The optax chain: AdamW or Muon -> weight decay -> learning rate. Clipping is apart."""
+"""The optax chain: AdamW or Muon -> weight decay -> learning rate. Clipping is `clipped`."""
 
 from typing import Any
 

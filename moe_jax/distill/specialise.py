@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig, require
 from moe_jax.model.abstract import graph_of
+from moe_jax.model.trunk import sparse_experts
 from moe_jax.moe.experts import swiglu
 
 PROBES = 256
@@ -114,7 +115,8 @@ def specialisation(
     )
     graph = graph_of(model)
     experts = np.asarray(_routed(parameters, router, jnp.asarray(tokens), graph=graph))
-    blocks = nnx.to_pure_dict(parameters)["sparse"]["blocks"]
+    all_down, all_gate_up = sparse_experts(parameters)
+    norms = nnx.to_pure_dict(parameters)["sparse"]["blocks"]["feed_forward_norm"]["scale"]
     probes = jax.random.normal(jax.random.key(0), (PROBES, model.width))
     of_text = np.repeat(classes, tokens.shape[1])
     of_token = np.asarray(tokens).reshape(-1)
@@ -123,9 +125,9 @@ def specialisation(
         chosen = chosen.reshape(-1, chosen.shape[-1])
         by_class = routing_table(chosen, of_text, (model.moe.experts, int(of_text.max()) + 1))
         by_token = routing_table(chosen, of_token, (model.moe.experts, int(of_token.max()) + 1))
-        gate_up = blocks["moe"]["gate_up"][layer]
-        down = blocks["moe"]["down"][layer]
-        inputs = probes * blocks["feed_forward_norm"]["scale"][layer]
+        gate_up = all_gate_up[layer]
+        down = all_down[layer]
+        inputs = probes * norms[layer]
         measured.class_nats.append(mutual_information(by_class))
         measured.token_nats.append(mutual_information(by_token))
         measured.load_entropy.append(normalised_entropy(by_class.sum(1)))

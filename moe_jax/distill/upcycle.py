@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from moe_jax.config import ModelConfig, MoEConfig, require
 from moe_jax.interop.assemble import arrays_by_name, as_parameters
 from moe_jax.model.abstract import abstract_states
+from moe_jax.model.parameters import role_of
 
-FEED_FORWARD = "feed_forward."
 DENSE = "dense.blocks."
 SPARSE = "sparse.blocks."
 
@@ -104,11 +104,12 @@ def upcycle(
             continue
         if config.first:
             upcycled[name] = array[: config.first]
-        if path.startswith(FEED_FORWARD):
-            feed_forward[path.removeprefix(FEED_FORWARD)] = array[config.first :]
+        if role_of(name) == "feed_forward":
+            matrix = "down" if ".down." in name else "gate_up"
+            feed_forward[matrix] = array[config.first :]
         else:
             upcycled[SPARSE + path] = array[config.first :]
-    experts = _mixture(feed_forward["gate_up.weight"], feed_forward["down.weight"], model, config)
+    experts = _mixture(feed_forward["gate_up"], feed_forward["down"], model, config)
     upcycled |= {f"{SPARSE}moe.{name}": array for name, array in experts.items()}
     _, router = abstract_states(model)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), router)

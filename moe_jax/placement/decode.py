@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig, require
 from moe_jax.model.attention import Cache, empty_cache
+from moe_jax.model.trunk import EXPERT
 from moe_jax.placement.decode_programs import (
     Chosen,
     Leaving,
@@ -63,7 +64,7 @@ class TieredDecoder:
         outside.pop("mtp", None)
         self._trunk = self._programs.trunk.leaves(outside)
         # The experts come from the store. Empty arrays keep their places in the block's tree.
-        for name in ("gate_up", "down"):
+        for name in EXPERT:
             stacked["moe"][name] = jnp.zeros((config.moe_layers, 0))
         self._blocks = [
             self._programs.block.leaves(jax.tree.map(lambda a, i=layer: a[i], stacked))

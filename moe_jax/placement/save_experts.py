@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from moe_jax.model.trunk import sparse_experts
 from moe_jax.placement.files import Layer, write_experts
 
 
@@ -18,9 +19,7 @@ def save_experts(
     `dtype` is the type that they are rounded to, on disk and in every memory. Unset, they are not
     rounded. `low_bit` and errors are those of write_experts.
     """
-    moe: Any = parameters["sparse"]["blocks"]["moe"]  # pyright: ignore[reportIndexIssue]
-    gate_up = moe["gate_up"][...]
-    down = moe["down"][...]
+    down, gate_up = sparse_experts(parameters)
 
     # A generator, so that one layer at a time is copied to the host.
     def layers() -> Iterator[Layer]:

@@ -21,6 +21,7 @@ from moe_jax.base.files import disk_errors, write_atomically
 from moe_jax.config import DecodePlacement, ModelConfig, TrainConfig, from_dict, require
 from moe_jax.config.checks import parse_bytes
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.model.trunk import without_experts
 from moe_jax.moe.module import RouterBias
 from moe_jax.placement.decode import TieredDecoder
 from moe_jax.placement.files import ExpertFiles, Layer, write_experts
@@ -29,7 +30,6 @@ from moe_jax.placement.save_experts import save_experts
 from moe_jax.placement.store import ExpertStore
 from moe_jax.runs.load import load_run, newest_step
 from moe_jax.train.checkpoint import FORMAT
-from moe_jax.train.engines.tiered.trunk import without_experts
 
 TRUNK = "trunk.safetensors"
 MODEL = "model.json"

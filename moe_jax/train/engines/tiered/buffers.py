@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from moe_jax.model.trunk import Matrices
 from moe_jax.train.engines.tiered.rows import RowShapes
-from moe_jax.train.engines.tiered.trunk import Matrices
 
 
 @dataclass(eq=False)

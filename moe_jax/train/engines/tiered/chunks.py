@@ -15,8 +15,8 @@ from jax import Array, lax
 from jaxtyping import Int
 
 from moe_jax.config import PlacementConfig, TrainConfig, require
+from moe_jax.model.trunk import Matrices
 from moe_jax.train.engines.tiered.rows import RowShapes, make_advance
-from moe_jax.train.engines.tiered.trunk import Matrices
 
 KINDS = ("parameters", "moments", "gradients")
 

@@ -12,6 +12,7 @@ import numpy as np
 from moe_jax.base.console import say
 from moe_jax.config import TrainConfig, require
 from moe_jax.data.tokens import TokenArray
+from moe_jax.model.trunk import with_experts
 from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.rules import with_sharding
 from moe_jax.placement.records.file import as_parts
@@ -22,7 +23,7 @@ from moe_jax.train.engines.tiered.chunks import Sizes
 from moe_jax.train.engines.tiered.rows import RowShapes, row_shapes
 from moe_jax.train.engines.tiered.step import TieredStep
 from moe_jax.train.engines.tiered.store import TieredExperts
-from moe_jax.train.engines.tiered.trunk import assemble, init_trunk, with_experts
+from moe_jax.train.engines.tiered.trunk import assemble, init_trunk
 from moe_jax.train.state import Metrics, TrainState, abstract_state, tree_bytes
 
 

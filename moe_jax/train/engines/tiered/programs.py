@@ -21,6 +21,14 @@ from moe_jax.config import PlacementConfig, TrainConfig
 from moe_jax.model import stages
 from moe_jax.model.abstract import abstract_block, graph_of, split_model
 from moe_jax.model.stages import REMAT_POLICIES, Context, Entered
+from moe_jax.model.trunk import (
+    EXPERT,
+    SPARSE_BLOCKS,
+    Matrices,
+    join_blocks,
+    split_blocks,
+    with_experts,
+)
 from moe_jax.moe.layer import RouterStats, mix
 from moe_jax.moe.plan import Plan
 from moe_jax.objectives.base import (
@@ -31,14 +39,6 @@ from moe_jax.objectives.base import (
     balance_loss,
     losses,
     whole_batch,
-)
-from moe_jax.train.engines.tiered.trunk import (
-    EXPERT,
-    SPARSE_BLOCKS,
-    Matrices,
-    join_blocks,
-    split_blocks,
-    with_experts,
 )
 from moe_jax.train.evaluate import batch_nats
 from moe_jax.train.state import TrainState

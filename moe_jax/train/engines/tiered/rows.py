@@ -15,8 +15,8 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from moe_jax.config import TrainConfig
+from moe_jax.model.trunk import EXPERT, Matrices, of_expert, with_experts
 from moe_jax.placement.records.layout import RecordLayout
-from moe_jax.train.engines.tiered.trunk import EXPERT, Matrices, of_expert, with_experts
 from moe_jax.train.optimizer import clipped, make_optimizer
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moe_jax.config import TrainConfig
+from moe_jax.model.trunk import Matrices
 from moe_jax.placement.records.file import as_parts
 from moe_jax.placement.records.host import HostRecords
 from moe_jax.placement.records.store import RecordStore
@@ -30,7 +31,6 @@ from moe_jax.train.engines.tiered.row_io import RowIO
 from moe_jax.train.engines.tiered.rows import row_shapes
 from moe_jax.train.engines.tiered.threads import Span, Threads
 from moe_jax.train.engines.tiered.traffic import TrafficMeter
-from moe_jax.train.engines.tiered.trunk import Matrices
 from moe_jax.train.engines.tiered.update_log import UpdateLog
 from moe_jax.train.engines.tiered.updater import Updater
 from moe_jax.train.engines.tiered.writes import WriteQueue

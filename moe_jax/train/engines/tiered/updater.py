@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from moe_jax.model.trunk import Matrices
 from moe_jax.placement.records.store import RecordStore
 from moe_jax.placement.threads import OwnerThread
 from moe_jax.train.engines.tiered.buffers import LayerBuffer
 from moe_jax.train.engines.tiered.chunks import KINDS, Programs, Residents, padded
 from moe_jax.train.engines.tiered.row_io import RowIO
 from moe_jax.train.engines.tiered.threads import Threads
-from moe_jax.train.engines.tiered.trunk import Matrices
 from moe_jax.train.engines.tiered.update_log import UpdateLog
 from moe_jax.train.engines.tiered.writes import WriteQueue
 

@@ -4,9 +4,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from moe_jax.model.trunk import Matrices
 from moe_jax.placement.threads import OwnerThread
 from moe_jax.train.engines.tiered.threads import Threads
-from moe_jax.train.engines.tiered.trunk import Matrices
 
 
 class WriteQueue:

@@ -18,7 +18,7 @@ from moe_jax.config.presets import PRESETS
 from moe_jax.train.state import init_state
 from moe_jax.train.step import make_step
 
-config = parse(sys.argv[1:], PRESETS)
+config = parse(sys.argv[1:], PRESETS).resolved()
 data = prepare(config.data, say=lambda *_: None)
 batch = next(train_batches(data.train, config.data.length, config.batch, 0))
 state = jax.eval_shape(lambda: init_state(config))

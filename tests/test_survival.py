@@ -97,6 +97,7 @@ def uninterrupted(settings, tmp_path_factory):
     return losses(out)
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_continues_bit_for_bit(settings, uninterrupted, tmp_path):
     """Before the first checkpoint, while one is being written, and just before the end."""
     out = tmp_path / "run"

@@ -245,6 +245,7 @@ def test_truncated_anywhere(small_gguf):
             read(small_gguf)
 
 
+@pytest.mark.slow
 def test_fuzz(small_gguf):
     """Any damage is either harmless or a UserError; the header gets most of it."""
     data = np.frombuffer(small_gguf.read_bytes(), np.uint8)

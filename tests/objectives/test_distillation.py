@@ -159,7 +159,7 @@ def test_the_loss_from_a_sampled_cache_is_its_formula(config, temperature):
     length, model = config.data.length, config.model
     drawn = np.random.default_rng(1).integers(0, 256, (config.batch, length, 4))
     settings = replace(CHUNKED, alpha=0.25, temperature=temperature)
-    taught = make_gradient(config, cached_objective(settings))
+    taught = jax.jit(make_gradient(config, cached_objective(settings)))
     beside = batch | {"teacher_tokens": jnp.asarray(drawn)}
     (_, parts), _ = taught(state.parameters, state.router, beside, jax.random.key(0))
     tokens, segments = batch["tokens"], batch["segments"]

@@ -97,7 +97,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
         pytest.param("rematerialised", 2, marks=pytest.mark.slow),
         pytest.param("bfloat16", 1, marks=pytest.mark.slow),
         ("every balance loss", 1),
-        ("hash", 1),
+        pytest.param("hash", 1, marks=pytest.mark.slow),
     ],
 )
 def test_two_devices_equal_one(small_run, name, accumulation):

@@ -405,7 +405,10 @@ def test_a_run_in_tiers_is_resumed_bit_for_bit_and_loads_as_any_other(tiered_run
 
 @pytest.mark.parametrize(
     ("call", "error", "words"),
-    [("pwritev", errno.ENOSPC, "No space left"), ("preadv", errno.EIO, "Input/output error")],
+    [
+        ("pwritev", errno.ENOSPC, "No space left"),
+        pytest.param("preadv", errno.EIO, "Input/output error", marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_that_fails_in_mid_run_is_a_line_and_the_last_checkpoint_is_good(
     tiered_run, monkeypatch, call, error, words

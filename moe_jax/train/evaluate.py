@@ -7,14 +7,13 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
 
 from moe_jax.config import TrainConfig
-from moe_jax.data.batches import shifted_targets, validation_batches
+from moe_jax.data.batches import validation_batches
 from moe_jax.data.tokens import TokenArray
 from moe_jax.model.abstract import graph_of
-from moe_jax.model.transformer import Transformer
-from moe_jax.objectives.base import Batch, token_nats
+from moe_jax.objectives.base import Batch
+from moe_jax.objectives.next_token import batch_nats
 from moe_jax.train.state import TrainState
 
 
@@ -54,13 +53,6 @@ def held_out_batches(config: TrainConfig, validation: TokenArray) -> Iterable[An
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def batch_nats(model: Transformer, hidden: Float[Array, "B L D"], batch: Batch) -> Float[Array, ""]:
-    """Sum of -log p over the batch's targets, from the residual stream after the last block."""
-    tokens = batch["tokens"]
-    targets, mask = shifted_targets(tokens, batch["segments"], hidden.shape[1], 1)
-    return token_nats(model.logits(hidden), targets, mask)
 
 
 def bits_per_byte(nats: Iterable[float], validation: TokenArray) -> float:

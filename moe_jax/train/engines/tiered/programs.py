@@ -40,7 +40,7 @@ from moe_jax.objectives.base import (
     losses,
     whole_batch,
 )
-from moe_jax.train.evaluate import batch_nats
+from moe_jax.objectives.next_token import batch_nats
 from moe_jax.train.state import TrainState
 from moe_jax.train.update import Gradient, Updated, make_update
 

@@ -126,7 +126,8 @@ def guess_objective(alpha: float, teacher: ModelConfig) -> Objective:
 
     def objective(reading: Reading, states: States) -> Loss:
         student = student_of(reading)
-        outputs = lazy_forward(nnx.merge(graph, *states), reading.tokens, reading.segments)
+        read = lazy_forward(nnx.merge(graph, *states), reading.tokens, reading.segments)
+        outputs = reading.at_targets(read)
         values = (1 - alpha) * student.nats()
         values += alpha * controls.guess_and_uniform(student.logits, outputs, student.chunks)
         return student.loss(student.total(values))
@@ -147,7 +148,8 @@ def perturbed_objective(settings: PerturbConfig, teacher: ModelConfig) -> Object
         frozen = nnx.merge(graph, *states)
 
         def from_teacher(logits: LazyLogits, tokens: Array) -> Array:
-            outputs = [lazy_forward(frozen, tokens, reading.segments)]
+            read = lazy_forward(frozen, tokens, reading.segments)
+            outputs = [reading.at_targets(read)]
             return student.total(divergence(logits, outputs, student.chunks, Divergence()))
 
         loss = settings.alpha * from_teacher(student.logits, reading.tokens)
@@ -173,7 +175,8 @@ def _without_gradient(model: Transformer) -> Transformer:
 
 
 def _read_shifted(model: Transformer, reading: Reading, shift: Array) -> LazyLogits:
-    return lazy_logits(model, model.hidden(reading.tokens, reading.segments, shift=shift)[0])
+    hidden, _ = model.hidden(reading.tokens, reading.segments, shift=shift)
+    return reading.at_targets(lazy_logits(model, hidden))
 
 
 def _shifted(
@@ -188,20 +191,22 @@ def _shifted(
     """
     reading = student.reading
     fixed = _without_gradient(reading.model)
-    clean = lazy_forward(fixed, reading.tokens, reading.segments)
-    embedded = fixed.embed(reading.tokens)
-    count = jnp.maximum(student.valid.sum(), 1)
+    clean = reading.at_targets(lazy_forward(fixed, reading.tokens, reading.segments))
+    # Padding is not part of the text: it has no share in the radius, and is not moved.
+    text = reading.segments != 0
+    embedded = jnp.where(text[..., None], fixed.embed(reading.tokens), 0)
 
     def distance(model: Transformer, shift: Array) -> Array:
         moved = _read_shifted(model, reading, shift)
-        values = divergence(moved, [clean], student.chunks, Divergence())
-        return distill.total(values, student.valid, count)
+        return student.total(divergence(moved, [clean], student.chunks, Divergence()))
 
     radius = perturb.radius_of(embedded, settings.size)
     if settings.kind == "random":
-        return distance(reading.model, perturb.random_shift(key, embedded, radius))
+        return distance(reading.model, perturb.random_shift(key, embedded, radius, text))
     worst = partial(distance, fixed)
-    shift = perturb.adversarial_shift(worst, key, embedded, radius, steps=settings.steps)
+    shift = perturb.adversarial_shift(
+        worst, key, embedded, radius, steps=settings.steps, counted=text
+    )
     return distance(reading.model, shift)
 
 
@@ -214,8 +219,11 @@ def _swapped(
     """The divergence from the teacher, with both models reading the text with swapped tokens."""
     reading = student.reading
     tokens = reading.tokens
+    segments = reading.segments
     if settings.kind == "random_swaps":
-        other = perturb.random_swaps(key, tokens, settings.swaps, settings.swap_vocabulary)
+        other = perturb.random_swaps(
+            key, tokens, settings.swaps, settings.swap_vocabulary, segments
+        )
     else:
         fixed = _without_gradient(reading.model)
 
@@ -226,9 +234,10 @@ def _swapped(
         gradient = jax.grad(distance)(jnp.zeros_like(fixed.embed(tokens)))
         table = fixed.embedding[...]
         other = perturb.adversarial_swaps(
-            gradient, table, tokens, settings.swaps, settings.swap_vocabulary
+            gradient, table, tokens, settings.swaps, settings.swap_vocabulary, segments
         )
-    return from_teacher(lazy_forward(reading.model, other, reading.segments), other)
+    read = lazy_forward(reading.model, other, segments)
+    return from_teacher(reading.at_targets(read), other)
 
 
 def sequence_nats(model: Transformer, batch: Batch, length: int) -> Float[Array, "B"]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from moe_jax.base.seeds import check_seed
 from moe_jax.config import require
 from moe_jax.placement.trace import Trace
 
@@ -89,6 +90,7 @@ def generate_trace(parameters: ZipfMarkov, tokens: int, seed: int = 0) -> Trace:
     require(0 < p.per_token <= p.experts, f"K={p.per_token} is not in 1 … E={p.experts}")
     require(p.layers > 0 and p.domains > 0 and tokens > 0, f"{p} with {tokens} tokens is empty")
     require(0 <= p.repeat <= 1 and 0 <= p.switch <= 1, f"{p}: repeat and switch are probabilities")
+    check_seed("seed", seed)
     generator = np.random.default_rng(seed)
     popularity = np.arange(1, p.experts + 1) ** -p.exponent
     rankings = np.array(

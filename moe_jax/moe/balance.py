@@ -85,7 +85,7 @@ def locality_loss(
     window: int = 8,
     documents: Int[Array, "B L"] | None = None,
 ) -> Float[Array, ""]:
-    """1 - mean over counted tokens of sum_e f_te P_te.
+    """Mean over counted tokens of 1 - sum_e f_te P_te.
 
     f_te is the share of the up to `window` tokens before t in its document that went to e (0 for
     the first token), and P_te = s_te / sum_e s_te. The gradient flows through P only. The loss is
@@ -110,7 +110,7 @@ def locality_loss(
     seen = jnp.maximum(places - begin, 1)[..., None]
     frequency = lax.stop_gradient((sums - older) / seen)
     kept = (frequency * _normalised(scores)).sum(axis=-1)
-    return 1 - weighted_mean(kept.reshape(-1), counted.reshape(-1))
+    return weighted_mean(1 - kept.reshape(-1), counted.reshape(-1))
 
 
 def z_loss(

@@ -20,7 +20,6 @@ from moe_jax.config import ModelConfig, require
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import lazy_forward, lazy_logits
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.transformer import Transformer
 from moe_jax.objectives.base import Batch, Loss, Objective, Reading, forward, whole_batch
@@ -126,8 +125,7 @@ def guess_objective(alpha: float, teacher: ModelConfig) -> Objective:
 
     def objective(reading: Reading, states: States) -> Loss:
         student = student_of(reading)
-        read = lazy_forward(nnx.merge(graph, *states), reading.tokens, reading.segments)
-        outputs = reading.at_targets(read)
+        outputs = reading.read_by(nnx.merge(graph, *states))
         values = (1 - alpha) * student.nats()
         values += alpha * controls.guess_and_uniform(student.logits, outputs, student.chunks)
         return student.loss(student.total(values))
@@ -148,8 +146,7 @@ def perturbed_objective(settings: PerturbConfig, teacher: ModelConfig) -> Object
         frozen = nnx.merge(graph, *states)
 
         def from_teacher(logits: LazyLogits, tokens: Array) -> Array:
-            read = lazy_forward(frozen, tokens, reading.segments)
-            outputs = [reading.at_targets(read)]
+            outputs = [reading.read_by(frozen, tokens)]
             return student.total(divergence(logits, outputs, student.chunks, Divergence()))
 
         loss = settings.alpha * from_teacher(student.logits, reading.tokens)
@@ -174,11 +171,6 @@ def _without_gradient(model: Transformer) -> Transformer:
     return nnx.merge(graph, jax.lax.stop_gradient(state))
 
 
-def _read_shifted(model: Transformer, reading: Reading, shift: Array) -> LazyLogits:
-    hidden, _ = model.hidden(reading.tokens, reading.segments, shift=shift)
-    return reading.at_targets(lazy_logits(model, hidden))
-
-
 def _shifted(
     settings: PerturbConfig,
     student: Student,
@@ -191,13 +183,13 @@ def _shifted(
     """
     reading = student.reading
     fixed = _without_gradient(reading.model)
-    clean = reading.at_targets(lazy_forward(fixed, reading.tokens, reading.segments))
+    clean = reading.read_by(fixed)
     # Padding is not part of the text: it has no share in the radius, and is not moved.
     text = reading.segments != 0
     embedded = jnp.where(text[..., None], fixed.embed(reading.tokens), 0)
 
     def distance(model: Transformer, shift: Array) -> Array:
-        moved = _read_shifted(model, reading, shift)
+        moved = reading.read_by(model, shift=shift)
         return student.total(divergence(moved, [clean], student.chunks, Divergence()))
 
     radius = perturb.radius_of(embedded, settings.size)
@@ -228,7 +220,7 @@ def _swapped(
         fixed = _without_gradient(reading.model)
 
         def distance(shift: Array) -> Array:
-            return from_teacher(_read_shifted(fixed, reading, shift), tokens)
+            return from_teacher(reading.read_by(fixed, shift=shift), tokens)
 
         # With respect to a shift of 0: the gradient at the embeddings themselves.
         gradient = jax.grad(distance)(jnp.zeros_like(fixed.embed(tokens)))
@@ -236,8 +228,7 @@ def _swapped(
         other = perturb.adversarial_swaps(
             gradient, table, tokens, settings.swaps, settings.swap_vocabulary, segments
         )
-    read = lazy_forward(reading.model, other, segments)
-    return from_teacher(reading.at_targets(read), other)
+    return from_teacher(reading.read_by(reading.model, other), other)
 
 
 def sequence_nats(model: Transformer, batch: Batch, length: int) -> Float[Array, "B"]:

@@ -92,12 +92,27 @@ class Reading:
 
         They are 0 where a position has no target.
         """
-        return self.at_targets(lazy_logits(self.model, self.hidden))
+        return self.logits_of(self.model, self.hidden)
 
-    def at_targets(self, logits: LazyLogits) -> LazyLogits:
-        """Logits of this part, of the student or of a teacher, 0 where a position has no target."""
+    def logits_of(self, model: Transformer, hidden: Float[Array, "B L width"]) -> LazyLogits:
+        """`logits` of a model's hidden states for this part, before its final norm."""
+        # Before the norm, whose own gradient sums over positions.
         _, valid = self.targets()
-        return logits._replace(hidden=jnp.where(valid[:, None], logits.hidden, 0))
+        valid = valid.reshape(*hidden.shape[:2], 1)
+        return lazy_logits(model, jnp.where(valid, hidden, 0))
+
+    def read_by(
+        self,
+        model: Transformer,
+        tokens: Int[Array, "B L"] | None = None,
+        shift: Float[Array, "B L D"] | None = None,
+    ) -> LazyLogits:
+        """The logits of a model that reads this part, without dropout.
+
+        `tokens` stand in for the part's own. `shift` is added to the embeddings.
+        """
+        tokens = self.tokens if tokens is None else tokens
+        return self.logits_of(model, model.hidden(tokens, self.segments, shift=shift)[0])
 
     def targets(self) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
         """The next token of every position, and whether it lies in the same document."""
@@ -144,8 +159,12 @@ def valid_targets(batch: Batch, length: int, offset: int = 1) -> Float[Array, ""
 
     It divides a sum of losses, so a batch without any target gives a loss of 0 and not NaN.
     """
+    return jnp.maximum(_targets(batch, length, offset), 1)
+
+
+def _targets(batch: Batch, length: int, offset: int) -> Float[Array, ""]:
     _, mask = shifted_targets(batch["tokens"], batch["segments"], length, offset)
-    return jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    return mask.sum().astype(jnp.float32)
 
 
 def whole_batch(batch: Batch, length: int, mtp_depth: int, key: Array | None) -> Part:
@@ -159,7 +178,7 @@ def part_of(whole: Part, batch: Batch, length: int, key: Array | None) -> Part:
     """A micro-batch of the batch `whole`."""
     # Offset 0 counts the tokens of documents. A module that reads k ahead counts offset k.
     shares = tuple(
-        valid_targets(batch, length, offset) / valid_targets(whole.batch, length, offset)
+        _targets(batch, length, offset) / valid_targets(whole.batch, length, offset)
         for offset in range(len(whole.normalisers))
     )
     return whole._replace(batch=batch, key=key, shares=shares)

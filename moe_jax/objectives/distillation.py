@@ -18,7 +18,6 @@ from moe_jax.config import DistillConfig, ModelConfig, require
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import lazy_forward
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.objectives.base import OWN, Batch, Loss, Objective, Reading
@@ -43,9 +42,7 @@ def online_objective(
 
     def objective(reading: Reading, states: Sequence[States]) -> Loss:
         outputs = [
-            reading.at_targets(
-                lazy_forward(nnx.merge(graph, *state), reading.tokens, reading.segments)
-            )
+            reading.read_by(nnx.merge(graph, *state))
             for graph, state in zip(graphs, states, strict=True)
         ]
 

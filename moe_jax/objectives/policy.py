@@ -18,7 +18,6 @@ from moe_jax.config import ModelConfig, require
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import divergence
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import lazy_forward
 from moe_jax.model.abstract import graph_of
 from moe_jax.objectives.adversarial import student_of
 from moe_jax.objectives.base import OWN, Loss, Objective, Reading
@@ -73,8 +72,7 @@ def policy_objective(settings: GenerativeConfig, start: ModelConfig) -> Objectiv
         loss = generative.policy_loss(log_q, old, reading.batch[ADVANTAGE], own, settings.clip)
         # An anchor of 0 needs no second model.
         if settings.anchor:
-            read = lazy_forward(nnx.merge(graph, *states), reading.tokens, reading.segments)
-            first = [reading.at_targets(read)]
+            first = [reading.read_by(nnx.merge(graph, *states))]
             values = divergence(student.logits, first, student.chunks, Divergence("reverse"))
             means = generative.sequence_means(values.reshape(own.shape), own)
             loss += settings.anchor * means.mean()

@@ -85,12 +85,12 @@ def _slope(chosen: Int[np.ndarray, "T K"], experts: int) -> float:
 
 
 def generate_trace(parameters: ZipfMarkov, tokens: int, seed: int = 0) -> Trace:
-    """`tokens` tokens drawn from the generator. UserError: impossible parameters."""
+    """`tokens` tokens from the generator. UserError: impossible parameters, or no such seed."""
+    check_seed("seed", seed)
     p = parameters
     require(0 < p.per_token <= p.experts, f"K={p.per_token} is not in 1 … E={p.experts}")
     require(p.layers > 0 and p.domains > 0 and tokens > 0, f"{p} with {tokens} tokens is empty")
     require(0 <= p.repeat <= 1 and 0 <= p.switch <= 1, f"{p}: repeat and switch are probabilities")
-    check_seed("seed", seed)
     generator = np.random.default_rng(seed)
     popularity = np.arange(1, p.experts + 1) ** -p.exponent
     rankings = np.array(

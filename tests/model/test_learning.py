@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.base.errors import UserError
-from moe_jax.config import ModelConfig, MoEConfig, OptimConfig, TrainConfig
+from moe_jax.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig, train
 from moe_jax.config.learning import not_trained
 from moe_jax.config.presets import PRESETS
 from moe_jax.model.parameters import dotted, role_of
@@ -56,7 +56,6 @@ def shrunk(model: ModelConfig) -> ModelConfig:
     dense = min(1, model.dense_layers)
     return replace(
         model,
-        vocabulary=40,
         width=16,
         dense_layers=dense,
         layers=dense + min(1, model.moe_layers),
@@ -107,8 +106,9 @@ ALIKE = ("deepseek_moe_16b", "qwen3_30b_a3b", "small", "K = 1 softmax", "K = 1 h
 
 def largest_gradients(model: ModelConfig) -> dict[str, np.ndarray]:
     """max |g| of every parameter, of each layer and expert by itself."""
-    config = TrainConfig(batch=4, model=model).resolved()
-    config = replace(config, data=replace(config.data, length=32))
+    data = DataConfig(tokenizer="bytes", length=32)
+    model = replace(model, vocabulary=None)
+    config = TrainConfig(batch=4, model=model, data=data).resolved()
     state = jax.jit(lambda: init_state(config))()
     shape = (4, 33 + model.mtp_depth)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, 40)
@@ -136,6 +136,14 @@ def test_every_parameter_learns_or_is_named(name):
     scale = max(values.max() for values in found.values())
     silent = {role_of(path) for path, values in found.items() if values.min() < ROUNDING * scale}
     assert silent == set(not_trained(model))
+
+
+def test_the_router_of_one_normalised_expert_would_be_seen(monkeypatch):
+    monkeypatch.setattr(train, "check_learning", lambda config: None)
+    found = largest_gradients(one_block(experts_per_token=1))
+    scale = max(values.max() for values in found.values())
+    routers = [values for path, values in found.items() if role_of(path) == "router"]
+    assert max(values.max() for values in routers) < ROUNDING * scale
 
 
 def test_parts_that_are_not_trained_are_named():

@@ -163,12 +163,14 @@ def test_another_document_changes_nothing_in_this_one():
 
 def test_the_policy_losses_of_micro_batches_add_up(tmp_path):
     """With padding in some of them: each is its part of the mean over all sequences."""
-    objective, operands = OBJECTIVES["policy"]
     config = make_run(tmp_path, MODEL, batch=ROWS)
-    config = replace(config, model=MODEL, data=replace(config.data, length=LENGTH))
+    model = replace(MODEL, vocabulary=258)
+    config = replace(config, model=model, data=replace(config.data, length=LENGTH))
+    objective = policy.policy_objective(policy.GenerativeConfig(anchor=0.5), model)
+    operands = (states_of(model, 5),)
     batch = make_batch("policy")
     split = replace(config, optim=OptimConfig(accumulation=2))
-    parameters, router = states_of(MODEL, 3)
+    parameters, router = states_of(model, 3)
     whole, parts = (
         jax.jit(make_gradient(c, objective))(
             parameters, router, batch, jax.random.key(0), *operands

@@ -100,7 +100,7 @@ def of_own_text(
     return {"own_text_bits": total / math.log(2) / max(counted, 1)}
 
 
-def _written(segments: Int[Array, "B L"]) -> Bool[Array, "B written"]:
+def _written(segments: Int[Array, "B L"]) -> Bool[Array, "B count"]:
     """Which tokens after the prompt belong to a document, its end included."""
     # Position t predicts token t + 1, so the first written token is predicted at PROMPT - 1.
     return shifted_targets(segments, segments, segments.shape[1] - 1)[1][:, PROMPT - 1 :]

@@ -131,8 +131,8 @@ def router_entropy(
 
 
 def weighted_mean(
-    values: Float[Array, "N *rest"], weights: Int[Array, "N"] | Bool[Array, "N"]
-) -> Float[Array, "*rest"]:
+    values: Float[Array, "N *shape"], weights: Int[Array, "N"] | Bool[Array, "N"]
+) -> Float[Array, "*shape"]:
     """sum_n weights[n] · values[n] / sum(weights), with both sums over all devices.
 
     Values of weight 0 have no part in it, not even as NaN. Without any weight the mean is 0.

@@ -94,7 +94,7 @@ class Reading:
         """
         return self.logits_of(self.model, self.hidden)
 
-    def logits_of(self, model: Transformer, hidden: Float[Array, "B L width"]) -> LazyLogits:
+    def logits_of(self, model: Transformer, hidden: Float[Array, "B L D"]) -> LazyLogits:
         """`logits` of a model's hidden states for this part, before its final norm."""
         # Before the norm, whose own gradient sums over positions.
         _, valid = self.targets()

@@ -163,7 +163,7 @@ def own_batch(
 
 
 def own_segments(
-    segments: Int[Array, "B prompt"], tokens: Int[Array, "B N"], end: int | None
+    segments: Int[Array, "B L"], tokens: Int[Array, "B N"], end: int | None
 ) -> Int[Array, "B N"]:
     """The prompt's segments, then its last one up to the first `end`, which may be its own."""
     begin = segments.shape[1]

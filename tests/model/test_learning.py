@@ -100,7 +100,19 @@ MODELS = {name: shrunk(preset.model) for name, preset in PRESETS.items()} | {
     ),
     "dense": replace(SMALL_MODEL, layers=1, dense_layers=1, attention=GQA, init_std=0.3),
 }
-ALIKE = ("deepseek_moe_16b", "qwen3_30b_a3b", "small", "K = 1 softmax", "K = 1 hash", "K = E")
+ALIKE = (
+    "deepseek_moe_16b",
+    "qwen3_30b_a3b",
+    "small",
+    "softmax",
+    "capacity",
+    "fp8",
+    "E = 1",
+    "K = E",
+    "K = 1 softmax",
+    "K = 1 hash",
+    "K = 1 expert choice",
+)
 """Slow, because others have the same switches, each with one of these."""
 
 

@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
+from moe_jax.base.initial import root_key
 from moe_jax.config import CheckpointConfig, TrainConfig, from_dict
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.model.abstract import graph_of
@@ -43,7 +44,7 @@ class Trained:
             graph_of(self.config.model),
             (self.state.parameters, self.state.router),
             prompt[None],
-            jax.random.key(seed),
+            root_key(seed),
             count=tokens,
             vocabulary=self.tokenizer.vocabulary,
             temperature=temperature,

@@ -48,7 +48,7 @@ from moe_jax.train.task import Task
 from tests.conftest import GQA
 from tests.train.test_step import make_batch
 
-RARE = MoEConfig(experts=12, experts_per_token=1, expert_hidden=6, z_loss=1e-3)
+RARE = MoEConfig(experts=12, experts_per_token=1, expert_hidden=6, normalise=False, z_loss=1e-3)
 """Twelve tokens choose one of twelve experts: about a third of them is not chosen."""
 ALL = replace(RARE, experts_per_token=12)
 

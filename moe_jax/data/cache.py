@@ -115,10 +115,7 @@ def _discard(folder: Path) -> None:
     # It is missing if another process discards it at this moment.
     with contextlib.suppress(FileNotFoundError):
         folder.rename(discarded)
-    if discarded.is_dir():
-        shutil.rmtree(discarded, ignore_errors=True)
-    else:  # a damaged disk may show a file where the folder was
-        discarded.unlink(missing_ok=True)
+    shutil.rmtree(discarded, ignore_errors=True)
 
 
 def _remove_stale(cache: Path) -> None:
@@ -194,9 +191,8 @@ class HashIndex:
             self._known = _unsealed(self._path)
         except FileNotFoundError:
             pass
-        except (IsADirectoryError, ValueError):
+        except ValueError:
             say(f"{self._path} is damaged or of another version: reading the text again")
-            _discard(self._path)
 
     def recall(self, name: str, state: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """The value remembered for `name` if its `state` is the same, or else `compute()`.

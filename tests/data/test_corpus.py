@@ -163,11 +163,6 @@ def test_an_index_remembers_and_a_changed_state_does_not_match(tmp_path: Path):
     assert HashIndex(tmp_path, "other").recall("a", [1], lambda: "new") == "new"
 
 
-def replaced_by_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 def one_digit(path: Path) -> None:
     """Another digit in a hash: the file is still JSON."""
     text = path.read_text()
@@ -178,7 +173,6 @@ def one_digit(path: Path) -> None:
     "damage",
     [
         one_digit,
-        replaced_by_folder,
         lambda path: path.write_text("{"),
         lambda path: path.write_text('{"a": [1, "old"]}'),
         lambda path: path.write_bytes(b"\xff\xfe"),

@@ -98,8 +98,8 @@ def train_batches(
     if len(array.tokens) < size:
         raise UserError(
             f"the training text has {len(array.tokens)} tokens, fewer than the {size} of one "
-            f"sequence (data.length={length}, {ahead} further predicted): shorten --data.length or "
-            "add text"
+            f"sequence (data.length={length}, {ahead} further predicted): shorten --data.length, "
+            "hold less out (--data.validation-fraction) or add text"
         )
     # The last tokens, fewer than one window, are left out: training batches have no padding.
     windows: Any = Windows(array, length, ahead, (len(array.tokens) - size) // length + 1)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.files import write_atomically
 from moe_jax.data.documents import digest
 
 META = "meta.json"
@@ -128,22 +129,33 @@ def _remove_stale(cache: Path) -> None:
 
 def _write_meta(folder: Path, description: dict[str, Any]) -> None:
     files = {path.name: [path.stat().st_size, checksum(path)] for path in folder.iterdir()}
-    text = json.dumps({"description": description, "files": files})
-    (folder / META).write_text(f"{digest(text)}\n{text}")
+    (folder / META).write_text(_sealed({"description": description, "files": files}))
+
+
+def _sealed(content: Any) -> str:
+    """The content as JSON, below a line with the JSON's own checksum."""
+    text = json.dumps(content)
+    return f"{digest(text)}\n{text}"
+
+
+def _unsealed(path: Path) -> Any:
+    """The content of a file that `_sealed` gave. ValueError: it is damaged."""
+    text_digest, _, text = path.read_text().partition("\n")
+    if text_digest != digest(text):
+        raise ValueError("the checksum does not hold")
+    return json.loads(text)
 
 
 def _verified(folder: Path) -> dict[str, Any] | None:
     """The description of an entry, or None if the entry is missing or damaged."""
     try:
-        text_digest, text = (folder / META).read_text().splitlines()
-        if text_digest != digest(text):
-            return None
-        meta = json.loads(text)
+        meta = _unsealed(folder / META)
         for name, (size, expected) in meta["files"].items():
             path = folder / name
             if path.stat().st_size != size or checksum(path) != expected:
                 return None
-    except (FileNotFoundError, ValueError):
+    # The middle two: a damaged disk may show a file where a folder was, or the reverse.
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     return meta["description"]
 
@@ -164,22 +176,29 @@ def checksum(path: Path) -> str:
 
 
 class HashIndex:
-    """Remembers content hashes, so that a start need not read everything again.
+    """Remembers what reading a text told, such as its hash: a start need not read it all again.
 
     It trusts a file's state as git's index does: if size, times and inode are those recorded with
-    the hash, the content is unchanged. `corpus` names the corpus whose hashes these are.
+    the hash, the content is unchanged. `corpus` names the corpus whose hashes these are. The file
+    begins with its own checksum. `say` tells of an index that cannot be used, which is made anew.
     """
 
-    def __init__(self, cache: Path, corpus: str):
+    def __init__(self, cache: Path, corpus: str, say: Callable[[str], None] = print):
         self._path = cache / f"hashes-{digest(corpus)}.json"
         self._used: dict[str, list[Any]] = {}
+        self._known: dict[str, list[Any]] = {}
         try:
-            self._known = json.loads(self._path.read_text())
-        except (FileNotFoundError, ValueError):
-            self._known = {}
+            self._known = _unsealed(self._path)
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            say(f"{self._path} is damaged or of another version: reading the text again")
 
-    def hash(self, name: str, state: Sequence[Any], compute: Callable[[], str]) -> str:
-        """The hash remembered for `name` if its `state` is the same, or else `compute()`."""
+    def recall(self, name: str, state: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """The value remembered for `name` if its `state` is the same, or else `compute()`.
+
+        Values are what JSON can express, with lists for sequences.
+        """
         known = self._known.get(name)
         if not known or known[:-1] != list(state):
             known = [*state, compute()]
@@ -193,7 +212,5 @@ class HashIndex:
         """
         if self._used == self._known:
             return
-        temporary = self._path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(self._used))
-            temporary.replace(self._path)
+            write_atomically(self._path, _sealed(self._used))

@@ -17,7 +17,7 @@ from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
 from moe_jax.parallel.rules import with_sharding
-from moe_jax.train.checkpoint import MANIFEST, Checkpoints, steps_in
+from moe_jax.train.checkpoint import MANIFEST, Checkpoints, read_errors, steps_in
 from moe_jax.train.engines import engine_of
 from moe_jax.train.state import TrainState
 
@@ -93,7 +93,8 @@ def newest_step(out: str | Path) -> int:
     UserError: there is none.
     """
     folder = run_folder(out) / "checkpoints"
-    steps = [step for step in steps_in(folder) if (folder / str(step) / MANIFEST).is_file()]
+    with read_errors(folder):
+        steps = [step for step in steps_in(folder) if (folder / str(step) / MANIFEST).is_file()]
     if not steps:
         raise UserError(f"{out} holds no complete checkpoint: give the --out of a training run")
     return max(steps)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 
 from moe_jax.base.errors import UserError
-from moe_jax.base.files import disk_errors, disk_fault, patiently, sync
+from moe_jax.base.files import ANSWERS, disk_errors, disk_fault, patiently, sync
 from moe_jax.base.scratch import make_scratch, remove_scratch
 from moe_jax.config import CheckpointConfig
 from moe_jax.train.checkpoint.arrays import (
@@ -199,7 +199,7 @@ class Checkpoints:
         try:
             with read_errors(folder):
                 return patiently(read)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, *ANSWERS) as error:
             return Passed(step, "unusable", f"its arrays do not load: {first_words(error)}")
 
     def _set_aside(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.base.errors import UserError
-from moe_jax.base.files import disk_fault, patiently
+from moe_jax.base.files import ANSWERS, disk_fault, patiently
 from moe_jax.base.scratch import make_scratch
 from moe_jax.config import TrainConfig, from_dict
 from moe_jax.train.checkpoint.manifest import is_complete, manifest_fault
@@ -50,7 +50,7 @@ def read_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError) or disk_fault(error) is None:
+        if isinstance(error, ANSWERS) or disk_fault(error) is None:
             raise
         raise UserError(
             f"cannot read {error.filename or folder}: {error.strerror}. Nothing was changed: mend "
@@ -69,7 +69,8 @@ def steps_in(checkpoints: Path) -> list[int]:
         names = patiently(lambda: os.listdir(checkpoints))
     except FileNotFoundError:
         return []
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
+    return sorted(number for number in numbers if str(number) in names)  # 07 is no step
 
 
 def examine(folder: Path) -> Extra | Passed:
@@ -82,7 +83,7 @@ def examine(folder: Path) -> Extra | Passed:
         return Passed(step, "damaged", fault)
     try:
         extra = json.loads(patiently((folder / EXTRA).read_bytes))
-    except (FileNotFoundError, ValueError):
+    except (*ANSWERS, ValueError):
         return Passed(step, "damaged", f"{EXTRA} is missing")
     problem = _problem(extra)
     return Passed(step, "unusable", problem) if problem else extra

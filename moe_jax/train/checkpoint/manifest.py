@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_jax.base.files import patiently, sync, write_atomically
+from moe_jax.base.files import ANSWERS, patiently, sync, write_atomically
 
 MANIFEST = "MANIFEST.json"
 
@@ -42,7 +42,7 @@ def manifest_fault(directory: Path) -> str | None:
     """
     try:
         entries = read_manifest(directory)
-    except FileNotFoundError:
+    except ANSWERS:
         return "its write was not finished"
     except ValueError as error:
         return str(error)
@@ -105,5 +105,5 @@ def _file_fault(directory: Path, name: str, size: int, digest: str) -> str | Non
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
         return None if _digest(path) == digest else f"{name} has changed"
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+    except (*ANSWERS, ValueError):
         return f"{name} is missing"  # ValueError: a name with a zero byte

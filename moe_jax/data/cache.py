@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.base.errors import UserError
-from moe_jax.base.files import write_atomically
+from moe_jax.base.files import sync, write_atomically
+from moe_jax.base.scratch import is_scratch, make_scratch, mark_scratch, remove_scratch
 from moe_jax.data.documents import digest
 
 META = "meta.json"
@@ -64,9 +64,9 @@ def entry(
     description = _verified(folder)
     if description is not None:
         return description
-    if folder.exists():
+    if os.path.lexists(folder):
         say(f"the cache entry {folder} is damaged: building it again")
-        _discard(folder)
+        _discard(folder, say)
     _remove_stale(folder.parent)
     with _appearing(folder) as temporary:
         _write_meta(temporary, build(temporary))
@@ -82,13 +82,14 @@ def entry(
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `folder` when the block ends without an error."""
-    temporary = folder.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    scratch = _new_scratch(folder.parent)
+    temporary = scratch / folder.name
     temporary.mkdir()
     try:
         yield temporary
         # Before the rename: else a power failure could leave a renamed folder of empty files.
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         try:
             temporary.rename(folder)
         except OSError as error:
@@ -97,37 +98,46 @@ def _appearing(folder: Path) -> Iterator[Path]:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what stays is stale in a day
+            remove_scratch(scratch)
 
 
-def _sync(path: Path) -> None:
-    # Path.open cannot open folders, and a folder has to be synced as well.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _new_scratch(cache: Path) -> Path:
+    return make_scratch(cache / f"{TEMPORARY}{uuid.uuid4().hex}")
 
 
-def _discard(folder: Path) -> None:
+def _discard(folder: Path, say: Callable[[str], None]) -> None:
+    """Removes a damaged entry. What has no mark of ours is renamed instead."""
+    if not is_scratch(folder):
+        aside = folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}")
+        say(f"it is kept as {aside}, because nothing shows that moe_jax made it")
+        _rename(folder, aside)
+        return
     # Renamed before it is removed: another process never sees a half removed entry.
-    discarded = folder.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    scratch = _new_scratch(folder.parent)
+    _rename(folder, scratch / folder.name)
+    remove_scratch(scratch)
+
+
+def _rename(folder: Path, target: Path) -> None:
     # It is missing if another process discards it at this moment.
     with contextlib.suppress(FileNotFoundError):
-        folder.rename(discarded)
-    shutil.rmtree(discarded, ignore_errors=True)
+        folder.rename(target)
 
 
 def _remove_stale(cache: Path) -> None:
-    # is_dir, because HashIndex has temporary files of the same prefix.
-    for folder in filter(Path.is_dir, cache.glob(TEMPORARY + "*")):
-        with contextlib.suppress(FileNotFoundError):
-            latest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
-            if time.time() - latest > STALE_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+    for folder in cache.glob(TEMPORARY + "*"):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if is_scratch(folder) and time.time() - _last_write(folder) > STALE_SECONDS:
+                remove_scratch(folder)
+
+
+def _last_write(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
 
 
 def _write_meta(folder: Path, description: dict[str, Any]) -> None:
+    mark_scratch(folder)  # so that the entry may be removed if it is damaged
     files = {path.name: [path.stat().st_size, checksum(path)] for path in folder.iterdir()}
     (folder / META).write_text(_sealed({"description": description, "files": files}))
 

@@ -197,7 +197,7 @@ def test_full_disk(prepared: Prepare, monkeypatch):
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache, "_sync", full)
+    monkeypatch.setattr(cache, "sync", full)
     with pytest.raises(UserError, match=r"No space left on device \(.*--data\.cache"):
         prepared()
     assert list(prepared.cache.glob("t*")) == []  # neither entries nor temporary folders
@@ -219,7 +219,7 @@ def test_two_processes_building_at_once(prepared: Prepare):
 def test_a_killed_build_leaves_no_entry(prepared: Prepare):
     script = (
         "import os; from moe_jax.data import cache, tokens; from moe_jax.config import DataConfig\n"
-        "cache._sync = lambda path: os.kill(os.getpid(), 9)\n"
+        "cache.sync = lambda path: os.kill(os.getpid(), 9)\n"
         f"tokens.prepare({prepared.config(tokenizer='bytes')!r})"
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
@@ -229,10 +229,28 @@ def test_a_killed_build_leaves_no_entry(prepared: Prepare):
     prepared(tokenizer="bytes")
     assert left.exists()  # it might belong to a process that still runs
     age = time.time() - 2 * cache.STALE_SECONDS
-    for path in [left, *left.iterdir()]:
+    for path in [left, *left.rglob("*")]:
         os.utime(path, (age, age))
     prepared()
     assert not left.exists()
+
+
+def test_the_users_own_folders_in_the_cache_stay(prepared: Prepare):
+    """A folder named as a temporary one, and one that lies where an entry belongs."""
+    prepared(tokenizer="bytes")
+    (entry,) = prepared.cache.glob("tokens-*")
+    shutil.rmtree(entry)
+    mine = [prepared.cache / "tmp-notes", prepared.cache / f"tmp-{'0' * 32}", entry]
+    age = time.time() - 2 * cache.STALE_SECONDS
+    for folder in mine:
+        folder.mkdir()
+        (folder / "meta.json").write_text("the user's")
+        for path in (folder / "meta.json", folder):
+            os.utime(path, (age, age))
+    prepared(tokenizer="bytes")
+    assert any("is kept as" in line for line in prepared.said)
+    kept = [*mine[:2], *prepared.cache.glob(f"{entry.name}-*")]
+    assert [(folder / "meta.json").read_text() for folder in kept] == 3 * ["the user's"]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("/x", "/x/moe_jax"), ("", "~/.cache/moe_jax")])

@@ -16,14 +16,16 @@ ALWAYS_ADAM: tuple[Role, ...] = ("norm", "embedding", "head", "router", "router_
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine decay, or a constant and a linear decay (WSD).
+    """Linear warm-up, then a cosine decay, or a constant and a linear decay (WSD).
 
-    Both decay to `final` times the peak. Phases are fractions of `steps`, the whole run.
+    Update n, from 0, of a warm-up of W updates has (n + 1) / (W + 1) of the peak: the first one
+    learns already. Both decay to `final` times the peak. Phases are fractions of `steps`, the
+    whole run.
     """
     peak = config.learning_rate
     end = peak * config.final
     warmup = round(config.warmup * steps)
-    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1))
     if config.schedule == "cosine":
         # At least 1, because optax refuses schedules of no steps.
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.provenance import commit
 from moe_jax.config import TrainConfig, fields
 
 Settings = TypeVar("Settings")
@@ -166,6 +167,7 @@ def command_line(
 
 def program(main: Callable[[list[str]], None]) -> None:
     """Runs main(arguments). A UserError becomes `error: …` and exit code 2, Ctrl-C code 130."""
+    commit()  # now, and not when the result is written: the checkout may have changed by then
     try:
         main(sys.argv[1:])
     except UserError as error:

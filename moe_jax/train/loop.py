@@ -13,7 +13,7 @@ import jax
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
 from moe_jax.base.files import disk_errors
-from moe_jax.base.machine import gemm_rate
+from moe_jax.base.machine import GemmRates, gemm_rate
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
@@ -21,8 +21,8 @@ from moe_jax.data.tokens import TokenData, prepare
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints, Extra, Restored
 from moe_jax.train.checks import check_same_run, check_same_task
 from moe_jax.train.engine import Engine
-from moe_jax.train.metrics import MetricsFile, describe
-from moe_jax.train.progress import Display, Speedometer
+from moe_jax.train.metrics import MetricsFile, describe, read_lines
+from moe_jax.train.progress import Display, Speedometer, elapsed_until
 from moe_jax.train.state import Metrics, TrainState
 from moe_jax.train.task import Task
 
@@ -41,8 +41,8 @@ class RunSummary:
     state: TrainState | None
     """On one device, to sample from. None: no samples are wanted, or it has no room there."""
     compile_seconds: float
-    gemm_rate: float
-    """FLOP/s of a plain GEMM on all devices, measured when the run started."""
+    gemm: GemmRates
+    """FLOP/s of a plain GEMM on all devices, before the first update and after the last one."""
     flops_per_token: float
 
 
@@ -133,7 +133,7 @@ class Run:
             data=self.data,
             state=self.engine.local_state(self.state) if self.config.samples else None,
             compile_seconds=self.compile_seconds,
-            gemm_rate=self.gemm_rate,
+            gemm=GemmRates(self.gemm_rate, device_gemm_rate(self.config, self.engine)),
             flops_per_token=self.flops_per_token,
         )
 
@@ -157,12 +157,13 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
     if restored is not None:
         windows.set_state(restored.extra["data_state"])
         say(f"continuing after step {restored.step} of {config.steps} in {out}")
+    say("compiling the training step")
     begin = time.perf_counter()
     # Abstract: compiling must not draw a batch from the iterator.
     batch = task.abstract_batch(engine.abstract_batch())
     engine.compile(state, batch, task.objective, task.operands, data.validation)
     compile_seconds = time.perf_counter() - begin
-    rate = gemm_rate(config.model.compute_dtype) * engine.mesh.size
+    rate = device_gemm_rate(config, engine)
     say(f"compiled in {compile_seconds:.1f} s; a plain GEMM here runs at {rate / 1e9:,.0f} GFLOP/s")
     return Run(
         task=task,
@@ -178,6 +179,11 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
     )
 
 
+def device_gemm_rate(config: TrainConfig, engine: Engine) -> float:
+    """FLOP/s of a plain GEMM in the run's compute dtype on all devices, measured now."""
+    return gemm_rate(config.model.compute_dtype) * engine.mesh.size
+
+
 def first_state(task: Task, engine: Engine, out: Path, restored: Restored | None) -> TrainState:
     """The state of a checkpoint, or the state before the first update."""
     if restored is None:
@@ -189,21 +195,23 @@ def run_steps(run: Run) -> None:
     """All remaining updates. The metrics of one update are read while the next one computes."""
     config = run.config
     first = int(run.state.step)
-    speed = Speedometer(config.batch * config.data.length, config.steps)
+    path = run.out / "metrics.jsonl"
+    before = elapsed_until(read_lines(path), first)
+    speed = Speedometer(config.batch * config.data.length, config.steps, before=before)
     # A kill may leave lines of updates that no checkpoint has. They are done again.
-    lines = MetricsFile(run.out / "metrics.jsonl", resume_after=first)
-    with Display(config.steps, plain_every=max(1, config.steps // 20)) as display:
+    lines = MetricsFile(path, resume_after=first)
+    with Display(config.steps) as display:
 
         def finish(step: int, metrics: Metrics) -> None:
             line = describe(step, metrics, with_load=_is_load_step(step, config))
             line |= run.engine.step_line(step)
             speed.tick(line)
             if _is_evaluation_step(step, config):
+                display.evaluating(step)
                 line[VALIDATION] = run.engine.evaluate(run.state)
                 speed.pause()  # the evaluation is no part of the next update's time
             lines.write(line)
-            utilisation = speed.tokens_per_second * run.flops_per_token / run.gemm_rate
-            display.show(line, speed, utilisation)
+            display.show(line, speed, run.gemm_rate / run.flops_per_token)
             _check_finite(run, line)
             # A checkpoint is one that a run can go on from: not in the middle of skipped updates.
             if _is_save_step(step, config) and not line["skipped_in_a_row"]:

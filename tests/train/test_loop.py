@@ -41,7 +41,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
         "xz_bits_per_byte",
         "ngram_bits_per_byte",
         "tokens_per_second",
-        "model_flop_utilisation",
+        "gemm_fraction",
         "peak_resident_bytes",
         "compile_seconds",
     ):

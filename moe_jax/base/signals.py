@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -110,12 +110,15 @@ def handled() -> Iterator[None]:
             raise Stopped(number)
 
     _Process.raised.clear()
-    with _handlers(interrupt) as installed, _watched(installed):
-        yield
-    if _Process.raised.is_set():
-        # Whatever Python still waits for while it shuts down, a further signal ends it.
-        for number in STOPPING:
-            signal.signal(number, signal.SIG_DFL)
+    installed = False
+    try:
+        with _handlers(interrupt) as installed, _watched(installed):
+            yield
+    finally:
+        if installed and _Process.raised.is_set():
+            # Whatever Python still waits for while it shuts down, a further signal ends it.
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
@@ -178,7 +181,5 @@ def _end(number: int, line: str) -> None:
 
 def _tell(line: str) -> None:
     """A line on stderr. Not by print, because a handler may run inside another print."""
-    try:
+    with suppress(OSError):  # the terminal may be gone
         os.write(2, f"\n{line}\n".encode())
-    except OSError:  # the terminal is gone, which is why the signal came
-        pass

@@ -29,6 +29,10 @@ class TrainConfig:
     """Seed of initialisation, data order and sampling."""
     steps: int = 600
     """Optimizer updates."""
+    continue_to: int = 0
+    """Train on to this step. Unset, the run ends after `steps`.
+    After `steps` the learning rate warms up to its peak once more and decays once more.
+    It belongs to a run's folder that is there already, whatever its schedule."""
     batch: int = 8
     """Sequences in one update (B), over all micro-batches and devices."""
     evaluate_every: int = field(default=200, metadata=MAY_DIFFER)
@@ -44,12 +48,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive("", self, "steps", "batch", "evaluate_every")
+        self._check_length()
         not_negative("", self, "seed", "samples")
         require(
             self.batch % self.optim.accumulation == 0,
             f"optim.accumulation={self.optim.accumulation} does not divide batch={self.batch}",
         )
         self._check_teacher()
+
+    def _check_length(self) -> None:
+        require(
+            self.continue_to == 0 or self.continue_to > self.steps,
+            f"continue_to={self.continue_to} is not beyond steps={self.steps}: unset it, or give "
+            "the step at which the longer run ends",
+        )
+        for name in ("steps", "continue_to"):
+            value = getattr(self, name)
+            require(value < 2**31, f"{name} is {value}: it must be below 2**31")
 
     def _check_teacher(self) -> None:
         teacher = self.distill.teacher
@@ -70,6 +85,11 @@ class TrainConfig:
             f"model.vocabulary={vocabulary} is smaller than the {self.data.vocabulary} tokens of "
             f"data.tokenizer '{self.data.tokenizer}'",
         )
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends."""
+        return self.continue_to or self.steps
 
     def resolved(self) -> "TrainConfig":
         """The same settings with model.vocabulary filled in from data.tokenizer if it is unset."""

@@ -13,7 +13,7 @@ import jax
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
 from moe_jax.base.files import disk_errors
-from moe_jax.base.machine import gemm_rate
+from moe_jax.base.machine import GemmRates, gemm_rate
 from moe_jax.base.signals import StopRequest, stop_request
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import train_batches
@@ -22,8 +22,8 @@ from moe_jax.data.tokens import TokenData, prepare
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints, Extra, Restored
 from moe_jax.train.checks import check_same_run, check_same_task
 from moe_jax.train.engine import Engine
-from moe_jax.train.metrics import MetricsFile, describe
-from moe_jax.train.progress import Display, Speedometer
+from moe_jax.train.metrics import MetricsFile, describe, read_lines
+from moe_jax.train.progress import Display, Speedometer, elapsed_until
 from moe_jax.train.state import Metrics, TrainState
 from moe_jax.train.task import Task
 
@@ -43,8 +43,8 @@ class RunSummary:
     """On one device, to sample from. None: no samples are wanted, or it has no room there."""
     compile_seconds: float | None
     """None: nothing was compiled, because the run was at its last step when it started."""
-    gemm_rate: float
-    """FLOP/s of a plain GEMM on all devices, measured when the run started."""
+    gemm: GemmRates
+    """FLOP/s of a plain GEMM on all devices, before the first update and after the last one."""
     flops_per_token: float
 
 
@@ -137,7 +137,7 @@ class Run:
             data=self.data,
             state=self.engine.local_state(self.state) if self.config.samples else None,
             compile_seconds=self.compile_seconds,
-            gemm_rate=self.gemm_rate,
+            gemm=GemmRates(self.gemm_rate, device_gemm_rate(self.config, self.engine)),
             flops_per_token=self.flops_per_token,
         )
 
@@ -164,7 +164,7 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
     compile_seconds = None
     if int(state.step) < config.last_step:
         compile_seconds = compile_step(task, engine, state, data)
-    rate = gemm_rate(config.model.compute_dtype) * engine.mesh.size
+    rate = device_gemm_rate(config, engine)
     say(f"a plain GEMM here runs at {rate / 1e9:,.0f} GFLOP/s")
     return Run(
         task=task,
@@ -182,6 +182,7 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
 
 def compile_step(task: Task, engine: Engine, state: TrainState, data: TokenData) -> float:
     """Compiles the update. Returns the seconds that it took."""
+    say("compiling the training step")
     begin = time.perf_counter()
     # Abstract: compiling must not draw a batch from the iterator.
     batch = task.abstract_batch(engine.abstract_batch())
@@ -189,6 +190,11 @@ def compile_step(task: Task, engine: Engine, state: TrainState, data: TokenData)
     seconds = time.perf_counter() - begin
     say(f"compiled in {seconds:.1f} s")
     return seconds
+
+
+def device_gemm_rate(config: TrainConfig, engine: Engine) -> float:
+    """FLOP/s of a plain GEMM in the run's compute dtype on all devices, measured now."""
+    return gemm_rate(config.model.compute_dtype) * engine.mesh.size
 
 
 def first_state(task: Task, engine: Engine, out: Path, restored: Restored | None) -> TrainState:
@@ -206,21 +212,23 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     config = run.config
     last = config.last_step
     first = int(run.state.step)
-    speed = Speedometer(config.batch * config.data.length, last)
+    path = run.out / "metrics.jsonl"
+    before = elapsed_until(read_lines(path), first)
+    speed = Speedometer(config.batch * config.data.length, last, before=before)
     # A kill may leave lines of updates that no checkpoint has. They are done again.
-    lines = MetricsFile(run.out / "metrics.jsonl", resume_after=first)
-    with Display(last, plain_every=max(1, last // 20)) as display:
+    lines = MetricsFile(path, resume_after=first)
+    with Display(last) as display:
 
         def finish(step: int, metrics: Metrics, save: bool) -> None:
             line = describe(step, metrics, with_load=_is_load_step(step, config))
             line |= run.engine.step_line(step)
             speed.tick(line)
             if _is_evaluation_step(step, config):
+                display.evaluating(step)
                 line[VALIDATION] = run.engine.evaluate(run.state)
                 speed.pause()  # the evaluation is no part of the next update's time
             lines.write(line)
-            utilisation = speed.tokens_per_second * run.flops_per_token / run.gemm_rate
-            display.show(line, speed, utilisation)
+            display.show(line, speed, run.gemm_rate / run.flops_per_token)
             _check_finite(run, line)
             # A checkpoint is one that a run can go on from: not in the middle of skipped updates.
             if save and not line["skipped_in_a_row"]:
@@ -286,6 +294,7 @@ def _check_finite(run: Run, line: dict[str, Any]) -> None:
 
 def _save(run: Run, step: int, bits: float | None) -> None:
     extra: Extra = {
+        "step": step,
         "config": dataclasses.asdict(run.config),
         "tokenizer": run.data.tokenizer.to_json(),
         "data_fingerprint": run.data.fingerprint,

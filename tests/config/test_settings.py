@@ -68,6 +68,8 @@ from moe_jax.config import (
         ),
         (lambda: DecodePlacement(low_bit_share=2), "placement.low_bit_share is 2: it must lie"),
         (lambda: TrainConfig(steps=0), "steps is 0"),
+        (lambda: TrainConfig(steps=9, continue_to=9), "continue_to=9 is not beyond steps=9"),
+        (lambda: TrainConfig(steps=2**31), "steps is 2147483648: it must be below 2**31"),
         (lambda: TrainConfig(seed=-1), "seed is -1: it must not be negative"),
         (lambda: TrainConfig(distill=DistillConfig(alpha=0.5)), "need a teacher: set distill."),
         (

@@ -62,9 +62,10 @@ class TrainConfig:
             f"continue_to={self.continue_to} is not beyond steps={self.steps}: unset it, or give "
             "the step at which the longer run ends",
         )
-        for name in ("steps", "continue_to"):
+        # The step is a 32-bit integer. Samples are one batch, made when all is trained.
+        for name, most in {"steps": 2**31, "continue_to": 2**31, "samples": 1025}.items():
             value = getattr(self, name)
-            require(value < 2**31, f"{name} is {value}: it must be below 2**31")
+            require(value < most, f"{name} is {value}: it must be below {most}")
 
     def _check_teacher(self) -> None:
         teacher = self.distill.teacher

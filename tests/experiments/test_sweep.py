@@ -156,7 +156,7 @@ def test_killed_in_the_middle_of_a_trial(start, tmp_path):
 
 
 def test_a_stopped_worker_waits_for_its_run_and_the_trial_goes_on(start, tmp_path):
-    line = "--search batch=4,8 --trials 1 --optim.decay 3"
+    line = "--search batch=4,8 --trials 1 --optim.decay 1"
     worker = start(line)
     runs = tmp_path / "out" / "trial-0000" / "runs.txt"
     while not (runs.exists() and "start" in runs.read_text()):

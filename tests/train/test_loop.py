@@ -85,7 +85,8 @@ def test_a_finished_run_is_reported_again_without_training(finished_run):
 
 def test_a_finished_run_says_so_without_compiling(finished_run, monkeypatch, capsys):
     monkeypatch.setattr(run, "train", None)
-    run_training(finished_run)
+    result = json.loads((Path(finished_run.out) / "result.json").read_text())
+    run_training(replace(finished_run, samples=result["config"]["samples"]))
     said = capsys.readouterr().out
     assert "is finished at step 12: " in said
     assert said.rstrip().endswith("--continue-to N trains it longer")

@@ -51,13 +51,17 @@ def short_run(script: Path, config: TrainConfig, variant: Variant, steps: int = 
             stdout=subprocess.DEVNULL,
         )
         metrics = Path(folder) / "metrics.jsonl"
-        while not any(read_lines(metrics)):
-            if process.poll() is not None:
-                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-            time.sleep(0.02)
-        first = time.perf_counter() - start
-        # wait4 and not process.wait(): it tells this child's peak memory, not that of all children.
-        _, _, usage = os.wait4(process.pid, 0)
+        try:
+            while not any(read_lines(metrics)):
+                if process.poll() is not None:
+                    raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+                time.sleep(0.02)
+            first = time.perf_counter() - start
+            # wait4 and not process.wait(): this child's peak memory, not that of all children.
+            _, _, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:  # the folder is removed, so the run must not go on in it
+            process.kill()
+            raise
         seconds = [line["seconds"] for line in read_lines(metrics) if "seconds" in line]
         # ru_maxrss is in bytes on macOS and in KiB elsewhere.
         resident = usage.ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)

@@ -27,7 +27,8 @@ def learning_rate(config: OptimConfig, steps: int, continue_to: int = 0) -> opta
     first = _phase(config, steps, begin=0.0)
     if not continue_to:
         return first
-    stood = float(first(steps))
+    decayed = config.schedule == "cosine" or not config.is_at_peak(steps, steps)
+    stood = config.learning_rate * (config.final if decayed else 1.0)
     second = _phase(config, continue_to - steps, begin=stood)
     return optax.join_schedules([first, second], [steps])
 

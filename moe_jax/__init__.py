@@ -1,0 +1,3 @@
+"""Mixture-of-experts language models in JAX."""
+
+__version__ = "0.1.0"

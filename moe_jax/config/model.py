@@ -64,6 +64,10 @@ class ModelConfig:
         not_negative(owner, self, "dense_layers", "mtp_depth", "mtp_weight")
         fraction_below_one(owner, self, "dropout")
         require(
+            self.mtp_depth <= 16,  # each is a block of its own that is compiled
+            f"{owner}.mtp_depth is {self.mtp_depth}: it must be at most 16",
+        )
+        require(
             self.vocabulary is None or self.vocabulary > 0,
             f"{owner}.vocabulary is {self.vocabulary}: it must be positive",
         )

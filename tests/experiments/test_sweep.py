@@ -155,6 +155,23 @@ def test_killed_in_the_middle_of_a_trial(start, tmp_path):
     assert all(row["state"] == "complete" for row in rows(out))
 
 
+def test_a_stopped_worker_waits_for_its_run_and_the_trial_goes_on(start, tmp_path):
+    line = "--search batch=4,8 --trials 1 --optim.decay 1"
+    worker = start(line)
+    runs = tmp_path / "out" / "trial-0000" / "runs.txt"
+    while not (runs.exists() and "start" in runs.read_text()):
+        assert worker.poll() is None, worker.communicate()
+        time.sleep(0.02)
+    os.kill(worker.pid, signal.SIGTERM)
+    said = finish(worker, code=143)
+    assert "out is kept, the next start continues trial-0000" in said
+    assert "end" not in runs.read_text()  # the stand-in has no handler, and ends by the signal
+    finish(start(line))
+    assert [(row["folder"], row["state"]) for row in rows(tmp_path / "out")] == [
+        ("trial-0000", "complete")
+    ]
+
+
 def test_workers_share_the_trials(start, tmp_path):
     line = f"{SEARCH} --trials 6 --optim.decay 0.2"
     for worker in [start(line), start(line)]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_jax import cli
 from moe_jax.base.files import write_atomically
+from moe_jax.base.provenance import provenance
 from moe_jax.study.plots import save_figures
 from moe_jax.study.sweep.command import Sweep
 from moe_jax.study.sweep.trials import completed, finished, folder
@@ -76,6 +77,7 @@ def summarise(study: Any, sweep: Sweep) -> dict[str, Any]:
     return {
         "experiment": f"sweep {sweep.name}",
         "question": f"Which {', '.join(a.field for a in sweep.axes)} gives the lowest {objective}?",
+        **provenance(),
         "config": asdict(sweep.config) | {"identity": sweep.identity, "best": best.params},
         "environment": result.get("environment"),
         "measurements": [

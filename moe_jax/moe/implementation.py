@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from functools import partial
 
+import jax
 from jax import Array
 from moe_kernels import experts as triton_experts
 from moe_kernels import experts_fp8 as triton_experts_fp8
-from moe_kernels.launch import fp8_support, triton_support
+from moe_kernels.launch import INSTALL, fp8_support, triton_support
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe import reference, xla
@@ -34,6 +35,14 @@ def implementation(name: str, precision: str = "compute") -> str:
     # "lower": no GPU here, but the programs are compiled for one (moe_kernels.launch).
     support = fp8_support() if precision == "fp8" else triton_support()
     return "triton" if support.name in ("gpu", "lower") else "xla"
+
+
+def missing_kernels(name: str) -> str:
+    """What to install where `auto` finds a GPU without the kernels' packages; empty elsewhere."""
+    support = triton_support()
+    if name != "auto" or jax.default_backend() != "gpu" or INSTALL not in support.reason:
+        return ""
+    return f"experts run on XLA's path, because {support.reason}"
 
 
 def uses_kernels(config: MoEConfig) -> bool:

@@ -12,7 +12,7 @@ from moe_jax.base.machine import require_memory, require_space
 from moe_jax.base.result import output_folder
 from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
 from moe_jax.model.attention import check_attention
-from moe_jax.moe.implementation import implementation
+from moe_jax.moe.implementation import implementation, missing_kernels
 from moe_jax.train.engine import Engine
 from moe_jax.train.engines import engine_of
 from moe_jax.train.state import abstract_state, tree_bytes
@@ -51,6 +51,8 @@ def check_kernels(config: TrainConfig) -> None:
         raise UserError(
             f"model.moe.implementation triton cannot run: {support.reason}; use auto or xla"
         )
+    if hint := missing_kernels(moe.implementation):
+        say(hint)
     if moe.precision != "fp8":
         return
     fp8 = fp8_support()

@@ -18,6 +18,7 @@ from moe_jax.config import TrainConfig
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData, prepare
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints, Extra, Restored
 from moe_jax.train.checks import check_same_run, check_same_task
 from moe_jax.train.engine import Engine
@@ -162,7 +163,7 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
     batch = task.abstract_batch(engine.abstract_batch())
     engine.compile(state, batch, task.objective, task.operands, data.validation)
     compile_seconds = time.perf_counter() - begin
-    rate = gemm_rate(config.model.compute_dtype) * engine.mesh.size
+    rate = gemm_rate(compute_dtype(config.model).name) * engine.mesh.size
     say(f"compiled in {compile_seconds:.1f} s; a plain GEMM here runs at {rate / 1e9:,.0f} GFLOP/s")
     return Run(
         task=task,

@@ -40,9 +40,21 @@ def test_gpus_by_compute_capability(monkeypatch, capability, name):
     assert capability in support.reason
 
 
-def test_without_triton(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in triton_support().reason
+# torch brings triton, but not jax_triton.
+@pytest.mark.parametrize("missing", ["triton", "jax_triton"])
+def test_without_a_package_the_reason_names_the_extra(monkeypatch, missing):
+    on_gpu(monkeypatch, "9.0")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else object()
+    )
+    name, reason = triton_support()
+    assert name == "none"
+    assert reason.startswith(f"the package {missing} is not installed (pip install 'moe_jax[kern")
+
+
+def test_a_gpu_of_another_maker_has_no_support(monkeypatch):
+    on_gpu(monkeypatch, "gfx942")
+    assert triton_support() == ("none", "card is not an NVIDIA GPU")
 
 
 def test_kernels_that_do_not_wait_for_each_other_are_interpreted_one_at_a_time(monkeypatch):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 
 import pytest
 from markdown_it import MarkdownIt  # rich and jupytext need it, so it is always there
@@ -63,8 +64,7 @@ def links(text: str) -> Iterator[str]:
 def anchors(name: str) -> frozenset[str]:
     """The names that GitHub gives the headings of a document."""
     tokens = PARSER.parse((ROOT / name).read_text())
-    pairs = zip(tokens, tokens[1:], strict=False)
-    headings = [inline.content for token, inline in pairs if token.type == "heading_open"]
+    headings = [b.content for a, b in pairwise(tokens) if a.type == "heading_open"]
     return frozenset(re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings)
 
 
@@ -75,9 +75,10 @@ def wrong_links(text: str, name: str) -> Iterator[str]:
             continue
         path, _, anchor = target.partition("#")
         place = (ROOT / name).parent.joinpath(path).resolve() if path else ROOT / name
-        if not place.exists():
-            yield target
-        elif anchor and anchor not in anchors(place.relative_to(ROOT).as_posix()):
+        found = place.exists()
+        if found and anchor:
+            found = anchor in anchors(place.relative_to(ROOT).as_posix())
+        if not found:
             yield target
 
 

@@ -3,6 +3,7 @@
 from moe_kernels.launch.call import Launch, Tuning, launch, next_power_of_two, recording
 from moe_kernels.launch.support import (
     FP8_CAPABILITY,
+    INSTALL,
     MINIMUM_CAPABILITY,
     MULTIPROCESSORS,
     Support,
@@ -19,6 +20,7 @@ from moe_kernels.launch.support import (
 
 __all__ = [
     "FP8_CAPABILITY",
+    "INSTALL",
     "MINIMUM_CAPABILITY",
     "MULTIPROCESSORS",
     "Launch",

@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from functools import partial
 
-import jax
 from jax import Array
 from moe_kernels import experts as triton_experts
 from moe_kernels import experts_fp8 as triton_experts_fp8
-from moe_kernels.launch import INSTALL, fp8_support, triton_support
+from moe_kernels.launch import (
+    MINIMUM_CAPABILITY,
+    fp8_support,
+    missing_package,
+    triton_support,
+)
 
+from moe_jax.base.machine import compute_capability
 from moe_jax.config import MoEConfig
 from moe_jax.moe import reference, xla
 from moe_jax.moe.precision import FP8
@@ -38,11 +43,10 @@ def implementation(name: str, precision: str = "compute") -> str:
 
 
 def missing_kernels(name: str) -> str:
-    """What to install where `auto` finds a GPU without the kernels' packages; empty elsewhere."""
-    support = triton_support()
-    if name != "auto" or jax.default_backend() != "gpu" or INSTALL not in support.reason:
-        return ""
-    return f"experts run on XLA's path, because {support.reason}"
+    """What to install where `auto` would use the kernels if they were there; empty elsewhere."""
+    able = 10 * (compute_capability() or 0) >= MINIMUM_CAPABILITY
+    problem = missing_package()
+    return f"experts run on XLA's path: {problem}" if name == "auto" and able and problem else ""
 
 
 def uses_kernels(config: MoEConfig) -> bool:

@@ -64,10 +64,10 @@ def test_a_gpu_without_the_packages_is_told_what_to_install(monkeypatch, capsys,
     assert implementation("auto") == "xla"
     checks.check_kernels(small_run)
     said = capsys.readouterr()
-    line = "experts run on XLA's path, because the package triton is not installed (pip install"
+    line = "experts run on XLA's path: the package triton is not installed (pip install 'moe_jax["
     assert line in said.out + said.err
     assert missing_kernels("xla") == ""  # named: nothing is missing
-    on(monkeypatch, "gpu", NVIDIA, "7.5")
+    on(monkeypatch, "gpu", NVIDIA, "7.5", installed=False)
     assert missing_kernels("auto") == ""  # the packages would not help
     on(monkeypatch, "cpu", installed=False)
     assert missing_kernels("auto") == ""

@@ -3,7 +3,6 @@
 from moe_kernels.launch.call import Launch, Tuning, launch, next_power_of_two, recording
 from moe_kernels.launch.support import (
     FP8_CAPABILITY,
-    INSTALL,
     MINIMUM_CAPABILITY,
     MULTIPROCESSORS,
     Support,
@@ -12,6 +11,7 @@ from moe_kernels.launch.support import (
     fp8_support,
     interpreting,
     lowering_for,
+    missing_package,
     multiprocessors,
     require_fp8,
     require_triton,
@@ -20,7 +20,6 @@ from moe_kernels.launch.support import (
 
 __all__ = [
     "FP8_CAPABILITY",
-    "INSTALL",
     "MINIMUM_CAPABILITY",
     "MULTIPROCESSORS",
     "Launch",
@@ -32,6 +31,7 @@ __all__ = [
     "interpreting",
     "launch",
     "lowering_for",
+    "missing_package",
     "multiprocessors",
     "next_power_of_two",
     "recording",

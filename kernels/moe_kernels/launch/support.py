@@ -17,8 +17,8 @@ FP8_CAPABILITY = 89
 DEFAULT_CAPABILITY = 90
 """Hopper. Tile tables are read for it where no GPU and no target is given (interpreter, tests)."""
 
-INSTALL = "pip install 'moe_jax[kernels]'; Linux only"
-"""How the packages get here. They are an extra, because a CPU has no use for their gigabyte."""
+EXTRA = "moe_jax[kernels]"
+"""What brings Triton and jax-triton. Only a GPU uses them, and they take a gigabyte of disk."""
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """A100, H100 and B200. They are needed for programs that are lowered without the device."""
@@ -58,6 +58,15 @@ def lowering_target() -> int | None:
     return _target.get()
 
 
+def missing_package() -> str:
+    """Which of the kernels' packages is missing, and how it gets here; empty if none is."""
+    # find_spec and not import: Triton takes seconds. torch brings Triton without jax-triton.
+    for package in ("triton", "jax_triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed (pip install '{EXTRA}'; Linux only)"
+    return ""
+
+
 def triton_support() -> Support:
     """Finds how kernels run here, without importing Triton.
 
@@ -65,11 +74,8 @@ def triton_support() -> Support:
     `interpreter` (kernels run by NumPy, for tests) needs TRITON_INTERPRET=1 before Triton is
     imported.
     """
-    # find_spec and not import: the packages are optional, and importing Triton takes seconds. torch
-    # brings Triton without jax-triton.
-    for package in ("triton", "jax_triton"):
-        if importlib.util.find_spec(package) is None:
-            return Support("none", f"the package {package} is not installed ({INSTALL})")
+    if problem := missing_package():
+        return Support("none", problem)
     # The interpreter comes before lowering: with TRITON_INTERPRET=1 Triton cannot compile at all.
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Support("interpreter", "TRITON_INTERPRET=1")

@@ -74,8 +74,7 @@ def test_a_gpu_without_the_packages_is_told_what_to_install(monkeypatch, capsys,
 
 
 def test_a_run_keeps_the_type_that_it_began_with(monkeypatch, tmp_path, small_model):
-    config = make_run(tmp_path, small_model)
-    assert config.model.compute_dtype == "auto"
+    config = make_run(tmp_path, replace(small_model, compute_dtype="auto"))
     begun = task_of(config).config
     assert begun.model.compute_dtype == "float32"
     monkeypatch.setattr("moe_jax.model.dtype.multiplies_bfloat16", lambda: True)

@@ -69,6 +69,15 @@ class GemmRates(NamedTuple):
         return self.best > 1.15 * min(self)
 
 
+def compute_capability() -> float | None:
+    """Of the first device. None: it is not an NVIDIA GPU."""
+    device = jax.devices()[0]
+    # AMD's GPUs are of the backend gpu, too.
+    if jax.default_backend() != "gpu" or "cuda" not in device.client.platform_version:
+        return None
+    return float(device.compute_capability)
+
+
 def gemm_rate(dtype: str, size: int | None = None, repeats: int = 6) -> float:
     """FLOP/s of a plain [size, size] matrix product on one device: 2 size^3 / seconds.
 

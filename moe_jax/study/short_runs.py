@@ -14,6 +14,7 @@ from rich.progress import track
 
 from moe_jax.base.machine import gemm_rate
 from moe_jax.config import TrainConfig
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.study.rounds import speedup
 from moe_jax.train.metrics import read_lines
 
@@ -79,7 +80,7 @@ def paired_runs(
     rates = []
     for _ in track(range(rounds), f"short runs of {script.name}"):
         for name, variant in variants.items():
-            rates.append(gemm_rate(config.model.compute_dtype))
+            rates.append(gemm_rate(compute_dtype(config.model).name))
             runs[name].append(short_run(script, config, variant))
     rates.append(gemm_rate(config.model.compute_dtype))
     return runs, rates

@@ -12,7 +12,7 @@ from moe_jax.base.result import output_folder
 from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
 from moe_jax.config.learning import not_trained
 from moe_jax.model.attention import check_attention
-from moe_jax.moe.implementation import implementation
+from moe_jax.moe.implementation import implementation, missing_kernels
 from moe_jax.train.checkpoint import Extra
 from moe_jax.train.engine import Engine
 from moe_jax.train.engines import engine_of
@@ -55,6 +55,8 @@ def check_kernels(config: TrainConfig) -> None:
         raise UserError(
             f"model.moe.implementation triton cannot run: {support.reason}; use auto or xla"
         )
+    if hint := missing_kernels(moe.implementation):
+        say(hint)
     if moe.precision != "fp8":
         return
     fp8 = fp8_support()

@@ -19,6 +19,7 @@ from moe_jax.config import TrainConfig
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData, prepare
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints, Extra, Restored
 from moe_jax.train.checks import check_same_run, check_same_task
 from moe_jax.train.engine import Engine
@@ -194,7 +195,7 @@ def compile_step(task: Task, engine: Engine, state: TrainState, data: TokenData)
 
 def device_gemm_rate(config: TrainConfig, engine: Engine) -> float:
     """FLOP/s of a plain GEMM in the run's compute dtype on all devices, measured now."""
-    return gemm_rate(config.model.compute_dtype) * engine.mesh.size
+    return gemm_rate(compute_dtype(config.model).name) * engine.mesh.size
 
 
 def first_state(task: Task, engine: Engine, out: Path, restored: Restored | None) -> TrainState:

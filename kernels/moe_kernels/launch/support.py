@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -16,6 +16,9 @@ FP8_CAPABILITY = 89
 """Ada, then Hopper. It is the first whose matrix units take E4M3."""
 DEFAULT_CAPABILITY = 90
 """Hopper. Tile tables are read for it where no GPU and no target is given (interpreter, tests)."""
+
+EXTRA = "moe_jax[kernels]"
+"""What brings Triton and jax-triton. Only a GPU uses them, and they take a gigabyte of disk."""
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """A100, H100 and B200. They are needed for programs that are lowered without the device."""
@@ -55,6 +58,15 @@ def lowering_target() -> int | None:
     return _target.get()
 
 
+def missing_package() -> str:
+    """Which of the kernels' packages is missing, and how it gets here; empty if none is."""
+    # find_spec and not import: Triton takes seconds. torch brings Triton without jax-triton.
+    for package in ("triton", "jax_triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed (pip install '{EXTRA}'; Linux only)"
+    return ""
+
+
 def triton_support() -> Support:
     """Finds how kernels run here, without importing Triton.
 
@@ -62,9 +74,8 @@ def triton_support() -> Support:
     `interpreter` (kernels run by NumPy, for tests) needs TRITON_INTERPRET=1 before Triton is
     imported.
     """
-    # find_spec and not import: Triton exists for Linux only, and importing it takes seconds.
-    if importlib.util.find_spec("triton") is None:
-        return Support("none", "the package triton is not installed (it has wheels for Linux only)")
+    if problem := missing_package():
+        return Support("none", problem)
     # The interpreter comes before lowering: with TRITON_INTERPRET=1 Triton cannot compile at all.
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Support("interpreter", "TRITON_INTERPRET=1")
@@ -72,11 +83,18 @@ def triton_support() -> Support:
         return Support("lower", f"lowering for compute capability {target / 10}")
     if jax.default_backend() != "gpu":
         return Support("none", f"the devices are {jax.default_backend()}, not NVIDIA GPUs")
-    device = jax.devices()[0]
-    version = getattr(device, "compute_capability", None)
-    if version is None or float(version) * 10 < MINIMUM_CAPABILITY:
-        return Support("none", f"{device.device_kind} has compute capability {version}, below 8.0")
-    return Support("gpu", f"{device.device_kind}, compute capability {version}")
+    return _support_of(jax.devices()[0])
+
+
+def _support_of(device: Any) -> Support:
+    """The support of a GPU by its compute capability."""
+    number = _capability_of(device)
+    if number is None:
+        return Support("none", f"{device.device_kind} is not an NVIDIA GPU")
+    if number < MINIMUM_CAPABILITY:
+        reason = f"{device.device_kind} has compute capability {number / 10}, below 8.0"
+        return Support("none", reason)
+    return Support("gpu", f"{device.device_kind}, compute capability {number / 10}")
 
 
 def fp8_support() -> Support:
@@ -112,8 +130,15 @@ def capability() -> int:
     """The compute capability, times ten, that kernels are compiled for."""
     if target := _target.get():
         return target
-    device = jax.devices()[0]
-    return round(float(getattr(device, "compute_capability", None) or DEFAULT_CAPABILITY / 10) * 10)
+    return _capability_of(jax.devices()[0]) or DEFAULT_CAPABILITY
+
+
+def _capability_of(device: Any) -> int | None:
+    """The compute capability, times ten. None: not an NVIDIA GPU."""
+    try:
+        return round(float(getattr(device, "compute_capability", "")) * 10)
+    except ValueError:  # no such attribute, or an architecture's name, as AMD's gfx942
+        return None
 
 
 def multiprocessors() -> int:

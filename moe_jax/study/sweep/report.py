@@ -22,13 +22,13 @@ def value_text(value: Any) -> str:
 
 def write_table(study: Any, sweep: Sweep) -> None:
     """DIR/trials.csv: a row for each finished trial."""
-    fields = [axis.field for axis in sweep.axes]
+    fields = [field for axis in sweep.axes for field in axis.field.split("+")]
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["folder", "state", sweep.config.objective, *fields, "seconds", "error"])
     for t in finished(study):
         seconds = round(t.duration.total_seconds(), 1)
-        params = [t.params.get(field) for field in fields]
+        params = [v for a in sweep.axes for v in a.assignments(t.params[a.field]).values()]
         rows.writerow(
             [folder(t), t.state.name.lower(), t.value, *params, seconds, t.user_attrs.get("error")]
         )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_kernels.launch import triton_support
+from moe_kernels.launch import capability, lowering_for, triton_support
 from moe_kernels.quantise import quantise_rows
 
 
@@ -38,6 +38,19 @@ def test_gpus_by_compute_capability(monkeypatch, capability, name):
     support = triton_support()
     assert support.name == name
     assert capability in support.reason
+
+
+def test_a_gpu_of_another_maker_has_no_support(monkeypatch):
+    on_gpu(monkeypatch, "gfx942")
+    assert triton_support() == ("none", "card (gfx942) is not an NVIDIA GPU")
+    assert capability() == 90
+
+
+def test_lowering_for_a_card_that_is_too_old():
+    with lowering_for(75):
+        support = triton_support()
+    assert support.name == "none"
+    assert "7.5 is below 8.0" in support.reason
 
 
 def test_without_triton(monkeypatch):

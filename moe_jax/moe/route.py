@@ -38,8 +38,8 @@ def route(
 ) -> Routing:
     """Applies the configured gate and rule. NaN logits give NaN weights.
 
-    softmax: s = softmax(logits) chooses experts and gives their weights. Rules that compare a token's
-    own experts compare the logits, which have the same order. sigmoid: s + bias chooses,
+    softmax: s = softmax(logits) chooses experts and gives their weights. Rules that compare a
+    token's own experts compare the logits, which have the same order. sigmoid: s + bias chooses,
     and s gives the weights (arXiv:2412.19437, eq. 12-16). `spread` is the output of noisy top-k's
     second router. With `kernels` one Triton kernel computes the KERNEL_RULES.
     """

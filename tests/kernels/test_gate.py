@@ -196,7 +196,8 @@ def test_logits_that_round_to_one_softmax_score_keep_their_order():
     actual = gate(logits, None, SOFTMAX)
     assert actual.scores[0, 0] == actual.scores[0, 1]
     assert actual.experts.tolist() == [[1, 0, 2]]
-    routing = route(logits, jnp.zeros(4), MoEConfig(experts=4, experts_per_token=3, gate="softmax"))
+    config = MoEConfig(4, experts_per_token=3, gate="softmax", bias_rate=0)
+    routing = route(logits, jnp.zeros(4), config)
     assert routing.experts.tolist() == [[1, 0, 2]]
 
 

@@ -5,7 +5,8 @@
 The kernels' own API is traced at real sizes, and every launch is compiled for each architecture.
 Registers and spills are ptxas's. The rest is counted in the SASS and the PTX. It exits with 1 and
 names the rows where a rule is broken: spills, local memory, all 255 registers, too much shared
-memory, no product on the matrix units (for FP8 kernels on their FP8 inputs), or no asynchronous copy.
+memory, no product on the matrix units (for FP8 kernels on their FP8 inputs), or no asynchronous
+copy.
 """
 
 import argparse

@@ -17,6 +17,12 @@ ones to fp16. They wait for memory, so that is no loss."""
 
 def broken_rules(row: dict[str, Any]) -> Iterator[str]:
     """The rules that a row of the table breaks, one line each."""
+    yield from _exhausted_resources(row)
+    if row["kernel"] not in NO_PRODUCT:
+        yield from _missing_instructions(row)
+
+
+def _exhausted_resources(row: dict[str, Any]) -> Iterator[str]:
     limit = shared_limit(row["arch"])
     # Local accesses as well: arrays that are indexed by variables land there without a spill.
     if row["spill_bytes"] or row["local_accesses"]:
@@ -26,8 +32,9 @@ def broken_rules(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['registers']} registers, one step before a spill"
     if row["shared_bytes"] > limit:
         yield f"{row['shared_bytes']} bytes of shared memory, above {limit}"
-    if row["kernel"] in NO_PRODUCT:
-        return
+
+
+def _missing_instructions(row: dict[str, Any]) -> Iterator[str]:
     if not row["cp_async"]:
         yield "no asynchronous copy"
     # float32 products are exact, and matrix units have no exact float32.

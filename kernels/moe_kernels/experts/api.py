@@ -49,8 +49,8 @@ def mixture(
     Without gradients, and with no more assignments than experts (decoding), each assignment is a
     row of its own. Nothing is sorted or padded then.
 
-    In float16 z overflows above 65,504. The output does not: it comes from the float32 accumulators.
-    The gradients of such a number are inf or NaN, and the loss scale must fall.
+    In float16 z overflows above 65,504. The output does not, because it comes from the float32
+    accumulators. The gradients of such a number are inf or NaN.
 
     Raises UnavailableError where kernels cannot run, and ValueError for dtypes or shapes that do
     not fit.

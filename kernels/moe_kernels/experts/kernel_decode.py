@@ -32,8 +32,7 @@ def decode_kernel(vectors, matrix, experts, out,
         # step would wait for other lanes.
         acc = tl.zeros((BK, BN), tl.float32)
         other = tl.zeros((BK, BN), tl.float32)
-        # The number of stages is given here, because Triton otherwise pipelines only loads that feed
-        # tl.dot.
+        # Stages are given here, because Triton otherwise pipelines only loads that feed tl.dot.
         for step in tl.range(0, tl.cdiv(KD, BK), num_stages=STAGES):
             left = k < KD - step * BK
             part = tl.load(a, mask=left, other=0.0).to(tl.float32)[:, None]

@@ -81,8 +81,8 @@ SMALL: dict[tuple[str, int, int], Tiles] = {
     ("up", 2, 16): Tiles(64, 128, Tuning(4, 3)),
     ("up", 2, 128): Tiles(64, 64, Tuning(8, 3)),
 }
-"""Entries that differ where a program has 99 KiB of shared memory. Four stages of `up` at 16 rows are
-108 KiB. Compute capability 12.0 multiplies with mma.sync, as Ampere does."""
+"""Entries that differ where a program has 99 KiB of shared memory. Four stages of `up` at 16 rows
+are 108 KiB. Compute capability 12.0 multiplies with mma.sync, as Ampere does."""
 
 MATRIX_GRADIENT: dict[int, tuple[int, Tiles]] = {
     2: (128, Tiles(256, 64, Tuning(8, 5))),

@@ -16,10 +16,10 @@ from moe_kernels.soak.case import Case, Inputs, make_inputs
 from moe_kernels.soak.oracle import ARRAYS, experts_oracle, schedule_oracle
 
 TOLERANCE = {"float32": (1e-5, 1e-6), "bfloat16": (2e-2, 4e-3), "float16": (2e-2, 4e-3)}
-"""Largest and root mean square of the error, in units of `magnitude`, of sums of up to DEPTH terms."""
+"""Largest and root mean square of the error, in units of `magnitude`, up to DEPTH terms a sum."""
 DEPTH = 512
-"""Rounding errors of a sum in float32 grow as the square root of its terms. The tolerances hold up to
-this depth and grow from there."""
+"""Rounding errors of a sum in float32 grow as the square root of its terms. The tolerances hold up
+to this depth and grow from there."""
 ENOUGH = 1000
 """Size of an array from which both tolerances are asked for. All numbers of a smaller one can come
 from sums that cancel: its largest error may be four times as large, and its root mean square is not

@@ -10,7 +10,7 @@ import moe_kernels.bench.__main__ as bench
 import moe_kernels.soak.__main__ as soak
 import numpy as np
 import pytest
-from moe_kernels.launch import triton_support
+from moe_kernels.launch import capability, lowering_for, triton_support
 from moe_kernels.quantise import quantise_rows
 
 
@@ -57,7 +57,15 @@ def test_without_a_package_the_reason_names_the_extra(monkeypatch, missing):
 
 def test_a_gpu_of_another_maker_has_no_support(monkeypatch):
     on_gpu(monkeypatch, "gfx942")
-    assert triton_support() == ("none", "card is not an NVIDIA GPU")
+    assert triton_support() == ("none", "card (gfx942) is not an NVIDIA GPU")
+    assert capability() == 90
+
+
+def test_lowering_for_a_card_that_is_too_old():
+    with lowering_for(75):
+        support = triton_support()
+    assert support.name == "none"
+    assert "7.5 is below 8.0" in support.reason
 
 
 def test_kernels_that_do_not_wait_for_each_other_are_interpreted_one_at_a_time(monkeypatch):

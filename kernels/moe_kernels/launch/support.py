@@ -20,8 +20,11 @@ DEFAULT_CAPABILITY = 90
 EXTRA = "moe_jax[kernels]"
 """What brings Triton and jax-triton. Only a GPU uses them, and they take a gigabyte of disk."""
 
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-"""A100, H100 and B200. They are needed for programs that are lowered without the device."""
+MULTIPROCESSORS = {80: 108, 86: 72, 89: 58, 90: 132, 100: 148, 120: 170}
+"""A100, A10, L4, H100, B200 and RTX 5090. They are needed for programs that are lowered without the
+device."""
+SMALL_MEMORY = (86, 89, 120, 121)
+"""A program has 99 KiB of shared memory there. On the others it has 163 KiB or more."""
 
 # A context variable rather than an argument: the target must reach launches that are traced deep
 # inside a model, and two threads may trace for different targets.
@@ -41,7 +44,7 @@ class UnavailableError(RuntimeError):
 
 @contextmanager
 def lowering_for(target: int) -> Iterator[None]:
-    """Compiles kernels traced inside for the compute capability `target` (80, 90, 100).
+    """Compiles kernels traced inside for the compute capability `target` (80, 86, 89, 90, ...).
 
     The program can be lowered, as by `jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))`.
     It cannot be run. The GPU need not be there.
@@ -80,21 +83,29 @@ def triton_support() -> Support:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Support("interpreter", "TRITON_INTERPRET=1")
     if target := _target.get():
-        return Support("lower", f"lowering for compute capability {target / 10}")
+        return _by_capability("lower", "lowering", target)
     if jax.default_backend() != "gpu":
         return Support("none", f"the devices are {jax.default_backend()}, not NVIDIA GPUs")
-    return _support_of(jax.devices()[0])
+    device = jax.devices()[0]
+    found = _capability_of(device)
+    if found is None:
+        version = getattr(device, "compute_capability", None)
+        return Support("none", f"{device.device_kind} ({version}) is not an NVIDIA GPU")
+    return _by_capability("gpu", device.device_kind, found)
 
 
-def _support_of(device: Any) -> Support:
-    """The support of a GPU by its compute capability."""
-    number = _capability_of(device)
-    if number is None:
-        return Support("none", f"{device.device_kind} is not an NVIDIA GPU")
-    if number < MINIMUM_CAPABILITY:
-        reason = f"{device.device_kind} has compute capability {number / 10}, below 8.0"
-        return Support("none", reason)
-    return Support("gpu", f"{device.device_kind}, compute capability {number / 10}")
+def _by_capability(name: Literal["gpu", "lower"], device: str, found: int) -> Support:
+    if found < MINIMUM_CAPABILITY:
+        return Support("none", f"{device}: compute capability {found / 10} is below 8.0")
+    return Support(name, f"{device}, compute capability {found / 10}")
+
+
+def _capability_of(device: Any) -> int | None:
+    """The compute capability times ten. None for a device without one, as AMD's ("gfx942")."""
+    try:
+        return round(float(getattr(device, "compute_capability", None) or "") * 10)
+    except ValueError:
+        return None
 
 
 def fp8_support() -> Support:
@@ -133,12 +144,9 @@ def capability() -> int:
     return _capability_of(jax.devices()[0]) or DEFAULT_CAPABILITY
 
 
-def _capability_of(device: Any) -> int | None:
-    """The compute capability, times ten. None: not an NVIDIA GPU."""
-    try:
-        return round(float(getattr(device, "compute_capability", "")) * 10)
-    except ValueError:  # no such attribute, or an architecture's name, as AMD's gfx942
-        return None
+def has_small_memory() -> bool:
+    """Whether a program has 99 KiB of shared memory on the GPU that kernels are compiled for."""
+    return capability() in SMALL_MEMORY
 
 
 def multiprocessors() -> int:

@@ -55,8 +55,10 @@ def hidden_gradient_kernel(d_out, down, z, weights, assignment, block_expert, st
             pair = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
             low, high = tl.split(pair)
             n = column * BN + tl.arange(0, BN // 2)
-            total = activation_gradient(low, s, z, dz, weighted, rows, n, F, UPCAST)
-            total += activation_gradient(high, s, z, dz, weighted, rows, n + BN // 2, F, UPCAST)
+            total = activation_gradient(
+                low, s, z, dz, weighted, rows, n=n, F=F, UPCAST=UPCAST)  # fmt: skip
+            total += activation_gradient(
+                high, s, z, dz, weighted, rows, n=n + BN // 2, F=F, UPCAST=UPCAST)  # fmt: skip
             # A row of `partial` for each column tile, summed afterwards in a fixed order: adding
             # into one row would need atomics.
             tl.store(partial + column.to(tl.int64) * R + rows, total)

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import tokenizers
-from tokenizers import pre_tokenizers
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief, quote
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.interop.fields import require_byte_level
 
 LOSSLESS_STEPS = ("Sequence", "Split", "Digits", "ByteLevel")
 """Kinds of pre-tokenizer that drop no byte and add none."""
@@ -44,8 +44,7 @@ def read_tokenizer(fields: dict[str, Any], rows: int, bos: Any, eos: Any) -> Tok
         tokenizer = Tokenizer(f"bpe:{vocabulary}", vocabulary, inner, opening, eos)
         same = tokenizer.decode(tokenizer.encode(PROBE)) == PROBE
     except Exception as error:  # the library's own errors have no narrower type
-        reason = " ".join(str(error).split())
-        raise UserError(f"tokenizer.json cannot be used: {reason}") from error
+        raise UserError(f"tokenizer.json cannot be used: {brief(error)}") from error
     if not same:
         raise UserError("tokenizer.json loses parts of a text: use a model with another tokenizer")
     return tokenizer
@@ -103,17 +102,13 @@ def _vocabulary(model: dict[str, Any], special: set[int], rows: int) -> int:
             f"tokenizer.json has {len(vocab)} tokens with ids up to {count - 1} for {rows} rows of "
             "the embedding"
         )
-    # A byte-level vocabulary writes each byte as one of 256 printable characters.
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    texts = {token for token, i in vocab.items() if i not in special}
-    if not all(alphabet.issuperset(text) for text in texts):
-        raise UserError("tokenizer.json is no byte-level BPE: use a model that has one")
+    require_byte_level(token for token, i in vocab.items() if i not in special)
     return count
 
 
 def _require_token(name: str, value: Any, vocabulary: int) -> None:
     if not _is_id(value, vocabulary):
-        raise UserError(f"{name}_token_id is {value!r}: it must be one of {vocabulary} tokens")
+        raise UserError(f"{name}_token_id is {quote(value)}: it must be one of {vocabulary} tokens")
 
 
 def _is_id(value: Any, below: int) -> bool:

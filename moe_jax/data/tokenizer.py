@@ -173,7 +173,14 @@ def _byte_strings(
     strings = [b""] * vocabulary
     values = _byte_values()
     for token, i in model.get_vocab().items():
+        require(i < vocabulary, f"token {quote(token)} has id {i}, beyond {vocabulary} ids")
         if i not in silent:
+            # Not a plain lookup: a published vocabulary may be of another kind.
+            require(
+                values.keys() >= set(token),
+                f"the tokenizer is no byte-level BPE ({quote(token)} is a token): use a model "
+                "that has one",
+            )
             strings[i] = bytes(values[character] for character in token)
     return strings
 

@@ -4,10 +4,7 @@ They come from a file that anyone may have written, so no value is used before i
 are known.
 """
 
-from collections.abc import Iterable
 from typing import Any
-
-from tokenizers import pre_tokenizers
 
 from moe_jax.base.errors import UserError, quote
 
@@ -77,14 +74,3 @@ class Fields:
 
     def _wrong(self, name: str, value: Any, need: str) -> UserError:
         return UserError(f"{self._prefix}{name} is {quote(value)}: {need}")
-
-
-def require_byte_level(tokens: Iterable[str]) -> None:
-    """UserError: a token is not written with the 256 characters that stand for bytes."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    for token in tokens:
-        if not alphabet.issuperset(token):
-            raise UserError(
-                f"the tokenizer is no byte-level BPE ({quote(token)} is a token): use a model "
-                "that has one"
-            )

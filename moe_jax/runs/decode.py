@@ -28,7 +28,7 @@ from moe_jax.placement.files import ExpertFiles, Layer, write_experts
 from moe_jax.placement.policy import make_policy
 from moe_jax.placement.save_experts import save_experts
 from moe_jax.placement.store import ExpertStore
-from moe_jax.runs.load import load_run, newest_step
+from moe_jax.runs.load import load_run, newest_step, run_folder
 from moe_jax.train.checkpoint import FORMAT
 
 TRUNK = "trunk.safetensors"
@@ -44,7 +44,7 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
     also one that was trained with tiers. UserError: no checkpoint, a dense model, or a disk that
     fails.
     """
-    folder = Path(run) / "decode"
+    folder = run_folder(run) / "decode"
     wanted = (newest_step(run), dtype)
     if _prepared(folder) != wanted:
         # First, so that a kill on the way leaves a folder that counts as not prepared.

@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.base.console import say
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, require
+from moe_jax.base.paths import user_path
 from moe_jax.config import CheckpointConfig, TrainConfig, from_dict
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.model.abstract import graph_of
@@ -79,12 +80,19 @@ def decode_until_end(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     return tokenizer.decode(tokens[: stop[0]] if len(stop) else tokens)
 
 
+def run_folder(out: str | Path) -> Path:
+    """The folder that an argument names, `~` expanded. UserError: there is none."""
+    folder = user_path(out)
+    require(folder.is_dir(), f"there is no folder {out}: give the --out of a training run")
+    return folder
+
+
 def newest_step(out: str | Path) -> int:
     """Step of the newest checkpoint with a manifest. Its files are not verified.
 
     UserError: there is none.
     """
-    manifests = (Path(out) / "checkpoints").glob(f"*/{MANIFEST}")
+    manifests = (run_folder(out) / "checkpoints").glob(f"*/{MANIFEST}")
     steps = [int(path.parent.name) for path in manifests if path.parent.name.isdigit()]
     if not steps:
         raise UserError(f"{out} holds no complete checkpoint: give the --out of a training run")
@@ -93,7 +101,7 @@ def newest_step(out: str | Path) -> int:
 
 def load_run(out: str | Path) -> Trained:
     """The newest undamaged checkpoint of a run's folder. UserError: there is none."""
-    folder = Path(out)
+    folder = run_folder(out)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{out} holds no checkpoints: give the --out of a training run")
     # read_only, because the run may still be training.

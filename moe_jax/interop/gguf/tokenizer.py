@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from moe_jax.base.errors import UserError, brief, quote
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.interop.fields import Fields, require_byte_level
+from moe_jax.interop.fields import Fields
 
 # Values of tokenizer.ggml.token_type (llama.cpp, enum llama_token_type).
 NORMAL = 1
@@ -45,7 +45,6 @@ def read_tokenizer(fields: dict[str, Any], vocabulary: int) -> Tokenizer:
         )
     tokens, merges = _checked_lists(own, vocabulary)
     textless = _textless(own, vocabulary)
-    require_byte_level(set(tokens) - {tokens[i] for i in textless})
     ends = [_special(own, key, vocabulary) for key in ("bos", "eos")]
     try:
         model = tokenizers.Tokenizer(
@@ -54,6 +53,8 @@ def read_tokenizer(fields: dict[str, Any], vocabulary: int) -> Tokenizer:
         model.pre_tokenizer = PRE_TOKENIZERS[pre]()  # pyright: ignore
         model.decoder = decoders.ByteLevel()  # pyright: ignore
         return Tokenizer(f"bpe:{vocabulary}", vocabulary, model, *ends, silent=textless)
+    except UserError:
+        raise
     except Exception as error:  # the library's own errors have no narrower type
         raise UserError(f"the tokenizer's tokens and merges do not fit: {brief(error)}") from error
 

@@ -7,7 +7,6 @@ import tokenizers
 
 from moe_jax.base.errors import UserError, brief, quote
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.interop.fields import require_byte_level
 
 LOSSLESS_STEPS = ("Sequence", "Split", "Digits", "ByteLevel")
 """Kinds of pre-tokenizer that drop no byte and add none."""
@@ -43,6 +42,8 @@ def read_tokenizer(fields: dict[str, Any], rows: int, bos: Any, eos: Any) -> Tok
         opening = eos if bos is None else bos
         tokenizer = Tokenizer(f"bpe:{vocabulary}", vocabulary, inner, opening, eos)
         same = tokenizer.decode(tokenizer.encode(PROBE)) == PROBE
+    except UserError:
+        raise
     except Exception as error:  # the library's own errors have no narrower type
         raise UserError(f"tokenizer.json cannot be used: {brief(error)}") from error
     if not same:
@@ -91,8 +92,7 @@ def _special_ids(fields: dict[str, Any]) -> set[int]:
 
 
 def _vocabulary(model: dict[str, Any], special: set[int], rows: int) -> int:
-    """Number of ids. UserError: they exceed the embedding's rows, or the model's tokens are not
-    different strings of bytes."""
+    """Number of ids. UserError: they exceed the embedding's rows, or are not different."""
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(_is_id(i, MOST_IDS) for i in vocab.values()):
         raise UserError("tokenizer.json: the model's vocab does not map tokens to ids")
@@ -102,7 +102,6 @@ def _vocabulary(model: dict[str, Any], special: set[int], rows: int) -> int:
             f"tokenizer.json has {len(vocab)} tokens with ids up to {count - 1} for {rows} rows of "
             "the embedding"
         )
-    require_byte_level(token for token, i in vocab.items() if i not in special)
     return count
 
 

@@ -155,8 +155,9 @@ def draw(curves: Curves, lab: SmolLM2Lab) -> Figure:
         tokens = np.array(of_arm[0].steps) * BATCH * LENGTH
         bits = [curve.bits for curve in of_arm]
         cost = update + reading if ARMS[arm] else update
-        plot_band(left, tokens, bits, label=arm, color=f"C{index}")
-        plot_band(right, tokens * cost, bits, label=arm, color=f"C{index}")
+        label = "taught by cached samples" if ARMS[arm] else "not taught"
+        plot_band(left, tokens, bits, label=label, color=f"C{index}")
+        plot_band(right, tokens * cost, bits, label=label, color=f"C{index}")
     for axes in (left, right):
         axes.axhline(lab.teacher_cost().bits, color="0.6", ls=":", label="SmolLM2-135M itself")
     left.set(xlabel="tokens that the student reads", ylabel="held-out bits per byte")

@@ -21,14 +21,14 @@ def draw_speed(c: Comparison) -> Figure:
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     share = [100 * b for b in BUDGETS]
-    axes.plot(share, [ratio(v, c.full) for v in shown], "o-", label=f"{POLICY}, look-ahead")
+    axes.plot(share, [ratio(v, c.full) for v in shown], "o-", label=f"{POLICY} policy, look-ahead")
     axes.plot(share, [c.ceiling(v) for v in shown], "k:", label="its ceiling")
     for name, (marker, label) in OTHERS.items():
         points = [ratio(c.by_name[f"{name}_at_{b}"], c.full) for b in (25, 50)]
         axes.plot([25, 50], points, marker, label=label)
     low_bit = ratio(c.by_name["low_bit_at_25"], c.full)
     axes.plot([25], [low_bit], "x", label="8-bit copies (not exact)")
-    axes.axhline(ratio(c.naive, c.full), ls="--", color="0.5", label="naive")
+    axes.axhline(ratio(c.naive, c.full), ls="--", color="0.5", label="naive loading")
     axes.set(xlabel="experts in memory, %", ylabel="speed, of all resident", ylim=(0, 1.1))
     axes.legend(frameon=False, fontsize=8)
     return figure
@@ -38,9 +38,13 @@ def draw_timelines(c: Comparison) -> Figure:
     """The same stretch with asynchronous copies and with blocking ones."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
-    for axes, name in zip(panels, (f"{POLICY}_at_25", "blocking_at_25"), strict=True):
+    titles = {
+        f"{POLICY}_at_25": "asynchronous copies, a quarter of the experts in memory",
+        "blocking_at_25": "every copy waited for, a quarter of the experts in memory",
+    }
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
         draw_timeline(axes, c.by_name[name].traffic)
-        axes.set_title(name, fontsize=9)
+        axes.set_title(title, fontsize=9)
     panels[-1].set_xlabel("milliseconds")
     return figure
 

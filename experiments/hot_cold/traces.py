@@ -52,6 +52,16 @@ MIN_TOKENS = 10
 """A fifth of them warms the policies up."""
 MOST_STEPS = 2_000_000
 """Tokens times layers of a replay. A step takes 200 bytes, and a thousandth of a second."""
+POLICIES = {
+    "static": "the most used, fixed",
+    "lru": "LRU",
+    "lfu": "LFU",
+    "decayed_lfu": "LFU with decay",
+    "lfru": "LFRU",
+    "successor": "successor",
+}
+SCOPES = {"pool": "one pool", "quota": "a quota for each layer"}
+"""What policies and scopes are called in the plot."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +126,15 @@ def uses_per_token(trace: Trace) -> float:
 
 def draw(replays: Replays, uses: float, expert_bytes: int) -> Figure:
     """Hit rate, bytes per token, and hits as a share of Belady's, over the budget."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
     panels = figure.subplots(1, 3)
     share = [100 * budget for budget in BUDGETS]
     names = list(dict.fromkeys(name for name, _ in replays.rates))
     for (name, scope), values in {**replays.rates, ("Belady", ""): replays.belady}.items():
         look: dict[str, Any] = {"ls": "--" if scope == "quota" else "-", "marker": "."}
         look["color"] = f"C{names.index(name)}" if scope else "k"
-        panels[0].plot(share, values, label=f"{name}, {scope}".strip(", "), **look)
+        label = f"{POLICIES[name]}, {SCOPES[scope]}" if scope else name
+        panels[0].plot(share, values, label=label, **look)
         panels[1].plot(share, [(1 - v) * uses * expert_bytes / 1e6 for v in values], **look)
         parts = [v / max(b, 1e-9) for v, b in zip(values, replays.belady, strict=True)]
         panels[2].plot(share, parts, **look)
@@ -132,7 +143,7 @@ def draw(replays: Replays, uses: float, expert_bytes: int) -> Figure:
     for axes, label in zip(panels, labels, strict=True):
         axes.set(xlabel="resident experts, %", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

@@ -88,7 +88,8 @@ def draw_timeline(runs: Runs) -> Figure:
     panels = figure.subplots(2, 1, sharex=True)
     for axes, kind in zip(panels, ("tiers", "blocking"), strict=True):
         draw_spans(axes, runs[kind][-1]["traffic"]["spans"])
-        axes.set_title({"tiers": "asynchronous"}.get(kind, kind), fontsize=9)
+        title = {"tiers": "asynchronous copies", "blocking": "every copy waited for"}[kind]
+        axes.set_title(title, fontsize=9)
     panels[-1].set_xlabel("seconds")
     return figure
 

@@ -1,6 +1,7 @@
 """From the rungs' times to gains, measurements, the plot and the verdict."""
 
 import re
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -8,7 +9,8 @@ from moe_kernels.timing import ratio
 
 from experiments.kernel_ladder.cases import Step
 from experiments.kernel_ladder.measurement import Rounds
-from experiments.kernel_ladder.rungs import RUNGS, before
+from experiments.kernel_ladder.rungs import RUNGS, before, rung_of
+from moe_jax.base.figures import readable
 from moe_jax.base.result import Measurement
 
 Gains = dict[str, tuple[float, float]]
@@ -27,24 +29,44 @@ def gains(steps: dict[str, Step], seconds: Rounds) -> Gains:
 
 
 def draw(found: dict[str, Gains], title: str) -> Figure:
-    """Speed over XLA's path, a group of bars for each rung, and the article's claim."""
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    axes = figure.subplots()
+    """Speed over XLA's path, a group of bars for each rung's idea, and the article's claim."""
     names = list(next(iter(found.values())))
+    ideas = {rung.name: rung.idea for rung in RUNGS}
+    figure = Figure(figsize=(9, 1.6 + 0.62 * len(names)), layout="constrained")
+    axes = figure.subplots()
     for index, (shape, rungs) in enumerate(found.items()):
-        at = np.arange(len(names)) + 0.26 * (index - (len(found) - 1) / 2)
-        bars = axes.bar(at, [rungs[name][1] for name in names], 0.24, label=shape)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    axes.axhline(1, color="0.5", linewidth=1)
-    axes.axhspan(2, 5, color="tab:orange", alpha=0.08)
-    axes.text(len(names) - 0.5, 2.03, "the article's 2-5x begins here", ha="right", fontsize=8)
-    axes.set_xticks(range(len(names)), names)
+        at = np.arange(len(names)) + 0.27 * (index - (len(found) - 1) / 2)
+        bars = axes.barh(at, [rungs[name][1] for name in names], 0.25, label=shape)
+        # White behind the numbers, because the line at 1 would cross them.
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2, bbox=white)
+    axes.axvline(1, color="0.5", linewidth=1)
+    axes.axvspan(2, 5, color="tab:orange", alpha=0.08, label="the article's 2-5x")
+    axes.set_yticks(range(len(names)), [readable(ideas[name]) for name in names], fontsize=8)
+    axes.invert_yaxis()
     highest = max(over_xla for rungs in found.values() for _, over_xla in rungs.values())
-    axes.set_ylim(0, max(2.3, 1.15 * highest))
-    axes.set(ylabel="speed over XLA's own path", title=title)
-    axes.legend(frameon=False)
+    axes.set_xlim(0, max(2.3, 1.15 * highest))
+    axes.set_xlabel("speed over XLA's own path")
+    figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=len(found) + 1, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def recorded_gains(rows: Mapping[str, Measurement], shapes: Iterable[str]) -> dict[str, Gains]:
+    """`gains` of every shape, out of the measurements of a result.json."""
+    found = {}
+    for shape in shapes:
+        speeds = {
+            rung.name: rows[name].value or 0.0
+            for rung in RUNGS
+            if (name := key(f"{shape} {rung.name}")) in rows
+        }
+        found[shape] = {
+            name: (speed / speeds.get(before(rung_of(name)) or name, speed), speed)
+            for name, speed in speeds.items()
+        }
+    return found
 
 
 def verdict(found: dict[str, Gains], label: str) -> str:

@@ -8,7 +8,10 @@ everywhere: each rung's launches are compiled for the GPU that is not there, and
 shared memory and instructions go into the model of launch_model.py.
 """
 
+import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -19,13 +22,22 @@ from experiments.kernel_ladder.cases import QUICK, SHAPES, Shape
 from experiments.kernel_ladder.launch_model import DEVICES, Device
 from experiments.kernel_ladder.measurement import backward_speedup, measure
 from experiments.kernel_ladder.prediction import Backward, backward, predict
-from experiments.kernel_ladder.report import Gains, draw, gains, key, rung_measurements, verdict
+from experiments.kernel_ladder.report import (
+    Gains,
+    draw,
+    gains,
+    key,
+    recorded_gains,
+    rung_measurements,
+    verdict,
+)
 from experiments.kernel_ladder.rungs import RUNGS
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import require
 from moe_jax.study.live_table import LiveTable
-from moe_jax.study.results import publish
+from moe_jax.study.plots import save_figures
+from moe_jax.study.results import publish, read_measurements
 
 QUESTION = "What does each kernel idea buy, and is it the article's 2-5x, or 4-10x with PTX?"
 ROUNDS = 7
@@ -43,6 +55,8 @@ class Settings:
     """The GPU that the prediction is for, where none is there."""
     seed: int = 0
     """Seed of the routing and, on a GPU, of the inputs."""
+    recorded: str = ""
+    """A result.json of this command, whose plot is drawn again. Nothing is measured then."""
 
 
 class Ladder:
@@ -105,12 +119,28 @@ class Ladder:
         ]
 
 
+def draw_recorded(path: Path, out: Path) -> None:
+    """Draws out/plots/ladder.png from a recorded result, with the title that its verdict has."""
+    require(path.is_file(), f"--recorded '{path}' is not there: give the path of a result.json")
+    rows = read_measurements(path)
+    shapes = [name for name in {**SHAPES, **QUICK} if key(f"{name} xla") in rows]
+    require(bool(shapes), f"--recorded '{path}' is no result of this command")
+    verdict_text = json.loads(path.read_text())["verdict"]
+    title = re.split(r"[.:] all ideas", verdict_text, flags=re.IGNORECASE)[0]
+    figure = draw(recorded_gains(rows, shapes), title)
+    save_figures({"ladder": figure}, out / "plots", out.resolve().name)
+    print(f"{out}/plots/ladder.png")
+
+
 def main(argv: list[str]) -> None:
     """Climbs, prints, draws, writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
     problem = missing_package()
     require(not problem, f"the ladder compiles kernels: {problem}")
     out = output_folder(settings.out)
+    if settings.recorded:
+        draw_recorded(Path(settings.recorded).expanduser(), out)
+        return
     ladder = Ladder(settings, LiveTable(out / "metrics.jsonl"))
     shapes = QUICK if settings.quick else SHAPES
     found = {name: ladder.climb(name, shape) for name, shape in shapes.items()}

@@ -93,6 +93,11 @@ def possible(arch: int) -> list[Rung]:
     return [rung for rung in RUNGS if rung.name != "fp8" or arch >= FP8_CAPABILITY]
 
 
+def rung_of(name: str) -> Rung:
+    """The rung of this name."""
+    return next(rung for rung in RUNGS if rung.name == name)
+
+
 def before(rung: Rung) -> str | None:
     """The rung that this one adds its idea to."""
     if rung.name in VARIANTS:

@@ -9,10 +9,22 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from experiments.moe_layer.decoding import Decode
 from experiments.moe_layer.scaling import Point, slope
+from moe_jax.base.figures import readable
 
 DARK = "tab:blue"
 LIGHT = "lightsteelblue"
 GREY = "0.5"
+LABELS = {
+    "xla": "XLA, batched products",
+    "reference": "XLA, reference",
+    "ragged_dot": "jax.lax.ragged_dot",
+    "transformers eager": "Transformers, eager",
+    "transformers grouped_mm": "Transformers, grouped products",
+    "transformers batched_mm": "Transformers, batched products",
+    "xla skewed": "XLA, half of all rows to one expert",
+    "xla bfloat16": "XLA, bfloat16",
+}
+"""What the calls of comparison.py and models.py are named in the plots."""
 
 
 def draw_rates(rates: Mapping[str, tuple[float | None, ...]], title: str) -> Figure:
@@ -25,7 +37,7 @@ def draw_rates(rates: Mapping[str, tuple[float | None, ...]], title: str) -> Fig
             text = "not measured" if value is None else f"{value:.3g}"
             axes.text((value or 0) + 0.01, row + offset, text, va="center", fontsize=8)
     axes.axvline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rates)), list(rates))
+    axes.set_yticks(range(len(rates)), [readable(LABELS.get(name, name)) for name in rates])
     axes.invert_yaxis()
     axes.set(xlabel="useful FLOP/s, fraction of the batched GEMM (dashed)", title=title)
     axes.set_xlim(0, 1.08 * max(1.0, *(value or 0 for pair in rates.values() for value in pair)))
@@ -100,9 +112,9 @@ def draw_models(rates: Mapping[str, Mapping[str, float | None]]) -> Figure:
     for index, name in enumerate(names):
         heights = [rate[name] or 0 for rate in rates.values()]
         at = [row + (index - (len(names) - 1) / 2) * width for row in range(len(rates))]
-        axes.bar(at, heights, width=0.92 * width, color=colors[index], label=name)
+        axes.bar(at, heights, width=0.92 * width, color=colors[index], label=LABELS.get(name, name))
     axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.set_xticks(range(len(rates)), list(rates), rotation=15)
+    axes.set_xticks(range(len(rates)), list(rates), rotation=15, ha="right")
     axes.set(
         ylabel="of the batched GEMM's FLOP/s",
         title="forward and backward, widths and tokens scaled down",

@@ -8,6 +8,13 @@ from moe_jax.data.baselines import gzip_bits_per_byte, ngram_bits_per_byte, xz_b
 from moe_jax.data.cache import cache_folder, entry, usable
 from moe_jax.data.tokens import TokenData
 
+BASELINE_NAMES = {
+    "gzip_bits_per_byte": "gzip -9",
+    "xz_bits_per_byte": "xz -9",
+    "ngram_bits_per_byte": "the byte 5-gram",
+}
+"""The measurements of compression_baselines, as text."""
+
 
 def compression_baselines(data: TokenData, cache: str) -> dict[str, float]:
     """Bits per byte of gzip -9, xz -9 and a byte 5-gram on the held-out text.

@@ -1,14 +1,10 @@
 """The report of a finished run: plots, sampled continuations and result.json."""
 
-import io
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from moe_jax.base.console import console, say
 from moe_jax.base.files import write_atomically
@@ -18,18 +14,14 @@ from moe_jax.base.result import Measurement, write_result
 from moe_jax.config import TrainConfig
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
-from moe_jax.runs.baselines import compression_baselines
+from moe_jax.runs.baselines import BASELINE_NAMES, compression_baselines
+from moe_jax.runs.figures import draw_plots
 from moe_jax.runs.load import decode_until_end
 from moe_jax.train.checkpoint import VALIDATION
 from moe_jax.train.loop import RunSummary
 from moe_jax.train.metrics import read_lines
 
 QUESTION = "How well does this model predict held-out text, and how fast did it learn?"
-BASELINE_NAMES = {
-    "gzip_bits_per_byte": "gzip -9",
-    "xz_bits_per_byte": "xz -9",
-    "ngram_bits_per_byte": "the byte 5-gram",
-}
 PROMPT_TOKENS = 32
 CONTINUATION_TOKENS = 96
 
@@ -43,7 +35,7 @@ def write_report(summary: RunSummary) -> None:
     lines = list(read_lines(summary.out / "metrics.jsonl"))
     baselines = compression_baselines(summary.data, summary.config.data.cache)
     write_atomically(summary.out / "samples.txt", samples)
-    draw_plots(lines, baselines, summary)
+    draw_plots(lines, baselines, summary.out, summary.config.model.moe.experts)
     measurements = measure(lines, baselines, summary)
     verdict = describe_verdict(lines, baselines)
     write_result(
@@ -152,98 +144,3 @@ def sample_continuations(summary: RunSummary) -> str:
         text = f"{tokenizer.decode(prompt)}⟫{decode_until_end(tokenizer, tokens)}"
         blocks.append(f"--- held-out beginning ⟫ continuation\n{text}\n")
     return "\n".join(blocks)
-
-
-def draw_plots(
-    lines: list[dict[str, Any]], baselines: dict[str, float], summary: RunSummary
-) -> None:
-    """plots/loss.png, and for a mixture of experts load.png and router.png."""
-    matplotlib.use("Agg")  # a machine without a display
-    plots = summary.out / "plots"
-    plots.mkdir(exist_ok=True)
-    _save(draw_loss(lines, baselines), plots / "loss.png")
-    if any("load" in line for line in lines):
-        _save(draw_load(lines), plots / "load.png")
-        _save(draw_router(lines, summary.config.model.moe.experts), plots / "router.png")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    # Atomically: whoever watches the folder never sees half a picture.
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_atomically(path, content.getvalue())
-
-
-def draw_smoothed(axes: Any, steps: list[int], values: Any, color: str, label: str) -> None:
-    """Every value as a faint line, and their running mean over a fortieth of the run."""
-    values = np.asarray(values, float)  # a skipped step has None: a gap in the curve
-    axes.plot(steps, values, alpha=0.25, color=color, linewidth=0.8)
-    width = max(1, len(values) // 40)
-    smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-    axes.plot(steps[width - 1 :], smooth, color=color, label=label)
-
-
-def draw_loss(lines: list[dict[str, Any]], baselines: dict[str, float]) -> Figure:
-    """Training loss by step, and validation bits per byte among the compressors."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses = [x["cross_entropy"] for x in lines]
-    draw_smoothed(left, [x["step"] for x in lines], losses, "tab:blue", "running mean")
-    left.set(xlabel="step", ylabel="cross-entropy (nats/token)", title="training")
-    left.legend()
-    measured = [(x["step"], x[VALIDATION]) for x in lines if VALIDATION in x]
-    right.plot(*zip(*measured, strict=True), marker="o", color="tab:blue", label="model")
-    for (name, value), style in zip(baselines.items(), ("--", "-.", ":"), strict=True):
-        right.axhline(value, linestyle=style, color="gray", label=BASELINE_NAMES[name])
-    right.set(xlabel="step", ylabel="bits per byte", title="held-out text")
-    right.set_xlim(left=0)
-    right.legend()
-    return figure
-
-
-def draw_load(lines: list[dict[str, Any]]) -> Figure:
-    """Expert load relative to the mean, over layers (panels), experts (rows) and time."""
-    snapshots = [x for x in lines if "load" in x]
-    load = np.array([x["load"] for x in snapshots], float)
-    relative = load / load.mean(axis=-1, keepdims=True)
-    layers = relative.shape[1]
-    figure = Figure(figsize=(11, 1.2 + 1.3 * layers), layout="constrained")
-    panels = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
-    extent = (snapshots[0]["step"], snapshots[-1]["step"] + 1, relative.shape[2] - 0.5, -0.5)
-    image: Any = None
-    for layer, panel in enumerate(panels):
-        image = panel.imshow(
-            relative[:, layer].T,
-            aspect="auto",
-            cmap="RdBu_r",
-            vmin=0,
-            vmax=2,
-            extent=extent,
-            interpolation="nearest",
-        )
-        panel.set_ylabel(f"MoE layer {layer}\nexpert")
-    panels[-1].set_xlabel("step")
-    figure.colorbar(image, ax=panels.tolist(), label="load / mean load")
-    figure.suptitle("expert load (white: balanced)")
-    return figure
-
-
-def draw_router(lines: list[dict[str, Any]], experts: int) -> Figure:
-    """Router entropy and load imbalance of every layer by step."""
-    routed = [x for x in lines if "router_entropy" in x]
-    steps = [x["step"] for x in routed]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    # Guarded for one expert, whose log E is 0.
-    entropy = np.array([x["router_entropy"] for x in routed]) / max(np.log(experts), 1e-9)
-    imbalance = np.array([x["load_imbalance"] for x in routed])
-    for layer in range(entropy.shape[1]):
-        color = f"C{layer % 10}"
-        label = f"MoE layer {layer}"
-        draw_smoothed(left, steps, entropy[:, layer], color, label)
-        draw_smoothed(right, steps, imbalance[:, layer], color, label)
-    left.set(xlabel="step", ylabel="entropy / log E", title="router entropy", ylim=(0, 1.02))
-    right.set(xlabel="step", ylabel="max / mean", title="expert load imbalance")
-    left.legend(fontsize="small")
-    right.axhline(1, linestyle=":", color="gray")
-    return figure

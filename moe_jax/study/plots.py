@@ -1,6 +1,5 @@
 """The plots of experiments with seeds: a mean with the seeds around it."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from moe_jax.base.files import write_atomically
+from moe_jax.base.figures import readable, write_figure
 
 SEED_COLOR = "0.7"
 
@@ -33,28 +32,22 @@ def plot_dots(
     values: Mapping[str, ArrayLike],
     order: Sequence[str],
     colors: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> None:
     """A line for each arm of `order`: a grey dot for each seed, a large one for their mean.
 
-    An arm without values keeps its empty line, so that two panels can share their order.
+    An arm without values keeps its empty line, so that two panels can share their order. An arm
+    without a label has its own name, in words.
     """
     for place, arm in enumerate(order):
         if arm in values:
             array = np.asarray(values[arm], float)
             axes.plot(array, [place] * len(array), ".", color=SEED_COLOR)
             axes.plot(array.mean(), place, "o", color=(colors or {}).get(arm, "C0"))
-    axes.set_yticks(range(len(order)), order)
+    axes.set_yticks(range(len(order)), [readable((labels or {}).get(arm, arm)) for arm in order])
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG atomically: whoever watches the folder never sees half a picture."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_atomically(path, content.getvalue())
-
-
-def save_figures(figures: Mapping[str, Figure], folder: Path) -> None:
-    """Writes folder/NAME.png for each figure."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_figures(figures: Mapping[str, Figure], folder: Path, run: str) -> None:
+    """Writes folder/NAME.png for each figure, with the run's name above it."""
     for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png")
+        write_figure(figure, folder / f"{name}.png", run)

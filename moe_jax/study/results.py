@@ -108,7 +108,7 @@ def publish(
     figures: Mapping[str, Figure],
 ) -> None:
     """Writes out/result.json and out/plots/NAME.png, and prints the table and the verdict."""
-    save_figures(figures, out / "plots")
+    save_figures(figures, out / "plots", out.resolve().name)
     write_result(
         out,
         experiment=experiment,

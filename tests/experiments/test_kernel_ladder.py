@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from moe_kernels.launch import MULTIPROCESSORS
 
-from experiments.kernel_ladder import cases
+from experiments.kernel_ladder import cases, run
 from experiments.kernel_ladder import launch_model as model
+from experiments.kernel_ladder.report import recorded_gains, verdict
 from experiments.kernel_ladder.rungs import RUNGS, before, built, train, train_with_y
+from moe_jax.study.results import read_measurements
+from tests.figures import cut_off, overlaps, shown_texts
 
 pytest.importorskip("triton")
 TINY = cases.Shape(20, 16, 8, 3, 2)
@@ -128,3 +131,28 @@ def test_the_experiment_labels_what_it_predicts(tmp_path, monkeypatch):
     for m in result["measurements"]:
         assert "PREDICTED" in m["unit"] or "formula" in m["unit"]
     assert (tmp_path / "plots" / "ladder.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("device", ["h100", "a100"])
+def test_the_recorded_plot_is_drawn_again_and_is_readable(device, tmp_path, capsys, monkeypatch):
+    """The plot has every rung and shape of the result, no label over another, and no code name."""
+    drawn = []
+    monkeypatch.setattr(run, "save_figures", lambda figures, *_: drawn.append(figures["ladder"]))
+    recorded = Path(run.__file__).parent / "results" / f"{device}.json"
+    run.main(["--recorded", str(recorded), "--out", str(tmp_path)])
+    figure = drawn[0]
+    texts = [text.get_text() for text in shown_texts(figure)]
+    assert figure.get_suptitle().startswith("PREDICTED for ")
+    assert {"OLMoE-1B-7B", "Qwen3-30B-A3B", "DeepSeek-V3"} < set(texts)
+    assert sum(text.count(".") == 1 and len(text) == 4 for text in texts) >= 27
+    assert not overlaps(figure)
+    assert not cut_off(figure)
+    names = {rung.name for rung in RUNGS}
+    assert not names & set(texts)
+
+
+def test_recorded_gains_are_those_of_the_verdict():
+    path = Path(run.__file__).parent / "results" / "h100.json"
+    found = recorded_gains(read_measurements(path), cases.SHAPES)
+    assert f"Inline PTX is {1.01:.2f}x" in verdict(found, "label")
+    assert "All ideas together are 1.00x" in verdict(found, "label")

@@ -10,7 +10,6 @@ from typing import Any
 from moe_jax import cli
 from moe_jax.base.files import write_atomically
 from moe_jax.base.provenance import provenance
-from moe_jax.study.plots import save_figures
 from moe_jax.study.sweep.command import Sweep
 from moe_jax.study.sweep.trials import completed, finished, folder
 
@@ -39,6 +38,8 @@ def plot(study: Any, sweep: Sweep) -> None:
     """DIR/plots/sweep.png: the objective against each searched field, the best trial marked."""
     from matplotlib.figure import Figure
 
+    from moe_jax.base.figures import write_figure
+
     figure = Figure(figsize=(4 * len(sweep.axes), 3.5), layout="constrained")
     panels = figure.subplots(1, len(sweep.axes), sharey=True, squeeze=False)[0]
     trials = completed(study)
@@ -50,14 +51,14 @@ def plot(study: Any, sweep: Sweep) -> None:
         values = [t.params[axis.field] for t in trials]
         if axis.choices:
             values = [axis.choices.index(v) for v in values]
-            panel.set_xticks(range(len(axis.choices)), axis.choices)
+            panel.set_xticks(range(len(axis.choices)), axis.choices, rotation=30, ha="right")
             panel.set_xlim(-0.5, len(axis.choices) - 0.5)
         panel.plot(values, [t.value for t in trials], "o", alpha=0.6)
         # The trials are sorted: the first one is the best.
         panel.plot(values[:1], [trials[0].value], "*", markersize=16, label=folder(trials[0]))
     panels[0].set_ylabel(sweep.config.objective)
     panels[0].legend()
-    save_figures({"sweep": figure}, sweep.out / "plots")
+    write_figure(figure, sweep.out / "plots" / "sweep.png", sweep.out.resolve().name)
 
 
 def summarise(study: Any, sweep: Sweep) -> dict[str, Any]:

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_jax.base.errors import require
-from moe_jax.config.checks import fraction, fraction_below_one, known_choices, not_negative, positive
+from moe_jax.config.checks import (
+    fraction,
+    fraction_below_one,
+    known_choices,
+    not_negative,
+    positive,
+)
 
 
 @dataclass(frozen=True)

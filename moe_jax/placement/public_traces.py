@@ -76,7 +76,8 @@ def _megatron(path: Path) -> np.ndarray:
     for number, record in _records(path):
         if record.get("block", "decoder") != "decoder" or "mtp_idx" in record:
             continue
-        step, layer = record.get("step"), record.get("layer")
+        step = record.get("step")
+        layer = record.get("layer")
         chosen = _numbers(record.get("top_indices"))
         if not isinstance(step, int) or not isinstance(layer, int) or chosen is None:
             raise _no_record(number)
@@ -122,7 +123,7 @@ def _numbers(value: Any) -> np.ndarray | None:
         array = np.asarray(value)
     except ValueError:  # rows of different lengths
         return None
-    if array.ndim != 2 or array.dtype.kind != "i" or not 0 < array.size:
+    if array.ndim != 2 or array.dtype.kind != "i" or not array.size > 0:
         return None
     low = int(array.min())
     highest = int(array.max())
@@ -165,5 +166,7 @@ def _parquet_layer(path: Path) -> np.ndarray:
         if sum(map(len, rows)) >= LIMIT:
             break
     require(len(rows) > 0, "has no rows")
-    require(len({array.shape[1] for array in rows}) == 1, "tokens have different numbers of experts")
+    require(
+        len({array.shape[1] for array in rows}) == 1, "tokens have different numbers of experts"
+    )
     return np.concatenate(rows)[:LIMIT]

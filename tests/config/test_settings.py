@@ -37,6 +37,12 @@ from moe_jax.config import (
             lambda: MoEConfig(rule="hash", bias_rate=0, groups=2, groups_per_token=1),
             "rule=hash knows no groups",
         ),
+        (
+            lambda: MoEConfig(rule="token_rouding"),  # type: ignore[arg-type]
+            "model.moe.rule is 'token_rouding': use one of top_k, noisy_top_k, expert_choice, "
+            "token_rounding, hash (did you mean token_rounding?)",
+        ),
+        (lambda: OptimConfig(learning_rate=float("inf")), "learning_rate is inf: it must be fin"),
         (lambda: MoEConfig(device_loss=0.1), "device_loss=0.1 needs groups of experts"),
         (lambda: MoEConfig(capacity_factor=-1), "capacity_factor is -1: it must not be negative"),
         (lambda: MoEConfig(rounding_tile=0), "rounding_tile is 0: it must be positive"),

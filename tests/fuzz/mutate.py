@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-LONG = 'line one\nline two\r\x00\x1b[31m\u202e"\'{[' + "x" * 20_000
+LONG = "line one\nline two\r\x00\x1b[31m\u202e\"'{[" + "x" * 20_000
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 7, 2**31, 2**32, 2**63, 2**64, -(2**63), 10**300,
     0.0, 0.5, -1.5, 1e308, float("nan"), float("inf"), float("-inf"),

@@ -129,7 +129,7 @@ def _write_gguf(folder: Path) -> Path:
 
 def _retype_gguf(path: Path, random: Random) -> None:
     header = read_header(path)
-    fields = {k: v for k, v in header.fields.items()}
+    fields = dict(header.fields)
     name = random.choice(list(fields))
     arrays = [np.arange(3), np.array([0.5, np.nan]), np.array([True]), np.zeros(0, int)]
     # A scalar becomes an array at least as often as another scalar.
@@ -198,8 +198,16 @@ def _write_array(folder: Path) -> Path:
 def _retype_array(path: Path, random: Random) -> None:
     if random.random() < 0.5:
         odd = random.choice(
-            [np.zeros((3, 2)), np.array(["a"]), np.zeros((4, 3, 2), "M8[s]"), np.zeros((2, 2, 2), "?")]
-            + [np.full((2, 2, 2), n, t) for n, t in ((2**63, "u8"), (-(2**63), "i8"), (70_000, "i4"))]
+            [
+                np.zeros((3, 2)),
+                np.array(["a"]),
+                np.zeros((4, 3, 2), "M8[s]"),
+                np.zeros((2, 2, 2), "?"),
+            ]
+            + [
+                np.full((2, 2, 2), n, t)
+                for n, t in ((2**63, "u8"), (-(2**63), "i8"), (70_000, "i4"))
+            ]
             + [np.zeros((0, 3, 2), int), np.array(5), np.zeros((2, 2, 2), [("a", "i4")])]
         )
         np.save(path, odd)

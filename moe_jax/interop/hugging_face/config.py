@@ -83,7 +83,9 @@ def _dense_layers(fields: Fields, layers: int) -> int:
     """Number of dense blocks. Ours can only come first."""
     dense = fields.entries("mlp_only_layers")
     if dense != list(range(len(dense))) or len(dense) > layers:
-        raise UserError(f"mlp_only_layers={quote(dense)} is not supported: only the first blocks are")
+        raise UserError(
+            f"mlp_only_layers={quote(dense)} is not supported: only the first blocks are"
+        )
     return len(dense)
 
 

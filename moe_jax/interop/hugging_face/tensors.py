@@ -37,7 +37,9 @@ class SafeTensors(Tensors):
         file = self._files[name]
         dtype = file.get_slice(name).get_dtype()
         if dtype not in DTYPES:
-            raise UserError(f"tensor {name} has type {brief(dtype)}: only {', '.join(DTYPES)} are read")
+            raise UserError(
+                f"tensor {name} has type {brief(dtype)}: only {', '.join(DTYPES)} are read"
+            )
         with reading(name):
             return file.get_tensor(name).astype(np.float32)
 

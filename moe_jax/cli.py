@@ -18,6 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from moe_jax.base.errors import UserError, brief, near_name, quote
+from moe_jax.base.provenance import commit
+from moe_jax.base.seeds import check_seeds
+from moe_jax.base.signals import handled, stopped
 from moe_jax.config import TrainConfig, fields
 
 Settings = TypeVar("Settings")
@@ -104,7 +107,9 @@ def parse_settings(
     _options(argv, types(type(default)))
     # tyro explains a mistake in a box on stderr. check() finds the same mistake and reports a line.
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        return read(args=argv)
+        settings = read(args=argv)
+        check_seeds(settings)
+        return settings
     check(default, argv)
     raise UserError(f"cannot read '{shlex.join(argv)}': see --help")
 
@@ -176,20 +181,27 @@ def command_line(
 
 
 def program(main: Callable[[list[str]], None]) -> None:
-    """Runs main(arguments). A UserError becomes `error: …` and exit code 2, Ctrl-C code 130."""
+    """Runs main(arguments). A UserError becomes `error: …` and exit code 2.
+
+    A signal (base.signals) becomes one line: its name, and what is kept where the program knows.
+    The exit code is 130 for Ctrl-C and 143 for SIGTERM.
+    """
+    commit()  # now, and not when the result is written: the checkout may have changed by then
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal or a file without UTF-8 shows an escape where it lacks a character.
             stream.reconfigure(errors="backslashreplace")
     try:
-        require_utf8(sys.argv[1:])
-        main(sys.argv[1:])
+        with handled():
+            require_utf8(sys.argv[1:])
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        stop = stopped(interrupt)
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
 
 
 def require_utf8(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from moe_jax import cli
 from moe_jax.base.errors import UserError
+from moe_jax.base.signals import Stopped
 from moe_jax.config import ModelConfig, MoEConfig, OptimConfig, TrainConfig
 
 PRESETS = {
@@ -67,7 +69,7 @@ def test_none_is_a_value_and_the_last_of_two_counts():
         ("--optim.learning-rate fast", "--optim.learning-rate: 'fast' is not a float"),
         (
             "--optim.schedule cos",
-            "--optim.schedule: 'cos' is not one of cosine, wsd (did you mean cosine?)",
+            "--optim.schedule: 'cos' is not one of cosine, wsd, constant (did you mean cosine?)",
         ),
         ("--lr 1", "unknown option --lr: did you mean --optim.learning-rate?"),
         ("--heads 1", "unknown option --heads: did you mean --model.attention.heads?"),
@@ -203,7 +205,8 @@ def test_command_line_gives_the_config_back(out, rate, tied, vocabulary):
     ("raised", "code", "line"),
     [
         (UserError("steps is 0"), 2, "error: steps is 0\n"),
-        (KeyboardInterrupt(), 130, "interrupted: the same command continues\n"),
+        (KeyboardInterrupt(), 130, "stopped by SIGINT\n"),
+        (Stopped(signal.SIGTERM, "a is kept"), 143, "stopped by SIGTERM: a is kept\n"),
     ],
 )
 def test_program_ends_with_a_line_and_a_code(raised, code, line, capsys):

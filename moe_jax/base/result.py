@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.base.files import write_atomically
 from moe_jax.base.machine import environment
 from moe_jax.base.paths import user_path
+from moe_jax.base.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ def write_result(
 ) -> None:
     """Writes out/result.json atomically.
 
-    `config` is a dataclass or a dictionary. The environment (versions, devices) is added.
+    `config` is a dataclass or a dictionary. Version, commit, command line, date and duration
+    (base.provenance) and the environment (versions, devices) are added.
     """
     content = {
         "experiment": experiment,
         "question": question,
+        **provenance(),
         "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,  # pyright: ignore
         "environment": environment(),
         "measurements": [dataclasses.asdict(m) for m in measurements],
@@ -60,9 +65,12 @@ def output_folder(out: str) -> Path:
     path = user_path(out)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # Only a written file proves it: permissions say nothing of a read-only or full disk.
-        write_atomically(path / ".writable", "")
-        (path / ".writable").unlink()
+        # Only a written file proves it: permissions say nothing of a read-only or full disk. It
+        # has no name of its own, so that it meets neither the user's files nor another process's.
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"written")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"--out '{out}' cannot be written: {error.strerror or error}") from error
     return path

@@ -105,3 +105,7 @@ class DecodePlacement:
         known_choices(OWNER, self)
         byte_size(OWNER, self, "device_budget", "host_budget")
         fraction(OWNER, self, "low_bit_share")
+        require(
+            self.look_ahead >= -1,
+            f"{OWNER}.look_ahead is {self.look_ahead}: use -1, 0 or a number of experts",
+        )

@@ -12,6 +12,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.model import stages
 from moe_jax.model.attention import Cache, empty_cache
 from moe_jax.model.block import Stack
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.model.mtp import MultiTokenPrediction
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import RouterStats
@@ -57,7 +58,7 @@ class Transformer(nnx.Module):
         """Rows of the embedding in the compute dtype."""
         # clip: JAX's default for ids out of range is a row of NaN, at the price of a mask.
         rows = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
-        return rows.astype(self.config.compute_dtype)
+        return rows.astype(compute_dtype(self.config))
 
     def output_table(self) -> Float[Array, "V D"]:
         """The head, which is the embedding where the two are tied."""
@@ -82,16 +83,21 @@ class Transformer(nnx.Module):
         return x, stats
 
     def extend(
-        self, tokens: Int[Array, "B L"], start: Int[Array, ""], caches: Caches
+        self,
+        tokens: Int[Array, "B L"],
+        start: Int[Array, ""],
+        caches: Caches,
+        segments: Int[Array, "B slots"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Caches]:
         """`hidden` for tokens from position `start` on, and the KV caches extended by them.
 
-        `caches` holds the keys and values of all tokens before `start`.
+        `caches` holds the keys and values of all tokens before `start`. `segments` numbers the
+        documents of all slots. None: they are one document.
         """
         of_any_layer = caches.dense or caches.sparse
         assert of_any_layer is not None
         slots = of_any_layer[0].shape[2]  # [layers, B, slots, …]
-        context = stages.next_tokens(self.config, tokens, start, slots)
+        context = stages.next_tokens(self.config, tokens, start, slots, segments)
         x, caches, _ = self._run(context, caches)
         return x, caches
 
@@ -134,7 +140,7 @@ class Transformer(nnx.Module):
 
     def empty_caches(self, batch: int, slots: int) -> Caches:
         """Room for `slots` tokens in every layer, in the compute dtype."""
-        dtype = jnp.dtype(self.config.compute_dtype)
+        dtype = compute_dtype(self.config)
 
         def stacked(layers: int) -> Cache | None:
             one = empty_cache(self.config.attention, batch, slots, dtype)

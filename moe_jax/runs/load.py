@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError, require
+from moe_jax.base.initial import root_key
 from moe_jax.base.paths import user_path
 from moe_jax.config import CheckpointConfig, TrainConfig, from_dict
 from moe_jax.data.tokenizer import Tokenizer
@@ -18,7 +19,7 @@ from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
 from moe_jax.parallel.rules import with_sharding
-from moe_jax.train.checkpoint import MANIFEST, Checkpoints
+from moe_jax.train.checkpoint import MANIFEST, Checkpoints, read_errors, steps_in
 from moe_jax.train.engines import engine_of
 from moe_jax.train.state import TrainState
 
@@ -44,7 +45,7 @@ class Trained:
             graph_of(self.config.model),
             (self.state.parameters, self.state.router),
             prompt[None],
-            jax.random.key(seed),
+            root_key(seed),
             count=tokens,
             vocabulary=self.tokenizer.vocabulary,
             temperature=temperature,
@@ -92,8 +93,9 @@ def newest_step(out: str | Path) -> int:
 
     UserError: there is none.
     """
-    manifests = (run_folder(out) / "checkpoints").glob(f"*/{MANIFEST}")
-    steps = [int(path.parent.name) for path in manifests if path.parent.name.isdigit()]
+    folder = run_folder(out) / "checkpoints"
+    with read_errors(folder):
+        steps = [step for step in steps_in(folder) if (folder / str(step) / MANIFEST).is_file()]
     if not steps:
         raise UserError(f"{out} holds no complete checkpoint: give the --out of a training run")
     return max(steps)
@@ -116,7 +118,8 @@ def load_run(out: str | Path) -> Trained:
         restored = checkpoints.restore(with_sharding(engine.abstract_state(), here), say)
     finally:
         checkpoints.close()
-    assert restored is not None
+    if restored is None:
+        raise UserError(f"{out}/checkpoints holds no complete checkpoint any more")
     tokenizer = Tokenizer.from_json(restored.extra["tokenizer"])
     state = engine.load(restored.state, restored.folder)
     return Trained(engine.config, restored.step, state, tokenizer)

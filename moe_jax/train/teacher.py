@@ -66,11 +66,12 @@ class TeacherTask(Task):
             return self
         kind, count = settings.cache_contents
         length = self.config.data.length
-        seen = self.config.steps * self.config.batch * length
+        steps = self.config.last_step
+        seen = steps * self.config.batch * length
         tokens = len(data.train.tokens)
         if seen < tokens:
             say(
-                f"these {self.config.steps} steps see {seen} tokens, the cache holds all {tokens}: "
+                f"these {steps} steps see {seen} tokens, the cache holds all {tokens}: "
                 "--distill.cache none has the teacher read fewer"
             )
         # Whole teacher batches, so that all of them have one compiled shape.
@@ -128,9 +129,17 @@ class TeacherTask(Task):
         sharding = batch["tokens"].sharding
         if is_on_policy(settings, self.config.seed, step):
             states = (state.parameters, state.router)
-            tokens = self.teacher.tokenizer.vocabulary
+            tokenizer = self.teacher.tokenizer
             key = named_key(state.step_key(), "own batch")
-            batch = own_batch(settings, self.config.model, states, batch, key, tokens)
+            batch = own_batch(
+                settings,
+                self.config.model,
+                states,
+                batch,
+                key,
+                vocabulary=tokenizer.vocabulary,
+                end=tokenizer.eos,
+            )
         else:
             batch = text_batch(batch)
         # The generator's output is wherever its computation put it.

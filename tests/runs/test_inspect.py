@@ -27,7 +27,12 @@ def test_a_recorded_trace_is_the_models_own_routing(finished_run, tmp_path):
 def test_a_rule_that_rounds_in_training_is_recorded_too(finished_run, tmp_path, per_token):
     """Outside training a token has K experts, fewer than the slots that rounding may fill."""
     run = load_run(finished_run.out)
-    moe = replace(run.config.model.moe, rule="token_rounding", experts_per_token=per_token)
+    moe = replace(
+        run.config.model.moe,
+        rule="token_rounding",
+        experts_per_token=per_token,
+        normalise=per_token > 1,
+    )
     model = replace(run.config.model, moe=moe)
     run = replace(run, config=replace(run.config, model=model))
     path = tmp_path / "a.trace"

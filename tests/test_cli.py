@@ -219,7 +219,7 @@ def test_program_ends_with_a_line_and_a_code(raised, code, line, capsys):
     assert capsys.readouterr() == ("", line)
 
 
-@pytest.mark.parametrize("word", ["caf\udce9", "--out=\ud800"])
+@pytest.mark.parametrize("word", ["caf\udce9", "--out=\udcff"])
 def test_arguments_that_are_no_utf8_are_refused(word, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "tiny", word])
     with pytest.raises(SystemExit) as caught:

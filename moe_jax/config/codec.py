@@ -80,6 +80,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
+    # No setting is larger, and an error line would have hundreds of digits.
+    if type(value) is int and abs(value) > 2**63:
+        return False
     if hint is float:
         # A default such as `scale: float = 2` is written as an int.
         return type(value) in (int, float)

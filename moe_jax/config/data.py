@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from moe_jax.base.errors import require
+from moe_jax.base.errors import quote, require
 from moe_jax.config.checks import positive, strict_fraction
 from moe_jax.config.codec import MAY_DIFFER
 
@@ -44,16 +44,16 @@ class DataConfig:
         kind, _, argument = self.source.partition(":")
         require(
             self.source == "stdlib" or (kind in ("files", "hf") and argument != ""),
-            f"{owner}.source {self.source!r:.80} is unknown: use stdlib, files:GLOB or hf:NAME (a "
+            f"{owner}.source {quote(self.source)} is unknown: use stdlib, files:GLOB or hf:NAME (a "
             "folder is files:FOLDER)",
         )
         require(
             self.tokenizer == "bytes" or re.fullmatch(BPE, self.tokenizer) is not None,
-            f"{owner}.tokenizer {self.tokenizer!r:.80} is unknown: use bytes or bpe:N",
+            f"{owner}.tokenizer {quote(self.tokenizer)} is unknown: use bytes or bpe:N",
         )
         require(
             self.vocabulary >= BYTE_VOCABULARY,
-            f"{owner}.tokenizer '{self.tokenizer}' is too small: bpe:N needs N of at least "
+            f"{owner}.tokenizer {quote(self.tokenizer)} is too small: bpe:N needs N of at least "
             f"{BYTE_VOCABULARY} (256 bytes and 2 special tokens)",
         )
         positive(owner, self, "length")

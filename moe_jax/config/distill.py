@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from moe_jax.base.errors import require
+from moe_jax.base.errors import quote, require
 from moe_jax.config.checks import fraction, known_choices, not_negative, positive
 from moe_jax.config.codec import MAY_DIFFER
 
@@ -18,10 +18,10 @@ CACHES: dict[str, CacheKind] = {"samples": "sampled", "top": "top_k"}
 def check_divergence(kind: str, mix: float) -> None:
     """UserError: the kind is unknown, or `mix` is outside its range."""
     kinds = get_args(DivergenceKind)
-    require(kind in kinds, f"divergence '{kind}' is unknown: use {', '.join(kinds)}")
-    require(0 <= mix <= 1, f"mix is {mix}: it must lie between 0 and 1")
+    require(kind in kinds, f"divergence {quote(kind)} is unknown: use {', '.join(kinds)}")
+    require(0 <= mix <= 1, f"mix is {quote(mix)}: it must lie between 0 and 1")
     skewed = kind.startswith("skew")
-    require(not skewed or 0 < mix < 1, f"mix is {mix}: {kind} needs 0 < mix < 1")
+    require(not skewed or 0 < mix < 1, f"mix is {quote(mix)}: {kind} needs 0 < mix < 1")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class DistillConfig:
         kind, _, count = self.cache.partition(":")
         require(
             kind in CACHES and count.isdecimal() and int(count) > 0,
-            f"{owner}.cache '{self.cache}' is unknown: use none, samples:K or top:K",
+            f"{owner}.cache {quote(self.cache)} is unknown: use none, samples:K or top:K",
         )
         cached = f"{owner}.cache={self.cache}"
         require(

@@ -76,7 +76,8 @@ def _megatron(path: Path) -> np.ndarray:
     for number, record in _records(path):
         if record.get("block", "decoder") != "decoder" or "mtp_idx" in record:
             continue
-        step, layer = record.get("step"), record.get("layer")
+        step = record.get("step")
+        layer = record.get("layer")
         chosen = _numbers(record.get("top_indices"))
         if not isinstance(step, int) or not isinstance(layer, int) or chosen is None:
             raise _no_record(number)

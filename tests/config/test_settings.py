@@ -37,6 +37,12 @@ from moe_jax.config import (
             lambda: MoEConfig(rule="hash", bias_rate=0, groups=2, groups_per_token=1),
             "rule=hash knows no groups",
         ),
+        (
+            lambda: MoEConfig(rule="token_rouding"),  # type: ignore[arg-type]
+            "model.moe.rule is 'token_rouding': use one of top_k, noisy_top_k, expert_choice, "
+            "token_rounding, hash (did you mean token_rounding?)",
+        ),
+        (lambda: OptimConfig(learning_rate=float("inf")), "learning_rate is inf: it must be below"),
         (lambda: MoEConfig(device_loss=0.1), "device_loss=0.1 needs groups of experts"),
         (lambda: MoEConfig(capacity_factor=-1), "capacity_factor is -1: it must not be negative"),
         (lambda: MoEConfig(rounding_tile=0), "rounding_tile is 0: it must be positive"),
@@ -72,7 +78,6 @@ from moe_jax.config import (
         (lambda: TrainConfig(steps=9, continue_to=9), "continue_to=9 is not beyond steps=9"),
         (lambda: TrainConfig(steps=2**31), "steps is 2147483648: it must be below 2147483648"),
         (lambda: TrainConfig(samples=10**9), "samples is 1000000000: it must be below 1025"),
-        (lambda: OptimConfig(learning_rate=float("inf")), "learning_rate is inf: it must be below"),
         (lambda: OptimConfig(weight_decay=1e39), "weight_decay is 1e+39: it must be below"),
         (lambda: MoEConfig(capacity_factor=9.0), "capacity_factor=9.0 exceeds experts=8"),
         (lambda: ModelConfig(mtp_depth=17), "model.mtp_depth is 17: it must be at most 16"),

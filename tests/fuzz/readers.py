@@ -129,7 +129,7 @@ def _write_gguf(folder: Path) -> Path:
 
 def _retype_gguf(path: Path, random: Random) -> None:
     header = read_header(path)
-    fields = dict(header.fields.items())
+    fields = dict(header.fields)
     name = random.choice(list(fields))
     arrays = [np.arange(3), np.array([0.5, np.nan]), np.array([True]), np.zeros(0, int)]
     # A scalar becomes an array at least as often as another scalar.

@@ -1,5 +1,10 @@
 """Traces survive kills and name their damage; the generator has the parameters it was given."""
 
+import json
+import struct
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 
@@ -65,6 +70,45 @@ def test_damage_is_named(tmp_path):
         read_trace(path)
     with pytest.raises(UserError, match="none is missing"):
         read_trace(tmp_path / "none")
+
+
+def test_a_header_that_lies_is_refused(tmp_path):
+    path = tmp_path / "a.trace"
+    write(path, 6)
+    line, _, body = path.read_bytes().partition(b"\n")
+    lies = {
+        "domains": (["code"], "names domain 1, but has 1"),
+        "experts": (2**31, "experts is 2147483648: it must be"),
+        "layers": (10**6, "up to 1048576 experts in all layers"),
+        "per_token": (7, "a token goes to 1 … 6 experts"),
+    }
+    for name, (value, message) in lies.items():
+        path.write_bytes(json.dumps(json.loads(line) | {name: value}).encode() + b"\n" + body)
+        with pytest.raises(UserError, match=message):
+            read_trace(path)
+
+
+def test_a_block_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_jax.placement.trace.MOST_BYTES", 1 << 20)
+    path = tmp_path / "a.trace"
+    write(path, 6)
+    payload = zlib.compress(bytes(64 << 20))
+    with path.open("ab") as file:
+        file.write(struct.pack("<II", len(payload), zlib.crc32(payload)) + payload)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="holds more than 1 MiB of routing"):
+        read_trace(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 << 20
+
+
+def test_a_writer_refuses_what_no_reader_would_take(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_jax.placement.trace.MOST_BYTES", 100)
+    with TraceWriter(tmp_path / "a.trace", layers=3, experts=6, per_token=2) as writer:
+        writer.append(np.zeros((12, 3, 2), int))
+        with pytest.raises(UserError, match="begin another file"):
+            writer.append(np.zeros((1, 3, 2), int))
 
 
 def test_bad_input_is_refused_before_it_is_written(tmp_path):

@@ -40,6 +40,8 @@ def load_study(storage: Any, path: Path) -> Any:
 
     with reading(path, REMEDY):
         study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
+        one = len(study.directions) == 1 and study.direction.name == "MINIMIZE"
+        require(one, "its study does not minimise one objective: begin another one with --out")
         for trial in study.get_trials(deepcopy=False):
             _check_trial(trial)
         return study
@@ -73,5 +75,9 @@ def _check_trial(trial: Any) -> None:
     # A folder elsewhere would be written to.
     named = isinstance(name, str) and FOLDER.fullmatch(name)
     require(bool(named), f"trial {trial.number} has the folder {quote(name)}: {REMEDY}")
+    values = [0.0] if trial.state.name != "COMPLETE" else trial.values
+    # type() in place of isinstance(), because True is an int.
+    number = isinstance(values, list) and [type(v) in (int, float) for v in values] == [True]
+    require(number, f"trial {trial.number} has the value {quote(values)}: {REMEDY}")
     error = trial.user_attrs.get("error", "")
     require(isinstance(error, str), f"trial {trial.number} has the error {quote(error)}: {REMEDY}")

@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from moe_jax.base.startup import ask_for_huge_pages
@@ -18,6 +17,7 @@ from moe_jax.base.startup import ask_for_huge_pages
 if __name__ == "__main__":
     ask_for_huge_pages()
 
+from moe_jax.base.initial import root_key
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import DecodePlacement, require
 from moe_jax.placement.traffic import Traffic
@@ -66,7 +66,7 @@ def complete(settings: Settings) -> Completion:
         begin = time.perf_counter()
         tokens = decoder.generate(
             prompt,
-            jax.random.key(settings.seed),
+            root_key(settings.seed),
             count=settings.tokens,
             vocabulary=tokenizer.vocabulary,
             temperature=settings.temperature,

@@ -23,6 +23,7 @@ import numpy as np
 
 from moe_jax.base.console import say
 from moe_jax.base.files import disk_errors, write_atomically
+from moe_jax.base.initial import root_key
 from moe_jax.base.result import output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import DataConfig, require
@@ -94,7 +95,7 @@ def written(teacher: Teacher, prompts: np.ndarray, settings: Settings, first: in
         (teacher.parameters, teacher.router),
         jnp.asarray(full),
         # Drawn from the batch's place, so that an interrupted run writes the same texts.
-        jax.random.fold_in(jax.random.key(settings.seed), first),
+        jax.random.fold_in(root_key(settings.seed), first),
         count=settings.tokens,
         vocabulary=teacher.tokenizer.vocabulary,
         temperature=settings.temperature,

@@ -25,6 +25,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from rich.progress import track
 
+from moe_jax.base.initial import root_key
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, preset, program
 from moe_jax.config import ModelConfig, TrainConfig
@@ -84,7 +85,7 @@ def median_seconds(function: Callable, *arguments: object, repeats: int) -> floa
 def make_batch(config: TrainConfig) -> dict[str, jax.Array]:
     """Random tokens in one document a sequence."""
     length = config.data.length + 1 + config.model.mtp_depth
-    key = jax.random.key(config.seed)
+    key = root_key(config.seed)
     tokens = jax.random.randint(key, (config.batch, length), 0, config.data.vocabulary)
     return {"tokens": tokens, "segments": jnp.ones_like(tokens)}
 
@@ -102,7 +103,7 @@ def step_seconds(config: TrainConfig, repeats: int) -> tuple[float, float]:
 def part_seconds(config: TrainConfig, rate: float, repeats: int) -> list[Part]:
     """Forward and backward of each part alone, at the shapes of one update."""
     model_config = config.model
-    model = Transformer(model_config, key=jax.random.key(config.seed))
+    model = Transformer(model_config, key=root_key(config.seed))
     batch = make_batch(config)
     length = config.data.length
     tokens = batch["tokens"][:, :length]

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.seeds import check_seeds
 from moe_jax.config import TrainConfig, fields
 
 Settings = TypeVar("Settings")
@@ -93,7 +94,9 @@ def parse_settings(
     _options(argv, types(type(default)))
     # tyro explains a mistake in a box on stderr. check() finds the same mistake and reports a line.
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        return read(args=argv)
+        settings = read(args=argv)
+        check_seeds(settings)
+        return settings
     check(default, argv)
     raise UserError(f"cannot read '{shlex.join(argv)}': see --help")
 

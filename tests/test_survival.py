@@ -77,15 +77,11 @@ def reached(step: int) -> Callable[[Path], bool]:
 
 
 def writing(step: int) -> Callable[[Path], bool]:
-    """A checkpoint at or after `step` is half written: its temporary folder exists, or its final
-    one does and the manifest does not yet."""
+    """A checkpoint at or after `step` is half written."""
 
     def moment(out: Path) -> bool:
-        for folder in (out / "checkpoints").glob("*"):
-            number, dot, _ = folder.name.partition(".")
-            if number.isdigit() and int(number) >= step:
-                return bool(dot) or not (folder / "MANIFEST.json").exists()
-        return False
+        unfinished = (out / "checkpoints" / "unfinished").glob("*")
+        return any(f.name.isdigit() and int(f.name) >= step for f in unfinished)
 
     return moment
 
@@ -115,8 +111,8 @@ def copying_experts(step: int) -> Callable[[Path], bool]:
 
     def moment(out: Path) -> bool:
         return any(
-            int(folder.name.split("-")[1].split(".")[0]) >= step
-            for folder in out.glob("experts-*.tmp")
+            int(folder.name.removeprefix("experts-")) >= step
+            for folder in (out / "checkpoints" / "unfinished").glob("experts-*")
         )
 
     return moment

@@ -21,8 +21,9 @@ from experiments.adversarial.settings import (
     student_config,
     window_flops,
 )
-from experiments.adversarial.text import shuffled_batches, windows_of
+from experiments.adversarial.text import batch_of, shuffled_batches, windows_of
 from moe_jax.adversarial.generative import group_advantage, make_discriminator
+from moe_jax.base.initial import root_key
 from moe_jax.config import DistillConfig, ModelConfig
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
@@ -60,7 +61,7 @@ def continuations(
         graph_of(model),
         state,
         jnp.asarray(prompts, jnp.int32),
-        jax.random.key(seed),
+        root_key(seed),
         count=LENGTH + 1 - PROMPT,
         vocabulary=BYTES,
         temperature=temperature,
@@ -171,9 +172,10 @@ def _train_on_own_text(start: WarmStart, rate: float) -> States:
     batches = shuffled_batches(start.text, start.seed + 100)
     state = lab.restart(config, start.student)
     for _ in range(config.steps):
-        rows = {"tokens": jnp.asarray(next(batches), jnp.int32)}
+        rows = batch_of(next(batches))
         student = state.model_states()
-        batch = own_batch(settings, start.model, student, rows, state.step_key(), BYTES)
+        key = state.step_key()
+        batch = own_batch(settings, start.model, student, rows, key, vocabulary=BYTES)
         state, _ = step(state, batch, [lab.teacher])
     return state.model_states()
 

@@ -29,6 +29,7 @@ from experiments.distillation.curves import (
     curves_of,
     train_curve,
 )
+from moe_jax.base.seeds import SEEDS
 from moe_jax.config import TrainConfig, require
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokens import TokenData
@@ -100,7 +101,8 @@ class Lab:
                 batch = self._read_or_written(arm, config, state, batch, index)
             return step(state, batch, *operands)[0]
 
-        batches = self._batches(arm, config, seed + TEACHER_TEXT if name == "teacher" else seed)
+        order = (seed + TEACHER_TEXT) % SEEDS if name == "teacher" else seed
+        batches = self._batches(arm, config, order)
         start = self._start(arm, config)
         curve, state = train_curve(config, start, update, batches, self._evaluator(config))
         finite = bool(np.isfinite(curve.bits[-1]))
@@ -165,7 +167,8 @@ class Lab:
             state.model_states(),
             batch,
             state.step_key(),
-            self.data.tokenizer.vocabulary,
+            vocabulary=self.data.tokenizer.vocabulary,
+            end=self.data.tokenizer.eos,
         )
 
     def _traits(self, arm: Arm, config: TrainConfig, state: TrainState) -> dict[str, Any]:

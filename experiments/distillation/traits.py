@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from moe_jax.config import ModelConfig
-from moe_jax.data.batches import Windows
+from moe_jax.data.batches import Windows, shifted_targets
 from moe_jax.data.tokens import TokenArray
 from moe_jax.distill.cache import CacheConfig, build_cache
 from moe_jax.distill.specialise import specialisation
 from moe_jax.distill.teacher import Teacher
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
+from moe_jax.objectives.distillation import own_segments
 from moe_jax.study.domains import DOMAINS, domain_texts
 
 State = tuple[Any, Any]
@@ -69,14 +70,17 @@ def of_own_text(
     """own_text_bits: an estimate of KL(student ‖ teacher) on the student's own text, bits a byte.
 
     It is the mean over the bytes that the student wrote of log2 q - log2 p, with q the student's
-    probability of the byte and p the teacher's. On-policy distillation lowers it.
+    probability of the byte and p the teacher's. Nothing after the document's end counts. On-policy
+    distillation lowers it.
     """
     count = LENGTH + 1 - PROMPT
     windows = Windows(text, LENGTH, 0, WRITTEN)
     total = 0.0
+    counted = 0
     for begin in range(0, WRITTEN, batch):
         rows = range(begin, begin + batch)
         prompt = jnp.stack([windows[row]["tokens"][:PROMPT] for row in rows])
+        segments = jnp.stack([windows[row]["segments"][:PROMPT] for row in rows])
         written = generate(
             graph_of(model),
             state,
@@ -85,24 +89,37 @@ def of_own_text(
             count=count,
             vocabulary=teacher.tokenizer.vocabulary,
             temperature=1.0,
+            segments=segments,
         )
         tokens = jnp.concatenate([prompt, written.astype(prompt.dtype)], axis=1)
-        of_teacher = _nats(*teacher[1:3], tokens, graph=graph_of(teacher.model))
-        of_student = _nats(*state, tokens, graph=graph_of(model))
+        segments = own_segments(segments, tokens, teacher.tokenizer.eos)
+        of_teacher = _nats(*teacher[1:3], tokens, segments, graph=graph_of(teacher.model))
+        of_student = _nats(*state, tokens, segments, graph=graph_of(model))
         total += float((of_teacher - of_student).sum())
-    return {"own_text_bits": total / math.log(2) / (WRITTEN * count)}
+        counted += int(_written(segments).sum())
+    return {"own_text_bits": total / math.log(2) / max(counted, 1)}
+
+
+def _written(segments: Int[Array, "B L"]) -> Bool[Array, "B count"]:
+    """Which tokens after the prompt belong to a document, its end included."""
+    # Position t predicts token t + 1, so the first written token is predicted at PROMPT - 1.
+    return shifted_targets(segments, segments, segments.shape[1] - 1)[1][:, PROMPT - 1 :]
 
 
 @partial(jax.jit, static_argnames="graph")
 def _nats(
-    parameters: Any, router: Any, tokens: Int[Array, "B L"], *, graph: nnx.GraphDef
+    parameters: Any,
+    router: Any,
+    tokens: Int[Array, "B L"],
+    segments: Int[Array, "B L"],
+    *,
+    graph: nnx.GraphDef,
 ) -> Float[Array, "B"]:
-    """-log of the probability of all tokens after the prompt."""
+    """-log of the probability of the tokens after the prompt, up to the end of their document."""
     model = nnx.merge(graph, parameters, router)
-    log_q = jax.nn.log_softmax(model(tokens, jnp.ones_like(tokens))[:, :-1])
+    log_q = jax.nn.log_softmax(model(tokens, segments)[:, :-1])
     picked = jnp.take_along_axis(log_q, tokens[:, 1:, None], axis=-1)[..., 0]
-    # Position t predicts token t + 1, so the first written token is predicted at PROMPT - 1.
-    return -picked[:, PROMPT - 1 :].sum(axis=-1)
+    return -jnp.where(_written(segments), picked[:, PROMPT - 1 :], 0).sum(axis=-1)
 
 
 def with_cache(

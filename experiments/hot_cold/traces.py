@@ -9,6 +9,7 @@ policy counts uses in it. A fitted Zipf-Markov process generates the same trace 
 how far such a process stands in for a recording. `--trace` replays a recorded file instead.
 """
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,12 @@ def recorded_trace(settings: Settings, out: Path) -> tuple[Trace, int]:
         return open_trace(Path(settings.trace)), settings.expert_bytes or 1
     run = trained_model(out, settings.seed, settings.quick, settings.locality)
     path = out / "routing.trace"
-    path.unlink(missing_ok=True)  # recording appends
     characters = 9_000 if settings.quick else 36_000
-    record_routing(run, held_out_texts(out, STRETCH, characters), path, domains=DOMAINS)
+    texts = held_out_texts(out, STRETCH, characters)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        recorded = Path(folder) / path.name
+        record_routing(run, texts, recorded, domains=DOMAINS)
+        recorded.replace(path)  # an earlier trace goes only when there is a new one
     model = run.config.model
     return read_trace(path), 3 * model.width * model.moe.expert_hidden * 4  # float32
 

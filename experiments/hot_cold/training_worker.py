@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -212,13 +213,11 @@ def direct_works(folder: Path) -> bool:
     flag = getattr(os, "O_DIRECT", None)  # macOS has none
     if flag is None:
         return False
-    path = folder / ".direct"
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | flag))
-    except OSError:
-        return False
-    finally:
-        path.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        try:
+            os.close(os.open(file.name, os.O_RDWR | flag))
+        except OSError:
+            return False
     return True
 
 

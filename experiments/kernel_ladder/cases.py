@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
 
+from moe_jax.base.initial import root_key
 from moe_jax.moe.plan import Plan, make_plan
 
 DTYPE = "bfloat16"
@@ -63,7 +64,7 @@ def layer_arrays(shape: Shape) -> tuple[Any, ...]:
 
 def make_inputs(shape: Shape, seed: int) -> list[jax.Array]:
     """Normal numbers for layer_arrays, the matrices divided by the root of their inputs' width."""
-    keys = jax.random.split(jax.random.key(seed), 4)
+    keys = jax.random.split(root_key(seed), 4)
     scales = (1.0, 1.0, shape.width**-0.5, shape.hidden**-0.5)
     return [
         (scale * jax.random.normal(key, a.shape)).astype(a.dtype)

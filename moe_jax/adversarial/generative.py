@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.base.initial import named_key
+from moe_jax.base.initial import named_key, root_key
 from moe_jax.config import ModelConfig
 from moe_jax.model.abstract import split_model
 from moe_jax.model.linear import Linear
@@ -21,7 +21,10 @@ from moe_jax.model.transformer import Transformer
 
 
 class Discriminator(nnx.Module):
-    """A transformer whose mean last hidden state gives one score for each sequence."""
+    """A transformer whose mean last hidden state gives one score for each sequence.
+
+    The mean is over the tokens of documents: those whose segment is not 0.
+    """
 
     def __init__(self, config: ModelConfig, *, key: Array) -> None:
         self.trunk = Transformer(config, key=named_key(key, "trunk"))
@@ -29,17 +32,27 @@ class Discriminator(nnx.Module):
         own = named_key(key, "head")
         self.head = Linear(config.width, 1, std=config.init_std, dtype=dtype, key=own)
 
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B"]:
-        """Scores of whole sequences, prompt and continuation."""
-        hidden, _ = self.trunk.hidden(tokens, jnp.ones_like(tokens))
-        return self.head(self.trunk.norm(hidden).mean(axis=1))[:, 0].astype(jnp.float32)
+    def __call__(
+        self, tokens: Int[Array, "B L"], segments: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B"]:
+        """Scores of whole sequences, prompt and continuation.
+
+        Without `segments`, no token is padding.
+        """
+        if segments is None:
+            segments = jnp.ones_like(tokens)
+        hidden, _ = self.trunk.hidden(tokens, segments)
+        counted = (segments != 0)[..., None]
+        states = jnp.where(counted, self.trunk.norm(hidden), 0)
+        mean = states.sum(axis=1) / jnp.maximum(counted.sum(axis=1), 1).astype(states.dtype)
+        return self.head(mean)[:, 0].astype(jnp.float32)
 
 
 def make_discriminator(
     config: ModelConfig, parameters: Any, router: Any, seed: int
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graph, parameters, router) of a discriminator whose trunk is a copy of a trained model."""
-    built = Discriminator(config, key=jax.random.key(seed))
+    built = Discriminator(config, key=root_key(seed))
     graph, fresh, bias = split_model(built)
     for state, trained in ((fresh, parameters), (bias, router)):
         pure = nnx.to_pure_dict(state)
@@ -87,12 +100,18 @@ def policy_loss(
     r = q / q_old (PPO, arXiv:1707.06347, eq. 7, with the advantage of the whole sequence).
 
     On the first update after sampling, r = 1 and the gradient is REINFORCE's, -A · grad log q.
+    Positions that the mask leaves out have no part in it, not even as NaN.
     """
-    ratio = jnp.exp(log_q - lax.stop_gradient(old_log_q))
+    change = jnp.where(mask, log_q - lax.stop_gradient(old_log_q), 0.0)
+    ratio = jnp.exp(change)
     gain = lax.stop_gradient(advantage)[:, None]
     surrogate = jnp.minimum(ratio * gain, jnp.clip(ratio, 1 - clip, 1 + clip) * gain)
-    written = jnp.maximum(mask.sum(-1), 1)
-    return -jnp.mean(jnp.where(mask, surrogate, 0.0).sum(-1) / written)
+    return -jnp.mean(sequence_means(surrogate, mask))
+
+
+def sequence_means(values: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B"]:
+    """The mean of each sequence's values where the mask is true. 0 where it is nowhere."""
+    return jnp.where(mask, values, 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
 def distinct(tokens: Int[Array, "B L"], order: int) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 Shift = Float[Array, "B L D"]
 
@@ -36,9 +36,20 @@ def radius_of(embedded: Float[Array, "B L D"], size: float) -> Float[Array, "B"]
     return lax.stop_gradient(size * norm)
 
 
-def random_shift(key: Array, like: Shift, radius: Float[Array, "B"] | float) -> Shift:
-    """The control: a shift of length `radius` in a direction drawn uniformly."""
-    return to_ball(jax.random.normal(key, like.shape), radius)
+def random_shift(
+    key: Array,
+    like: Shift,
+    radius: Float[Array, "B"] | float,
+    counted: Bool[Array, "B L"] | None = None,
+) -> Shift:
+    """The control: a shift of length `radius` in a direction drawn uniformly.
+
+    Positions that `counted` leaves out are not shifted.
+    """
+    direction = jax.random.normal(key, like.shape)
+    if counted is not None:
+        direction = jnp.where(counted[..., None], direction, 0)
+    return to_ball(direction, radius)
 
 
 def adversarial_shift(
@@ -49,32 +60,38 @@ def adversarial_shift(
     *,
     steps: int = 1,
     probe: float = 0.1,
+    counted: Bool[Array, "B L"] | None = None,
 ) -> Shift:
     """The shift of length `radius` that raises `divergence`, KL(q(x) ‖ q(x + shift)), most.
 
     KL has its minimum, 0, at no shift. To second order it is shiftᵀ H shift / 2, and the worst
     direction is the leading eigenvector of H. The gradient at a small shift is H · shift, so power
     iteration needs no H: d <- grad divergence(probe · d) (arXiv:1704.03976, eq. 10-12). `probe` is
-    the length of the small shift as a fraction of `radius`. No gradient passes through the result.
+    the length of the small shift as a fraction of `radius`. The first direction leaves out what
+    `counted` does. No gradient passes through the result.
     """
-    direction = random_shift(key, like, 1.0)
+    direction = random_shift(key, like, 1.0, counted)
     for _ in range(steps):
         direction = to_ball(jax.grad(divergence)(to_ball(direction, probe * radius)), 1.0)
     return lax.stop_gradient(to_ball(direction, radius))
 
 
 def random_swaps(
-    key: Array, tokens: Int[Array, "B L"], count: int, vocabulary: int
+    key: Array,
+    tokens: Int[Array, "B L"],
+    count: int,
+    vocabulary: int,
+    segments: Int[Array, "B L"] | None = None,
 ) -> Int[Array, "B L"]:
     """The control: `count` random positions of a row get another random token below `vocabulary`.
 
-    The first position is never swapped.
+    The first token of a document is never swapped, nor is padding (segment 0).
     """
     position_key, token_key = jax.random.split(key)
     score = jax.random.uniform(position_key, tokens.shape)
     # Added modulo V, 1 … V-1 gives every token but the present one.
     other = 1 + jax.random.randint(token_key, tokens.shape, 0, vocabulary - 1)
-    return _swapped(tokens, score, (tokens + other) % vocabulary, count)
+    return _swapped(tokens, score, (tokens + other) % vocabulary, count, segments)
 
 
 def adversarial_swaps(
@@ -83,25 +100,36 @@ def adversarial_swaps(
     tokens: Int[Array, "B L"],
     count: int,
     vocabulary: int,
+    segments: Int[Array, "B L"] | None = None,
 ) -> Int[Array, "B L"]:
     """`count` positions of a row get the token below `vocabulary` that raises a loss most.
 
     To first order, token v at a position with embedding gradient g raises the loss by
-    g · (E_v - E_now). The first position is never swapped.
+    g · (E_v - E_now). The first token of a document is never swapped, nor is padding (segment 0).
     """
     now = jnp.take(table, tokens, axis=0, mode="clip")
     rise = jnp.einsum("bld,vd->blv", gradient, table[:vocabulary])
     rise -= jnp.einsum("bld,bld->bl", gradient, now)[..., None]
     rise = jnp.where(jnp.arange(vocabulary) == tokens[..., None], -jnp.inf, rise)
-    return _swapped(tokens, rise.max(-1), rise.argmax(-1).astype(tokens.dtype), count)
+    best = rise.argmax(-1).astype(tokens.dtype)
+    return _swapped(tokens, rise.max(-1), best, count, segments)
 
 
 def _swapped(
-    tokens: Int[Array, "B L"], score: Float[Array, "B L"], other: Int[Array, "B L"], count: int
+    tokens: Int[Array, "B L"],
+    score: Float[Array, "B L"],
+    other: Int[Array, "B L"],
+    count: int,
+    segments: Int[Array, "B L"] | None,
 ) -> Int[Array, "B L"]:
     """`tokens` with `other` at the `count` positions of a row that score highest."""
-    # The first token starts the document for all the later ones.
-    score = score.at[:, 0].set(-jnp.inf)
+    if segments is None:
+        segments = jnp.ones_like(tokens)
+    # The first token of a document starts it for all the later ones.
+    inside = (segments != 0) & (segments == jnp.pad(segments[:, :-1], ((0, 0), (1, 0))))
+    score = jnp.where(inside, score, -jnp.inf)
+    # A row may have fewer than `count` such positions.
+    other = jnp.where(inside, other, tokens)
     places = lax.top_k(score, count)[1]
     rows = jnp.arange(len(tokens))[:, None]
     return tokens.at[rows, places].set(jnp.take_along_axis(other, places, axis=1))

@@ -8,6 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from moe_jax.base.seeds import check_seed
+
+
+def root_key(seed: int) -> Array:
+    """The key of a seed, from which all others are derived. UserError: the seed does not exist."""
+    check_seed("seed", seed)
+    return jax.random.key(seed)
+
 
 def named_key(key: Array, *path: str | int | Array) -> Array:
     """The key of the part called `path` below the owner of `key`: jax.random.fold_in for each name.

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,12 @@ def output_folder(out: str) -> Path:
     path = Path(out).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # Only a written file proves it: permissions say nothing of a read-only or full disk.
-        write_atomically(path / ".writable", "")
-        (path / ".writable").unlink()
+        # Only a written file proves it: permissions say nothing of a read-only or full disk. It
+        # has no name of its own, so that it meets neither the user's files nor another process's.
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"written")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"--out '{out}' cannot be written: {error.strerror or error}") from error
     return path

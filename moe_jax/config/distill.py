@@ -47,7 +47,8 @@ class DistillConfig:
     temperature: float = 1.0
     """Temperature of the softmax of both teacher and student."""
     on_policy: float = 0.0
-    """Fraction of the batches whose text the student writes itself."""
+    """Fraction of the batches whose text the student writes itself.
+    It goes on with the last document of the prompt. Its text after that one's end is padding."""
     prompt: int = 32
     """on_policy: tokens of the corpus that the student continues."""
     cache: str = "none"

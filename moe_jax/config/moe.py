@@ -29,7 +29,8 @@ class MoEConfig:
     `noisy_top_k` adds learned noise to the router logits in training.
     `expert_choice`: experts choose tokens, so a token's route depends on later tokens.
     `token_rounding` rounds each expert's load to a multiple of rounding_tile in training.
-    `hash` is a baseline without learning: a fixed hash of the token id chooses."""
+    `hash` is a baseline without learning: a fixed hash of the token id chooses.
+    Its router is not trained, and balance losses change nothing."""
     allow_acausal: bool = False
     """Let rule=expert_choice train an autoregressive model.
     The model then sees which later tokens compete for its experts.
@@ -38,10 +39,11 @@ class MoEConfig:
     """token_rounding: an expert's load becomes a multiple of this many rows."""
     capacity_factor: float = 0.0
     """Expert capacity: an expert computes at most ceil(factor · T K / E) tokens.
-    T counts one device's tokens. Later tokens beyond the capacity are dropped.
+    T counts one device's tokens, padding included. Later tokens beyond the capacity are dropped.
     0 is dropless. With expert_choice, an expert takes exactly its capacity, and 0 means 1."""
     normalise: bool = True
-    """Divide the weights of the K selected experts by their sum."""
+    """Divide the weights of the K selected experts by their sum.
+    Training refuses it with K = 1: every weight is 1 then, and the router has no gradient."""
     scale: float = 1.0
     """Factor on the routed experts' weights, after normalisation."""
     groups: int = 1
@@ -60,11 +62,14 @@ class MoEConfig:
     bias_until: float = 1.0
     """Fraction of the steps after which the router bias is frozen."""
     sequence_loss: float = 1e-4
-    """Weight of the balance loss within each sequence (DeepSeek-V3). 0 turns it off."""
+    """Weight of the balance loss within each sequence (DeepSeek-V3). 0 turns it off.
+    Tokens of padding count in none of these losses."""
     expert_loss: float = 0.0
-    """Weight of the balance loss over experts (DeepSeekMoE). 0 turns it off."""
+    """Weight of the balance loss over experts (DeepSeekMoE). 0 turns it off.
+    Loads are those of one micro-batch on all devices, so optim.accumulation changes the loss."""
     device_loss: float = 0.0
-    """Weight of the balance loss over groups of experts (DeepSeekMoE). 0 turns it off."""
+    """Weight of the balance loss over groups of experts (DeepSeekMoE). 0 turns it off.
+    Loads are taken as for expert_loss."""
     locality_loss: float = 0.0
     """Weight of the locality loss, which keeps neighbouring tokens with the same experts.
     Decoding with experts in tiers then copies fewer of them. 0 turns it off."""

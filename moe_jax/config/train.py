@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import tyro
 
 from moe_jax.base.errors import require
+from moe_jax.base.seeds import check_seed
 from moe_jax.config.checkpoint import CheckpointConfig
 from moe_jax.config.checks import not_negative, positive
 from moe_jax.config.codec import MAY_DIFFER
 from moe_jax.config.data import DataConfig
 from moe_jax.config.distill import DistillConfig
+from moe_jax.config.learning import check_learning
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.optim import OptimConfig
 from moe_jax.config.placement import PlacementConfig
@@ -26,7 +28,7 @@ class TrainConfig:
     """Folder of the run. The same command continues the run that is there.
     Unset, runs/PRESET-HASH: one folder for each set of settings."""
     seed: int = 0
-    """Seed of initialisation, data order and sampling."""
+    """Seed of initialisation, data order and sampling, below 2**32."""
     steps: int = 600
     """Optimizer updates."""
     batch: int = 8
@@ -44,12 +46,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive("", self, "steps", "batch", "evaluate_every")
-        not_negative("", self, "seed", "samples")
+        not_negative("", self, "samples")
+        check_seed("seed", self.seed)
         require(
             self.batch % self.optim.accumulation == 0,
             f"optim.accumulation={self.optim.accumulation} does not divide batch={self.batch}",
         )
         self._check_teacher()
+        check_learning(self)
 
     def _check_teacher(self) -> None:
         teacher = self.distill.teacher

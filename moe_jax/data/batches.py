@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.seeds import check_seed
 from moe_jax.data.tokens import TokenArray
 
 # Reading a window is a copy from mapped memory, so one thread stays ahead of any training step.
@@ -92,12 +93,13 @@ def train_batches(
     bit for bit. UserError: the array is shorter than one window, or process_count does not divide
     the batch.
     """
+    check_seed("seed", seed)
     size = length + 1 + ahead
     if len(array.tokens) < size:
         raise UserError(
             f"the training text has {len(array.tokens)} tokens, fewer than the {size} of one "
-            f"sequence (data.length={length}, {ahead} further predicted): shorten --data.length or "
-            "add text"
+            f"sequence (data.length={length}, {ahead} further predicted): shorten --data.length, "
+            "hold less out (--data.validation-fraction) or add text"
         )
     # The last tokens, fewer than one window, are left out: training batches have no padding.
     windows: Any = Windows(array, length, ahead, (len(array.tokens) - size) // length + 1)

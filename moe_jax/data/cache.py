@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.files import sync, write_atomically
+from moe_jax.base.scratch import is_scratch, make_scratch, mark_scratch, remove_scratch
 from moe_jax.data.documents import digest
 
 META = "meta.json"
@@ -63,9 +64,9 @@ def entry(
     description = _verified(folder)
     if description is not None:
         return description
-    if folder.exists():
+    if os.path.lexists(folder):
         say(f"the cache entry {folder} is damaged: building it again")
-        _discard(folder)
+        _discard(folder, say)
     _remove_stale(folder.parent)
     with _appearing(folder) as temporary:
         _write_meta(temporary, build(temporary))
@@ -81,13 +82,14 @@ def entry(
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `folder` when the block ends without an error."""
-    temporary = folder.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    scratch = _new_scratch(folder.parent)
+    temporary = scratch / folder.name
     temporary.mkdir()
     try:
         yield temporary
         # Before the rename: else a power failure could leave a renamed folder of empty files.
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         try:
             temporary.rename(folder)
         except OSError as error:
@@ -96,54 +98,74 @@ def _appearing(folder: Path) -> Iterator[Path]:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what stays is stale in a day
+            remove_scratch(scratch)
 
 
-def _sync(path: Path) -> None:
-    # Path.open cannot open folders, and a folder has to be synced as well.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _new_scratch(cache: Path) -> Path:
+    return make_scratch(cache / f"{TEMPORARY}{uuid.uuid4().hex}")
 
 
-def _discard(folder: Path) -> None:
+def _discard(folder: Path, say: Callable[[str], None]) -> None:
+    """Removes a damaged entry. What has no mark of ours is renamed instead."""
+    if not is_scratch(folder):
+        aside = folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}")
+        say(f"it is kept as {aside}, because nothing shows that moe_jax made it")
+        _rename(folder, aside)
+        return
     # Renamed before it is removed: another process never sees a half removed entry.
-    discarded = folder.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    scratch = _new_scratch(folder.parent)
+    _rename(folder, scratch / folder.name)
+    remove_scratch(scratch)
+
+
+def _rename(folder: Path, target: Path) -> None:
     # It is missing if another process discards it at this moment.
     with contextlib.suppress(FileNotFoundError):
-        folder.rename(discarded)
-    shutil.rmtree(discarded, ignore_errors=True)
+        folder.rename(target)
 
 
 def _remove_stale(cache: Path) -> None:
-    # is_dir, because HashIndex has temporary files of the same prefix.
-    for folder in filter(Path.is_dir, cache.glob(TEMPORARY + "*")):
-        with contextlib.suppress(FileNotFoundError):
-            latest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
-            if time.time() - latest > STALE_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+    for folder in cache.glob(TEMPORARY + "*"):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if is_scratch(folder) and time.time() - _last_write(folder) > STALE_SECONDS:
+                remove_scratch(folder)
+
+
+def _last_write(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
 
 
 def _write_meta(folder: Path, description: dict[str, Any]) -> None:
+    mark_scratch(folder)  # so that the entry may be removed if it is damaged
     files = {path.name: [path.stat().st_size, checksum(path)] for path in folder.iterdir()}
-    text = json.dumps({"description": description, "files": files})
-    (folder / META).write_text(f"{digest(text)}\n{text}")
+    (folder / META).write_text(_sealed({"description": description, "files": files}))
+
+
+def _sealed(content: Any) -> str:
+    """The content as JSON, below a line with the JSON's own checksum."""
+    text = json.dumps(content)
+    return f"{digest(text)}\n{text}"
+
+
+def _unsealed(path: Path) -> Any:
+    """The content of a file that `_sealed` gave. ValueError: it is damaged."""
+    text_digest, _, text = path.read_text().partition("\n")
+    if text_digest != digest(text):
+        raise ValueError("the checksum does not hold")
+    return json.loads(text)
 
 
 def _verified(folder: Path) -> dict[str, Any] | None:
     """The description of an entry, or None if the entry is missing or damaged."""
     try:
-        text_digest, text = (folder / META).read_text().splitlines()
-        if text_digest != digest(text):
-            return None
-        meta = json.loads(text)
+        meta = _unsealed(folder / META)
         for name, (size, expected) in meta["files"].items():
             path = folder / name
             if path.stat().st_size != size or checksum(path) != expected:
                 return None
-    except (FileNotFoundError, ValueError):
+    # The middle two: a damaged disk may show a file where a folder was, or the reverse.
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     return meta["description"]
 
@@ -164,22 +186,29 @@ def checksum(path: Path) -> str:
 
 
 class HashIndex:
-    """Remembers content hashes, so that a start need not read everything again.
+    """Remembers what reading a text told, such as its hash: a start need not read it all again.
 
     It trusts a file's state as git's index does: if size, times and inode are those recorded with
-    the hash, the content is unchanged. `corpus` names the corpus whose hashes these are.
+    the hash, the content is unchanged. `corpus` names the corpus whose hashes these are. The file
+    begins with its own checksum. `say` tells of an index that cannot be used, which is made anew.
     """
 
-    def __init__(self, cache: Path, corpus: str):
+    def __init__(self, cache: Path, corpus: str, say: Callable[[str], None] = print):
         self._path = cache / f"hashes-{digest(corpus)}.json"
         self._used: dict[str, list[Any]] = {}
+        self._known: dict[str, list[Any]] = {}
         try:
-            self._known = json.loads(self._path.read_text())
-        except (FileNotFoundError, ValueError):
-            self._known = {}
+            self._known = _unsealed(self._path)
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            say(f"{self._path} is damaged or of another version: reading the text again")
 
-    def hash(self, name: str, state: Sequence[Any], compute: Callable[[], str]) -> str:
-        """The hash remembered for `name` if its `state` is the same, or else `compute()`."""
+    def recall(self, name: str, state: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """The value remembered for `name` if its `state` is the same, or else `compute()`.
+
+        Values are what JSON can express, with lists for sequences.
+        """
         known = self._known.get(name)
         if not known or known[:-1] != list(state):
             known = [*state, compute()]
@@ -193,7 +222,5 @@ class HashIndex:
         """
         if self._used == self._known:
             return
-        temporary = self._path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(self._used))
-            temporary.replace(self._path)
+            write_atomically(self._path, _sealed(self._used))

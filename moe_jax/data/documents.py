@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,13 +28,30 @@ class Document(NamedTuple):
     replaced: bool = False
 
 
+class Opening(NamedTuple):
+    """How a corpus is opened.
+
+    `cache`: the folder that remembers content hashes. None: nothing is remembered. `binary`: files
+    with NUL bytes are read as well. `say` is told in a line of what is left out.
+    """
+
+    cache: Path | None = None
+    binary: bool = False
+    say: Callable[[str], None] = print
+
+
 class Corpus(ABC):
     """Documents that are read one at a time, long ones piece by piece.
 
-    `sizes`: int64[documents], bytes of each.
+    `sizes`: int64[documents], bytes of the text of each.
     """
 
     sizes: np.ndarray
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of all names and texts."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -49,8 +66,8 @@ class Corpus(ABC):
         """At most `size` bytes of document `index` from byte `start` on, as text."""
 
     @abstractmethod
-    def fingerprint(self, cache: Path) -> str:
-        """Hash of all names and contents. Content hashes may be remembered in `cache`."""
+    def contents(self) -> np.ndarray:
+        """Hash of the text of each document: uint64[documents]."""
 
 
 def digest(*parts: str) -> str:
@@ -74,23 +91,52 @@ def split(corpus: Corpus, validation_fraction: float) -> np.ndarray:
     """Which documents are held out: bool[documents].
 
     A document is held out if the hash of its name, as a number in [0, 1), is below the fraction.
-    Adding documents therefore moves none of the others. The document with the lowest hash is always
-    held out and the one with the highest never, so that neither side is empty. UserError: fewer
-    than two documents have any text.
+    Adding documents therefore moves none of the others. A document with the text of an earlier one
+    goes where the earlier one is, so that no text is on both sides. The document with the lowest
+    hash is always held out and the one with the highest never, so that neither side is empty.
+    UserError: fewer than two documents have text of their own.
     """
-    filled = np.flatnonzero(corpus.sizes > 0)
-    if filled.size < 2:
+    first = _first_with_text(corpus)
+    own = np.flatnonzero((corpus.sizes > 0) & (first == np.arange(len(first))))
+    if own.size < 2:
         raise UserError(
-            f"the corpus has {filled.size} non-empty document: validation text is split off by "
-            "file, so at least two are needed (add one, or cut it into several: --data.source)"
+            f"the corpus has {own.size} document with text of its own: validation text is split "
+            "off by file, so at least two are needed (add one, or cut it into several: "
+            "--data.source)"
         )
+    return _by_name(_name_hashes(corpus), own, validation_fraction)[first]
+
+
+def moved(corpus: Corpus, validation_fraction: float) -> str:
+    """Hash of the documents that `split` puts elsewhere than their names alone would.
+
+    It is empty if there are none.
+    """
+    alone = _by_name(_name_hashes(corpus), np.flatnonzero(corpus.sizes > 0), validation_fraction)
+    indices = np.flatnonzero(alone != split(corpus, validation_fraction))
+    return digest_all(map(corpus.name, indices.tolist())) if indices.size else ""
+
+
+def _name_hashes(corpus: Corpus) -> np.ndarray:
+    """The hash of each document's name as a number in [0, 1): float64[documents]."""
     names = map(corpus.name, range(len(corpus.sizes)))
     # 13 hexadecimal digits are 52 bits, which a float64 holds exactly.
-    hashes = np.array([int(digest(name)[:13], 16) / 16**13 for name in names])
-    held_out = hashes < validation_fraction
-    held_out[filled[np.argmin(hashes[filled])]] = True
-    held_out[filled[np.argmax(hashes[filled])]] = False
+    return np.array([int(digest(name)[:13], 16) / 16**13 for name in names])
+
+
+def _by_name(hashes: np.ndarray, candidates: np.ndarray, fraction: float) -> np.ndarray:
+    """Which hashes are below the fraction, with one candidate on either side: bool[documents]."""
+    held_out = hashes < fraction
+    held_out[candidates[np.argmin(hashes[candidates])]] = True
+    held_out[candidates[np.argmax(hashes[candidates])]] = False
     return held_out
+
+
+def _first_with_text(corpus: Corpus) -> np.ndarray:
+    """For each document, the first that has its text: int[documents]. Empty ones count as own."""
+    _, first, group = np.unique(corpus.contents(), return_index=True, return_inverse=True)
+    # An empty document has no text that could be known in advance.
+    return np.where(corpus.sizes > 0, first[group], np.arange(len(corpus.sizes)))
 
 
 def sample(corpus: Corpus, documents: np.ndarray, limit: int = SAMPLE_BYTES) -> Iterator[str]:

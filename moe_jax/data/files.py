@@ -1,13 +1,8 @@
 """Corpora of files, read in pieces, so that a file may be larger than memory."""
 
-import codecs
-import glob
-import hashlib
 import os
 import sysconfig
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,85 +10,51 @@ import numpy as np
 from moe_jax.base.console import progress
 from moe_jax.base.errors import UserError
 from moe_jax.data.cache import HashIndex
-from moe_jax.data.documents import Corpus, Document, digest
-
-PIECE_BYTES = 1 << 20
-"""Size of the pieces in which a file is read. Several fill one batch of the tokenizer."""
-SETTLED_SECONDS = 2
-"""Age from which a file's time stamps are trusted. A younger file may change again within one tick
-of its file system's clock, which leaves the time stamps as they are."""
+from moe_jax.data.contents import Content, content_of, readable
+from moe_jax.data.documents import Corpus, Document, Opening, digest
+from moe_jax.data.encodings import blocks_of, pieces, skip_mark, text_at
+from moe_jax.data.left_out import LeftOut
+from moe_jax.data.paths import Matches, root_and_parts
 
 
 class FileCorpus(Corpus):
-    """The files `names`, relative to the folder `root`, sorted, one document each.
+    """Files below the folder `root`, sorted by name, one document each.
 
     UserError: a file cannot be read. The message names it.
     """
 
-    def __init__(self, root: Path, names: Iterable[str]):
+    def __init__(self, root: Path, files: dict[str, Content]):
+        """`files`: name from `root` -> content."""
         self.root = root
-        self.names = sorted(set(names))
-        self._stats = [_stat(root / name) for name in self.names]
-        self.sizes = np.array([stat.st_size for stat in self._stats], np.int64)
+        self.names = sorted(files)
+        contents = [files[name] for name in self.names]
+        self.sizes = np.array([content.size for content in contents], np.int64)
+        self._hashes = [content.hash for content in contents]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(*self.names, *self._hashes)
 
     def name(self, index: int) -> str:
         return self.names[index]
 
+    def contents(self) -> np.ndarray:
+        # 64 of the 128 bits: enough that no two of a billion texts are likely to be taken for one.
+        return np.array([int(content[:16], 16) for content in self._hashes], np.uint64)
+
     def read(self, index: int) -> Iterator[Document]:
         name = self.names[index]
         with readable(self.root / name) as path, path.open("rb") as file:
-            for text, replaced in pieces(iter(lambda: file.read(PIECE_BYTES), b"")):
+            encoding = skip_mark(file)
+            for text, replaced in pieces(blocks_of(file), encoding):
                 yield Document(name, text, replaced)
 
     def excerpt(self, index: int, start: int, size: int) -> str:
         with readable(self.root / self.names[index]) as path, path.open("rb") as file:
-            file.seek(start)
-            # "ignore" drops characters that the excerpt's ends cut in two.
-            return file.read(size).decode("utf-8", "ignore")
-
-    def fingerprint(self, cache: Path) -> str:
-        index = HashIndex(cache, str(self.root))
-        hashes = []
-        with progress("reading", int(self.sizes.sum())) as advance:
-            for name, stat in zip(self.names, self._stats, strict=True):
-                hashes.append(_hash(index, self.root, name, stat))
-                advance(stat.st_size)
-        index.save()
-        return digest(*self.names, *hashes)
+            return text_at(file, int(self.sizes[index]), start, size)
 
 
-def _stat(path: Path) -> os.stat_result:
-    with readable(path):
-        return path.stat()
-
-
-def _hash(index: HashIndex, root: Path, name: str, stat: os.stat_result) -> str:
-    if time.time() - max(stat.st_mtime, stat.st_ctime) < SETTLED_SECONDS:
-        return content_hash(root / name)
-    # ctime, because a program may set mtime back. The inode changes if another file takes the name.
-    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-    return index.hash(name, state, lambda: content_hash(root / name))
-
-
-def content_hash(path: Path) -> str:
-    """blake2b of a file's bytes, in hexadecimal."""
-    with readable(path), path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[Path]:
-    """Turns an operating-system error inside the block into a UserError that names the file."""
-    try:
-        yield path
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror} (make it readable, or leave it out of "
-            "data.source)"
-        ) from error
-
-
-def stdlib_corpus() -> FileCorpus:
+def stdlib_corpus(how: Opening) -> FileCorpus:
     """Python's own standard library: every .py file, installed packages left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "__pycache__"}
@@ -103,73 +64,90 @@ def stdlib_corpus() -> FileCorpus:
         folders[:] = [name for name in folders if name not in skipped]
         relative = Path(folder).relative_to(root)
         names += [(relative / name).as_posix() for name in files if name.endswith(".py")]
-    return _checked(FileCorpus(root, names), f"stdlib ({root})")
+    return _open(f"stdlib ({root})", root, names, LeftOut(), how)
 
 
-def glob_corpus(pattern: str) -> FileCorpus:
-    """The regular files that match a glob (`**` recurses, `~` expands).
+def glob_corpus(pattern: str, how: Opening) -> FileCorpus:
+    """The regular files that match a glob (`**` recurses, `~` expands), or all below a folder.
 
     Names are relative to the longest part of the path that has no wildcard.
     """
-    here = glob.escape(os.getcwd())  # the folder's own name may have wildcards, such as [1]
-    absolute = os.path.normpath(os.path.join(here, os.path.expanduser(pattern)))
-    root = Path(absolute).parent
-    while glob.has_magic(str(root)):
-        root = root.parent
-    paths = map(Path, glob.iglob(absolute, recursive=True))
-    names = [path.relative_to(root).as_posix() for path in paths if path.is_file()]
-    return _checked(FileCorpus(root, names), f"files:{pattern}")
+    folder, parts = root_and_parts(pattern)
+    matches = Matches(folder, parts)
+    with readable(Path(folder)):
+        names = list(matches)
+    left_out = LeftOut()
+    left_out.add("links to folders that are read anyway", matches.links)
+    left_out.add("links that lead nowhere", matches.broken)
+    left_out.add("folders that may not be read", matches.unreadable)
+    return _open(f"files:{pattern}", Path(folder), names, left_out, how)
 
 
-def _checked(corpus: FileCorpus, source: str) -> FileCorpus:
-    if not corpus.names:
+def _open(
+    source: str, root: Path, names: Iterable[str], left_out: LeftOut, how: Opening
+) -> FileCorpus:
+    """The corpus of these files: each real file once, and those with NULs only if asked for."""
+    statuses = _one_name_each(root, names, left_out)
+    if not statuses:
+        left_out.tell(how.say)
         raise UserError(f"data.source '{source}' matches no file: check the path")
-    if not corpus.sizes.any():
+    files = _contents(root, statuses, how)
+    if not how.binary:
+        binary = [name for name, content in files.items() if content.binary]
+        left_out.add("files with NUL bytes, as data.binary is False", binary)
+        for name in binary:
+            del files[name]
+    left_out.tell(how.say)
+    if not any(content.size for content in files.values()):
+        what = "are empty" if files else "have NUL bytes, which text has not"
         raise UserError(
-            f"data.source '{source}' matches {len(corpus.names)} files and all are empty: "
-            "name files that hold text"
+            f"data.source '{source}' matches {len(statuses)} files and all {what}: name files that "
+            "hold text"
         )
-    return corpus
+    return FileCorpus(root, files)
 
 
-def pieces(blocks: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
-    """Decodes blocks of UTF-8 into pieces (text, replaced).
-
-    A block may end anywhere, also inside a character. Joined, the texts are what decoding
-    everything at once with errors="replace" gives. `replaced`: a byte was replaced in this piece or
-    an earlier one. Pieces end where lines do, if there are lines. At least one piece comes out.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    rest = ""  # decoded text that is not yet in a piece
-    count = 0
-    for block in blocks:
-        cut = _line_end(rest)
-        if cut:
-            yield rest[:cut], decoder.errors == "replace"
-            rest = rest[cut:]
-            count += 1
-        rest += _decode(decoder, block)
-    rest += _decode(decoder, b"", final=True)
-    if rest or count == 0:
-        yield rest, decoder.errors == "replace"
+def _contents(root: Path, statuses: dict[str, os.stat_result], how: Opening) -> dict[str, Content]:
+    """The content of each file. Those that have changed since the last time are read."""
+    index = None if how.cache is None else HashIndex(how.cache, str(root), how.say)
+    files = {}
+    with progress("reading", sum(status.st_size for status in statuses.values())) as advance:
+        for name, status in statuses.items():
+            files[name] = content_of(root, name, status, index)
+            advance(status.st_size)
+    if index is not None:
+        index.save()
+    return files
 
 
-def _decode(decoder: codecs.IncrementalDecoder, block: bytes, final: bool = False) -> str:
-    """Decodes strictly until that fails, and from then on with replacement."""
-    try:
-        return decoder.decode(block, final)
-    except UnicodeDecodeError:
-        # A decoder that has raised keeps the bytes that were pending before this block, so the
-        # block can be decoded again. The decoder's mode also records that it was needed.
-        decoder.errors = "replace"
-        return decoder.decode(block, final)
+def _one_name_each(
+    root: Path, names: Iterable[str], left_out: LeftOut
+) -> dict[str, os.stat_result]:
+    """The state of each real file, by one of its names: by its own if that is among them."""
+    statuses = {name: _status(root / name) for name in sorted(set(names))}
+    first: dict[tuple[int, ...], str] = {}
+    several: dict[str, list[str]] = {}
+    for name, status in statuses.items():
+        # Some file systems over a network give several files one inode. Size and time differ.
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if first.setdefault(key, name) != name:
+            several.setdefault(first[key], [first[key]]).append(name)
+    real_root = os.path.realpath(root)
+    for same in several.values():
+        own = min(same, key=lambda name: (_is_alias(real_root, name), name))
+        others = [name for name in same if name != own]
+        left_out.add("further names of files", others)
+        for name in others:
+            del statuses[name]
+    return statuses
 
 
-def _line_end(text: str) -> int:
-    """Where to cut: before the last newlines, or else the last space, or else at the end.
+def _is_alias(real_root: str, name: str) -> bool:
+    """Whether a link is on the way from the folder to the file."""
+    path = os.path.join(real_root, name)
+    return os.path.realpath(path) != os.path.normpath(path)
 
-    No token contains both a newline and the text before it (tokenizer.PATTERN), so a cut before
-    newlines does not change the tokens.
-    """
-    end = len(text[: text.rfind("\n") + 1].rstrip("\r\n"))
-    return end or max(text.rfind(" "), 0) or len(text)
+
+def _status(path: Path) -> os.stat_result:
+    with readable(path):
+        return path.stat()

@@ -1,6 +1,7 @@
 """Tokenizers that lose nothing: single bytes, or byte-level BPE (Sennrich et al. 2016)."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
@@ -25,6 +26,9 @@ PATTERN = "|".join(
     )
 )
 """Pieces that no token crosses: GPT-4's, except that a newline takes the indentation after it."""
+LONGEST_PIECE = 256
+"""Characters of a piece in training. The time of training grows with the square of the longest
+piece, and encoded data without any space is one piece. Encoding takes pieces of every length."""
 
 
 class Tokenizer:
@@ -129,11 +133,14 @@ def make_tokenizer(
     say(f"training the tokenizer {kind}")
     model = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    cut = pre_tokenizers.Split(tokenizers.Regex(rf"[\s\S]{{1,{LONGEST_PIECE}}}"), "isolated")
     # Without its own regex and its leading blank ByteLevel only maps bytes to characters.
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])  # type: ignore
     model.decoder = decoders.ByteLevel()  # type: ignore
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, cut, to_bytes])  # type: ignore
     model.train_from_iterator(texts, _trainer(vocabulary))
+    # The stored tokenizer does not cut: its tokens do not depend on where a piece is cut.
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])  # type: ignore
     return Tokenizer(kind, vocabulary, model)
 
 
@@ -143,7 +150,7 @@ def _trainer(vocabulary: int) -> trainers.BpeTrainer:
         min_frequency=2,  # a pair that occurs once is no pattern
         # All 256 bytes, so that every text can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),  # elsewhere its bars would be empty lines
     )
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from moe_jax.base.console import progress
+from moe_jax.base.errors import UserError
 from moe_jax.config import DataConfig
-from moe_jax.data.cache import cache_folder, entry, usable
-from moe_jax.data.corpus import Corpus, open_corpus, sample, split
+from moe_jax.data.cache import HashIndex, cache_folder, entry, usable
+from moe_jax.data.corpus import Corpus, Opening, moved, open_corpus, sample, split
 from moe_jax.data.documents import digest
-from moe_jax.data.tokenizer import Tokenizer, make_tokenizer
+from moe_jax.data.tokenizer import LONGEST_PIECE, Tokenizer, make_tokenizer
 from moe_jax.data.writer import open_split, write_split
 
 VERSION = "1"
@@ -87,10 +88,10 @@ def prepare(
     folder cannot be used.
     """
     cache = cache_folder(config.cache)
-    corpus = open_corpus(config.source, config.text_field)
     with usable(cache):
+        corpus = open_corpus(config.source, config.text_field, Opening(cache, config.binary, say))
         # Two keys, because the tokenizer is itself made from the content. Tokens depend on both.
-        content = digest(VERSION, corpus.fingerprint(cache), repr(config.validation_fraction))
+        content = digest(VERSION, *_content_key(config, corpus, cache, say))
         if tokenizer is None:
             tokenizer = _trained(config, corpus, cache, content, say)
         fingerprint = digest(content, tokenizer.fingerprint)
@@ -98,8 +99,34 @@ def prepare(
         build = partial(_tokenise, corpus, config.validation_fraction, tokenizer, say=say)
         stats = entry(folder, build, say)
         train, validation = (_open(folder, name, tokenizer, stats[name]) for name in SPLITS)
-    held_out = validation.first(config.validation_tokens)
+    held_out = _held_out(validation, config.validation_tokens)
     return TokenData(train, held_out, tokenizer, fingerprint, stats)
+
+
+def _content_key(
+    config: DataConfig, corpus: Corpus, cache: Path, say: Callable[[str], None]
+) -> list[str]:
+    """Everything that decides the text of the two splits."""
+    fraction = config.validation_fraction
+    index = HashIndex(cache, f"split of {config.source}", say)
+    compute = partial(moved, corpus, fraction)
+    elsewhere = index.recall(repr(fraction), [corpus.fingerprint], compute)
+    index.save()
+    # Names and fraction decide the split where no text is there twice.
+    return [corpus.fingerprint, repr(fraction), *([elsewhere] if elsewhere else [])]
+
+
+def _held_out(validation: TokenArray, limit: int) -> TokenArray:
+    """The first tokens of the held-out split. UserError: they hold no text."""
+    held_out = validation.first(limit)
+    if held_out.bytes == 0:
+        lengths = validation.tokenizer.byte_lengths
+        needed = next(i for i, token in enumerate(validation.tokens, 1) if lengths[token])
+        raise UserError(
+            f"data.validation_tokens is {limit}: the first {limit} held-out tokens hold no text, "
+            f"it must be at least {needed}"
+        )
+    return held_out
 
 
 def _trained(
@@ -119,7 +146,7 @@ def _trained(
         (folder / "tokenizer.json").write_text(trained.to_json())
         return {}
 
-    folder = cache / f"tokenizer-{digest(content, config.tokenizer)}"
+    folder = cache / f"tokenizer-{digest(content, config.tokenizer, str(LONGEST_PIECE))}"
     entry(folder, build, say)
     return Tokenizer.from_json((folder / "tokenizer.json").read_text())
 

@@ -78,7 +78,8 @@ class _Writer:
         self._tokenizer = tokenizer
         self._dtype = _token_dtype(tokenizer)
         self._document: str | None = None
-        self._replaced: set[str] = set()
+        self._replaced = 0
+        self._last_replaced: str | None = None
 
     def add(self, document: Document, ids: np.ndarray) -> None:
         """Writes the ids of a document or of its next piece."""
@@ -87,8 +88,10 @@ class _Writer:
             self._document = document.name
             self.starts.append(self._tokens)
             self._put(np.array([self._tokenizer.bos]))
-        if document.replaced:
-            self._replaced.add(document.name)
+        # The pieces of a document come in a row, so no set of all names is needed.
+        if document.replaced and document.name != self._last_replaced:
+            self._last_replaced = document.name
+            self._replaced += 1
         self._put(ids)
 
     def end(self) -> None:
@@ -102,7 +105,7 @@ class _Writer:
             "documents": len(self.starts),
             "bytes": self.bytes,
             "tokens": self._tokens,
-            "replaced": len(self._replaced),
+            "replaced": self._replaced,
         }
 
     def _put(self, ids: np.ndarray) -> None:

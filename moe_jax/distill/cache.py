@@ -8,6 +8,8 @@ Each shard is written atomically, so a killed build continues with the first tha
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +43,31 @@ class TeacherCache:
     {"teacher_log_p": float32[L, K]}.
 
     A shard is the records of its windows' positions, in order, and a checksum of them (blake2b).
-    UserError on reading a shard that is missing or damaged.
+    It is verified before its first use, and computed again if it is damaged. No file stays open.
+    UserError: a shard cannot be read, or not be written.
     """
 
     def __init__(
-        self, folder: Path, config: CacheConfig, *, dtype: np.dtype, length: int, count: int
+        self,
+        folder: Path,
+        config: CacheConfig,
+        *,
+        dtype: np.dtype,
+        length: int,
+        count: int,
+        compute: Callable[["TeacherCache", int], np.ndarray],
+        say: Callable[[str], None] = print,
     ) -> None:
-        """`dtype` of a position, `length` of a window (L), and the `count` of windows."""
+        """`dtype` of a position, `length` of a window (L), and the `count` of windows. `compute`
+        gives the records of a shard."""
         self.folder = folder
         self.config = config
         self.dtype = dtype
         self.length = length
         self._count = count
-        self._verified: dict[int, np.ndarray] = {}
-        """Shards whose checksum was right, mapped."""
+        self._compute = compute
+        self._say = say
+        self._verified = np.zeros(len(self.shards()), bool)
 
     @property
     def bytes_per_token(self) -> float:
@@ -66,9 +79,9 @@ class TeacherCache:
 
     def __getitem__(self, index: int) -> Row:
         shard, row = divmod(index, self.config.shard)
-        if shard not in self._verified:
-            self._verified[shard] = self._read_verified(shard)
-        stored = self._verified[shard][row * self.length : (row + 1) * self.length]
+        if not self._verified[shard]:
+            self._verify(shard)
+        stored = self._read(shard, row * self.length, self.length)
         out: Row = {"teacher_tokens": stored["tokens"].astype(np.int32)}
         if self.config.kind == "top_k":
             # float16 is coarse. Normalised again, the K probabilities and the tail add up to 1.
@@ -93,15 +106,48 @@ class TeacherCache:
         size = len(self.windows(shard)) * self.length * self.dtype.itemsize
         return path.exists() and path.stat().st_size == size + CHECKSUM_BYTES
 
-    def _read_verified(self, shard: int) -> np.ndarray:
-        path = self.path(shard)
+    def write(self, shard: int) -> None:
+        """Computes a shard and stores it."""
+        data = self._compute(self, shard).view(np.uint8).reshape(-1)
+        write_atomically(self.path(shard), data.tobytes() + _checksum(data))
+
+    def _verify(self, shard: int) -> None:
+        """Makes sure that a shard is what was written."""
+        if not self._is_intact(shard):
+            self._say(f"{self.path(shard)} is damaged: the teacher reads its text again")
+            self.write(shard)
+            require(
+                self._is_intact(shard),
+                f"{self.path(shard)} does not read back as written: check the disk, or name "
+                "another folder with --data.cache",
+            )
+        self._verified[shard] = True
+
+    def _is_intact(self, shard: int) -> bool:
         if not self.is_complete(shard):
-            raise UserError(f"{path} is missing: the same command continues the teacher's cache")
-        data = np.memmap(path, np.uint8, "r")
-        rows = data[:-CHECKSUM_BYTES]
-        if _checksum(rows) != data[-CHECKSUM_BYTES:].tobytes():
-            raise UserError(f"{path} is damaged: remove it, and the same command builds it again")
-        return np.asarray(rows).view(self.dtype)
+            return False
+        with _readable(self.path(shard)) as path:
+            data = np.fromfile(path, np.uint8)
+        return _checksum(data[:-CHECKSUM_BYTES]) == data[-CHECKSUM_BYTES:].tobytes()
+
+    def _read(self, shard: int, begin: int, count: int) -> np.ndarray:
+        """`count` records of a shard, from record `begin` on."""
+        # Opened each time. A shard that stays open or mapped costs a file descriptor, and a
+        # process has about a thousand.
+        with _readable(self.path(shard)) as path:
+            return np.fromfile(path, self.dtype, count, offset=begin * self.dtype.itemsize)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[Path]:
+    """Turns an operating-system error inside the block into a UserError that names the file."""
+    try:
+        yield path
+    except OSError as error:
+        raise UserError(
+            f"cannot read the teacher's cache {path}: {error.strerror or error} (mend the disk, or "
+            "name another folder with --data.cache)"
+        ) from error
 
 
 def build_cache(
@@ -116,8 +162,9 @@ def build_cache(
 
     They are in parent/teacher-HASH. The hash is of everything that decides them: the teacher, the
     tokens and their order, the length, the stored part, and the seed. Complete shards are not
-    computed again. UserError: the array's tokenizer is not the teacher's, K is not below the
-    vocabulary, or the text has no whole window.
+    computed again. The cache keeps the teacher, for shards that are damaged later. UserError: the
+    array's tokenizer is not the teacher's, K is not below the vocabulary, or the text has no whole
+    window.
     """
     require_same_tokens(array.tokenizer, teacher.tokenizer)
     vocabulary = teacher.tokenizer.vocabulary
@@ -128,26 +175,36 @@ def build_cache(
     )
     folder = parent / f"teacher-{_name(teacher, array, length, config)}"
     dtype = position_dtype(config, vocabulary)
-    cache = TeacherCache(folder, config, dtype=dtype, length=length, count=count)
+    outputs = make_outputs(teacher, config, vocabulary)
+    compute = partial(_records, windows=Windows(array, length, 0, count), outputs=outputs)
+    cache = TeacherCache(
+        folder, config, dtype=dtype, length=length, count=count, compute=compute, say=say
+    )
     missing = [shard for shard in cache.shards() if not cache.is_complete(shard)]
     if missing:
         tokens = sum(len(cache.windows(shard)) for shard in missing) * length
         say(f"the teacher reads {tokens} tokens: {cache.bytes_per_token:.1f} bytes each are stored")
-    windows = Windows(array, length, 0, count)
-    outputs = make_outputs(teacher, config, vocabulary)
     for done, shard in enumerate(missing):
-        rows = np.concatenate(list(_rows(cache, shard, windows, outputs)))
-        data = rows.view(np.uint8).reshape(-1)
-        write_atomically(cache.path(shard), data.tobytes() + _checksum(data))
+        cache.write(shard)
         say(f"teacher: {done + 1} of {len(missing)} shards")
     return cache
 
 
 def _name(teacher: Teacher, array: TokenArray, length: int, config: CacheConfig) -> str:
-    content = hashlib.blake2b(array.tokens.tobytes(), digest_size=16).hexdigest()
+    content = _checksum(array.tokens).hex()
     # Without config.batch, which changes the speed only.
     stored = (config.kind, config.count, config.temperature, config.seed, config.shard, length)
     return digest(teacher.fingerprint(), content, repr(stored))
+
+
+def _records(
+    cache: TeacherCache,
+    shard: int,
+    windows: Windows,
+    outputs: Callable[..., dict[str, jax.Array]],
+) -> np.ndarray:
+    """The records of a shard's positions."""
+    return np.concatenate(list(_rows(cache, shard, windows, outputs)))
 
 
 def _rows(
@@ -174,7 +231,8 @@ def _rows(
 
 
 def _checksum(data: np.ndarray) -> bytes:
-    return hashlib.blake2b(data.tobytes(), digest_size=CHECKSUM_BYTES).digest()
+    # The array itself and not its bytes: those would be a copy of a text larger than memory.
+    return hashlib.blake2b(data.data, digest_size=CHECKSUM_BYTES).digest()
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:

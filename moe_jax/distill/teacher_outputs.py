@@ -11,6 +11,8 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from moe_jax.base.initial import root_key
+from moe_jax.base.seeds import check_seed
 from moe_jax.config import require
 from moe_jax.distill.teacher import Teacher, lazy_forward
 from moe_jax.model.abstract import graph_of
@@ -40,6 +42,7 @@ class CacheConfig:
         for name in ("count", "temperature", "batch", "shard"):
             value = getattr(self, name)
             require(value > 0, f"cache.{name} is {value}: it must be positive")
+        check_seed("cache.seed", self.seed)
         require(self.shard % self.batch == 0, f"cache.batch={self.batch} must divide shard")
 
 
@@ -68,7 +71,7 @@ def _outputs(
     table = of.table[:vocabulary]
     # Each window has keys of its own number, so that its samples do not depend on the batch that
     # it happened to be in: a resumed build continues with the same file contents.
-    key = jax.random.key(config.seed)
+    key = root_key(config.seed)
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), tokens.shape[1]))
     choose = {"sampled": _sample, "top_k": _top_k}[config.kind]
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from moe_jax.base.initial import root_key
+from moe_jax.base.seeds import check_seed
 from moe_jax.config import ModelConfig, MoEConfig, require
 from moe_jax.interop.assemble import arrays_by_name, as_parameters
 from moe_jax.model.abstract import abstract_states
@@ -52,6 +54,7 @@ class UpcycleConfig:
             value = getattr(self, name)
             require(value % g == 0, f"upcycle.{name}={value} is not a multiple of granularity={g}")
         require(self.gate in ("softmax", "sigmoid"), f"upcycle.gate '{self.gate}' is unknown")
+        check_seed("upcycle.seed", self.seed)
         require(self.noise >= 0, f"upcycle.noise is {self.noise}: it must not be negative")
         require(
             0 <= self.reinitialised <= 1,
@@ -123,7 +126,7 @@ def _mixture(
     config: UpcycleConfig,
 ) -> dict[str, Array]:
     """The parameters of the mixtures of all layers, from their dense feed-forwards."""
-    keys = iter(jax.random.split(jax.random.key(config.seed), 8))
+    keys = iter(jax.random.split(root_key(config.seed), 8))
     gate, up = jnp.split(gate_up, 2, axis=-1)
     # With `down` transposed, a hidden unit is a column of all three matrices.
     matrices = [_experts(matrix, config) for matrix in (gate, up, jnp.swapaxes(down, 1, 2))]

@@ -30,7 +30,7 @@ def sample(
 
 
 @partial(jax.jit, static_argnames=("graph", "count", "vocabulary", "temperature", "top_k"))
-def generate(
+def generate(  # noqa: PLR0913 - the settings of sampling, by name
     graph: nnx.GraphDef,
     parameters: Any,
     prompt: Int[Array, "B L"],
@@ -40,8 +40,12 @@ def generate(
     vocabulary: int,
     temperature: float = 0.8,
     top_k: int = 0,
+    segments: Int[Array, "B L"] | None = None,
 ) -> Int[Array, "B count"]:
     """`count` tokens after each prompt. All prompts have the same length.
+
+    `segments` numbers the documents of a packed prompt. The last of them is continued, and the
+    others are not seen. None: the prompt is one document.
 
     `parameters` is every state that nnx.merge(graph, *parameters) takes. The prompt is read once
     into the KV caches. Then each token costs one position. Ids from `vocabulary` on are not drawn:
@@ -49,10 +53,12 @@ def generate(
     """
     model: Transformer = nnx.merge(graph, *parameters)
     batch, length = prompt.shape
+    if segments is not None:
+        segments = jnp.pad(segments, ((0, 0), (0, count)), mode="edge")
 
     # `start` is a Python int for the prompt, and traced in the scan.
     def advance(tokens: Array, start: Any, caches: Any) -> tuple[Array, Any]:
-        hidden, caches = model.extend(tokens, jnp.asarray(start), caches)
+        hidden, caches = model.extend(tokens, jnp.asarray(start), caches, segments)
         return model.logits(hidden[:, -1:])[:, 0, :vocabulary], caches
 
     logits, caches = advance(prompt, 0, model.empty_caches(batch, length + count))

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.base.initial import layer_keys, named_key
 from moe_jax.config import ModelConfig
+from moe_jax.data.batches import shifted_targets
 from moe_jax.model.block import Block
 from moe_jax.model.linear import Linear
 from moe_jax.model.norm import RMSNorm
@@ -66,22 +67,26 @@ class MultiTokenPrediction(nnx.Module):
         model: "Transformer",
         hidden: Float[Array, "B L D"],
         tokens: Int[Array, "B N"],
-        segments: Int[Array, "B L"],
+        segments: Int[Array, "B N"],
         key: Array | None = None,
     ) -> Iterator[tuple[int, Float[Array, "B L V"], RouterStats | None]]:
         """For k = 1 … depth: (k, logits of token i + k + 1 at position i, statistics).
 
-        `tokens` reaches beyond the sequence: N >= L + depth. An iterator, so that the logits of one
-        depth need not stay in memory beside those of the next.
+        `tokens` and `segments` reach beyond the sequence: N >= L + depth. Position i counts at
+        depth k if token i + k is of its document. An iterator, so that the logits of one depth need
+        not stay in memory beside those of the next.
         """
         length = hidden.shape[1]
         graph, parameters = nnx.split(self.modules)
         # No scan: the depth is 1 or 2, and each depth reads its own shift of the tokens.
         for index in range(self.depth):
             module = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], parameters))
-            # Position i reads token i + k, which may lie in a later document. The loss masks these
-            # targets (data.batches.shifted_targets).
-            ahead = tokens[:, index + 1 : index + 1 + length]
-            context = whole_documents(model.config, ahead, segments, key).at("mtp", index)
+            # Position i reads token i + k, which may lie in a later document. Then no router counts
+            # it, and its hidden state is 0: nothing at it reaches the others.
+            ahead, same = shifted_targets(tokens, segments, length, index + 1)
+            own = segments[:, :length]
+            context = whole_documents(model.config, ahead, own, key).at("mtp", index)
+            context = context._replace(documents=jnp.where(same, own, 0))
+            hidden = jnp.where(same[..., None], hidden, 0)
             hidden, stats = module(hidden, model.embed(ahead), context)
             yield index + 1, model.logits(hidden, module.norm), stats

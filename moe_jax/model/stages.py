@@ -39,6 +39,8 @@ class Context(NamedTuple):
     attention: AttentionContext
     key: Array | None = None
     """The random key of a training step. None outside training: no dropout, no routing noise."""
+    documents: Int[Array, "B L"] | None = None
+    """The number of each token's document, 0 for none (moe.rules.RoutingContext)."""
 
     def at(self, *path: str | int | Array) -> "Context":
         """The context of the part of the model called `path`: its key is derived by that name."""
@@ -49,18 +51,26 @@ class Context(NamedTuple):
 def whole_documents(
     config: ModelConfig, tokens: Int[Array, "B L"], segments: Int[Array, "B L"], key: Array | None
 ) -> Context:
-    """For windows of packed documents: a token attends to its own document up to itself."""
-    return Context(tokens, document_context(config, segments), key)
+    """For windows of packed documents: a token attends to its own document up to itself.
+
+    Segment 0 is padding, which no router counts.
+    """
+    return Context(tokens, document_context(config, segments), key, segments)
 
 
 def next_tokens(
-    config: ModelConfig, tokens: Int[Array, "B L"], start: Int[Array, ""], slots: int
+    config: ModelConfig,
+    tokens: Int[Array, "B L"],
+    start: Int[Array, ""],
+    slots: int,
+    segments: Int[Array, "B slots"] | None = None,
 ) -> Context:
     """For `tokens` from position `start` on, which also attend to the tokens in a KV cache.
 
-    `slots` is the number of positions that the cache has room for.
+    `slots` is the number of positions that the cache has room for. `segments` numbers the documents
+    of all slots. None: they are one document.
     """
-    return Context(tokens, cached_context(config, start, tokens.shape[1], slots))
+    return Context(tokens, cached_context(config, start, tokens.shape[1], slots, segments))
 
 
 def begin(
@@ -177,4 +187,4 @@ def _dropped(block: "Block", added: Array, key: Array | None, place: str) -> Arr
 
 
 def _routing(context: Context) -> RoutingContext:
-    return RoutingContext(context.tokens, context.at("router").key)
+    return RoutingContext(context.tokens, context.at("router").key, context.documents)

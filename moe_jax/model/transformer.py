@@ -82,16 +82,21 @@ class Transformer(nnx.Module):
         return x, stats
 
     def extend(
-        self, tokens: Int[Array, "B L"], start: Int[Array, ""], caches: Caches
+        self,
+        tokens: Int[Array, "B L"],
+        start: Int[Array, ""],
+        caches: Caches,
+        segments: Int[Array, "B slots"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Caches]:
         """`hidden` for tokens from position `start` on, and the KV caches extended by them.
 
-        `caches` holds the keys and values of all tokens before `start`.
+        `caches` holds the keys and values of all tokens before `start`. `segments` numbers the
+        documents of all slots. None: they are one document.
         """
         of_any_layer = caches.dense or caches.sparse
         assert of_any_layer is not None
         slots = of_any_layer[0].shape[2]  # [layers, B, slots, …]
-        context = stages.next_tokens(self.config, tokens, start, slots)
+        context = stages.next_tokens(self.config, tokens, start, slots, segments)
         x, caches, _ = self._run(context, caches)
         return x, caches
 

@@ -12,11 +12,11 @@ from moe_jax.moe.implementation import mixture_of, uses_kernels
 from moe_jax.moe.plan import Plan, make_plan
 from moe_jax.moe.route import Routing, route
 from moe_jax.moe.rules import NO_CONTEXT, RoutingContext, expert_capacity
-from moe_jax.parallel.mesh import mean_over_data, sum_over_data
+from moe_jax.parallel.mesh import sum_over_data
 
 
 class RouterStats(NamedTuple):
-    """Statistics of a layer's routing over the whole batch."""
+    """Statistics of a layer's routing over the tokens of all devices that belong to a document."""
 
     load: Int[Array, "E"]
     """Assignments that the gate made to each expert."""
@@ -85,7 +85,8 @@ def choose(
         factor = factor or 1.0
     capacity = expert_capacity(len(tokens), config, factor) if factor else None
     plan = make_plan(routing.experts, config.experts, capacity, kernels=kernels)
-    return Choice(routing, plan, router_stats(routing, plan, x.shape, config))
+    shape = x.shape[:-1]
+    return Choice(routing, plan, router_stats(routing, plan, shape, config, context.documents))
 
 
 def mix(
@@ -114,33 +115,51 @@ def project(tokens: Float[Array, "T D"], matrix: Float[Array, "D E"]) -> Float[A
 
 
 def router_stats(
-    routing: Routing, plan: Plan, shape: tuple[int, ...], config: MoEConfig
+    routing: Routing,
+    plan: Plan,
+    shape: tuple[int, ...],
+    config: MoEConfig,
+    documents: Int[Array, "B L"] | None = None,
 ) -> RouterStats:
-    """Statistics over the whole batch, also when each device holds a part of it.
+    """Statistics over all devices' tokens. `shape` is [B, L]. `documents`: see RoutingContext.
 
-    `shape` is that of the layer's input, [B, L, D].
+    Means are over the tokens that belong to a document.
     """
-    loss = jnp.zeros((), jnp.float32)
-    if config.sequence_loss:
-        scores = routing.scores.reshape(*shape[:-1], config.experts)
-        loss += config.sequence_loss * balance.sequence_loss(scores, config.experts_per_token)
-    if config.expert_loss:
-        loss += config.expert_loss * balance.expert_loss(routing.scores, plan.load)
-    if config.device_loss:
-        loss += config.device_loss * balance.expert_loss(routing.scores, plan.load, config.groups)
-    if config.locality_loss:
-        scores = routing.scores.reshape(*shape[:-1], config.experts)
-        chosen = routing.experts.reshape(*shape[:-1], -1)  # [B, L, K]
-        loss += config.locality_loss * balance.locality_loss(scores, chosen)
-    if config.z_loss:
-        loss += config.z_loss * balance.z_loss(routing.logits)
+    loss = balance_losses(routing, plan, shape, config, documents)
+    counted = None if documents is None else documents.reshape(-1) != 0
     # A statistic and no loss: without the stop its gradient would be computed and thrown away.
-    entropy = lax.stop_gradient(balance.router_entropy(routing.scores))
+    scores = lax.stop_gradient(routing.scores)
     dropped = jnp.sum(plan.load - plan.counts)
     return RouterStats(
         load=sum_over_data(plan.load),
         dropped=sum_over_data(dropped),
-        entropy=mean_over_data(entropy),
-        loss=mean_over_data(loss),
-        experts=routing.experts.reshape(*shape[:-1], -1),
+        entropy=balance.router_entropy(scores, counted),
+        loss=loss,
+        experts=routing.experts.reshape(*shape, -1),
     )
+
+
+def balance_losses(
+    routing: Routing,
+    plan: Plan,
+    shape: tuple[int, ...],
+    config: MoEConfig,
+    documents: Int[Array, "B L"] | None = None,
+) -> Float[Array, ""]:
+    """The weighted sum of the configured balance losses. The arguments are router_stats'."""
+    counted = None if documents is None else documents != 0
+    of_tokens = None if counted is None else counted.reshape(-1)
+    scores = routing.scores.reshape(*shape, config.experts)
+    loss = jnp.zeros((), jnp.float32)
+    if config.sequence_loss:
+        per_token = config.experts_per_token
+        loss += config.sequence_loss * balance.sequence_loss(scores, per_token, counted)
+    for weight, groups in ((config.expert_loss, None), (config.device_loss, config.groups)):
+        if weight:
+            loss += weight * balance.expert_loss(routing.scores, plan.load, groups, of_tokens)
+    if config.locality_loss:
+        chosen = routing.experts.reshape(*shape, -1)  # [B, L, K]
+        loss += config.locality_loss * balance.locality_loss(scores, chosen, documents=documents)
+    if config.z_loss:
+        loss += config.z_loss * balance.z_loss(routing.logits, of_tokens)
+    return loss

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from moe_kernels.gate import GateConfig, gate
 
 from moe_jax.config import MoEConfig
@@ -40,14 +40,27 @@ def route(
 
     softmax: s = softmax(logits) chooses experts and gives their weights. sigmoid: s + bias chooses,
     and s gives the weights (arXiv:2412.19437, eq. 12-16). `spread` is the output of noisy top-k's
-    second router. With `kernels` one Triton kernel computes the KERNEL_RULES.
+    second router. With `kernels` one Triton kernel computes the KERNEL_RULES. Tokens of no document
+    (context.documents) have no expert.
     """
     logits = logits.astype(jnp.float32)
     if spread is not None and context.key is not None:
         logits = add_noise(logits, spread, context.key)
+    if context.counted is not None:
+        # 0: not even a NaN at a token that does not count reaches the others' gradients.
+        logits = jnp.where(context.counted[:, None], logits, 0.0)
     if kernels and config.rule in KERNEL_RULES:
         gated = gate(logits, bias if config.gate == "sigmoid" else None, kernel_choice(config))
-        return Routing(*gated, logits)
+        routing = Routing(*gated, logits)
+    else:
+        routing = _route_in_xla(logits, bias, config, context)
+    return routing if context.counted is None else _to_no_expert(routing, ~context.counted)
+
+
+def _route_in_xla(
+    logits: Float[Array, "T E"], bias: Float[Array, "E"], config: MoEConfig, context: RoutingContext
+) -> Routing:
+    """route without Triton, for logits that have their noise."""
     if config.gate == "softmax":
         scores = selection = jax.nn.softmax(logits, axis=-1)
     else:
@@ -55,6 +68,9 @@ def route(
         selection = scores + bias
     # A NaN of either sign is the largest, so that it shows; lax.top_k puts -NaN last.
     selection = jnp.where(jnp.isnan(selection), jnp.nan, selection)
+    if context.counted is not None:
+        # Under rules by which experts choose, a token that does not count takes nobody's place.
+        selection = jnp.where(context.counted[:, None], selection, -jnp.inf)
     experts = RULES[config.rule](lax.stop_gradient(selection), config, context)
     # A hash looks at no score, so its experts weigh the same: scale / K each.
     if config.rule == "hash":
@@ -62,6 +78,15 @@ def route(
     else:
         weights = gate_weights(scores, experts, config.normalise, config.scale)
     return Routing(experts, weights, scores, logits)
+
+
+def _to_no_expert(routing: Routing, which: Bool[Array, "T"]) -> Routing:
+    """The routing with some tokens' experts taken away."""
+    number = routing.scores.shape[1]
+    return routing._replace(
+        experts=jnp.where(which[:, None], number, routing.experts),
+        weights=jnp.where(which[:, None], 0.0, routing.weights),
+    )
 
 
 def kernel_choice(config: MoEConfig) -> GateConfig:

@@ -16,12 +16,20 @@ from moe_jax.config import MoEConfig
 
 
 class RoutingContext(NamedTuple):
-    """Inputs that some rules need besides the scores."""
+    """Inputs that routing needs besides the scores."""
 
     tokens: Int[Array, "..."] | None = None
     """Token ids, for hash routing."""
     key: Array | None = None
     """The random key of a training step. None outside training: no noise and no rounding."""
+    documents: Int[Array, "B L"] | None = None
+    """The number of each token's document, 0 for none (padding). Tokens of no document go to no
+    expert and enter no statistic and no balance loss. None: all tokens are of one document."""
+
+    @property
+    def counted(self) -> Bool[Array, "T"] | None:
+        """Whether a token belongs to a document. None: all do."""
+        return None if self.documents is None else self.documents.reshape(-1) != 0
 
 
 NO_CONTEXT = RoutingContext()
@@ -63,6 +71,8 @@ def token_rounding(
     if context.key is None:
         return chosen
     picked = jnp.any(chosen[:, :, None] == jnp.arange(selection.shape[1]), axis=1)  # [T, E]
+    if context.counted is not None:
+        picked &= context.counted[:, None]
     tile = config.rounding_tile
     rounded = (2 * picked.sum(axis=0) + tile) // (2 * tile) * tile
     # Ranks per expert: tokens that chose it first, then the others, each by score. A token whose

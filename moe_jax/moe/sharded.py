@@ -18,14 +18,15 @@ def over_data(
     """moe_layer on every device's rows of x, and the statistics over the whole batch."""
 
     def local(
-        batch: tuple[Array, Array | None], shared: tuple[Layer, Array | None]
+        batch: tuple[Array, Array | None, Array | None], shared: tuple[Layer, Array | None]
     ) -> tuple[tuple[Array, Array | None], RouterStats]:
-        rows, tokens = batch
+        rows, tokens, documents = batch
         layer, key = shared
-        out, choice = moe_layer(rows, layer, config, RoutingContext(tokens, own_key(key)))
+        own = RoutingContext(tokens, own_key(key), documents)
+        out, choice = moe_layer(rows, layer, config, own)
         # The chosen experts are rows of the batch. The other statistics are the same everywhere.
         return (out, choice.stats.experts), choice.stats._replace(experts=None)
 
-    batch = (x, context.tokens)
+    batch = (x, context.tokens, context.documents)
     (out, experts), stats = map_over_data(local)(batch, (layer, context.key))
     return out, stats._replace(experts=experts)

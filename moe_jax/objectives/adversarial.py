@@ -20,7 +20,6 @@ from moe_jax.config import ModelConfig, require
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import lazy_forward, lazy_logits
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.transformer import Transformer
 from moe_jax.objectives.base import Batch, Loss, Objective, Reading, forward, whole_batch
@@ -126,7 +125,7 @@ def guess_objective(alpha: float, teacher: ModelConfig) -> Objective:
 
     def objective(reading: Reading, states: States) -> Loss:
         student = student_of(reading)
-        outputs = lazy_forward(nnx.merge(graph, *states), reading.tokens, reading.segments)
+        outputs = reading.read_by(nnx.merge(graph, *states))
         values = (1 - alpha) * student.nats()
         values += alpha * controls.guess_and_uniform(student.logits, outputs, student.chunks)
         return student.loss(student.total(values))
@@ -147,7 +146,7 @@ def perturbed_objective(settings: PerturbConfig, teacher: ModelConfig) -> Object
         frozen = nnx.merge(graph, *states)
 
         def from_teacher(logits: LazyLogits, tokens: Array) -> Array:
-            outputs = [lazy_forward(frozen, tokens, reading.segments)]
+            outputs = [reading.read_by(frozen, tokens)]
             return student.total(divergence(logits, outputs, student.chunks, Divergence()))
 
         loss = settings.alpha * from_teacher(student.logits, reading.tokens)
@@ -172,10 +171,6 @@ def _without_gradient(model: Transformer) -> Transformer:
     return nnx.merge(graph, jax.lax.stop_gradient(state))
 
 
-def _read_shifted(model: Transformer, reading: Reading, shift: Array) -> LazyLogits:
-    return lazy_logits(model, model.hidden(reading.tokens, reading.segments, shift=shift)[0])
-
-
 def _shifted(
     settings: PerturbConfig,
     student: Student,
@@ -188,20 +183,22 @@ def _shifted(
     """
     reading = student.reading
     fixed = _without_gradient(reading.model)
-    clean = lazy_forward(fixed, reading.tokens, reading.segments)
-    embedded = fixed.embed(reading.tokens)
-    count = jnp.maximum(student.valid.sum(), 1)
+    clean = reading.read_by(fixed)
+    # Padding is not part of the text: it has no share in the radius, and is not moved.
+    text = reading.segments != 0
+    embedded = jnp.where(text[..., None], fixed.embed(reading.tokens), 0)
 
     def distance(model: Transformer, shift: Array) -> Array:
-        moved = _read_shifted(model, reading, shift)
-        values = divergence(moved, [clean], student.chunks, Divergence())
-        return distill.total(values, student.valid, count)
+        moved = reading.read_by(model, shift=shift)
+        return student.total(divergence(moved, [clean], student.chunks, Divergence()))
 
     radius = perturb.radius_of(embedded, settings.size)
     if settings.kind == "random":
-        return distance(reading.model, perturb.random_shift(key, embedded, radius))
+        return distance(reading.model, perturb.random_shift(key, embedded, radius, text))
     worst = partial(distance, fixed)
-    shift = perturb.adversarial_shift(worst, key, embedded, radius, steps=settings.steps)
+    shift = perturb.adversarial_shift(
+        worst, key, embedded, radius, steps=settings.steps, counted=text
+    )
     return distance(reading.model, shift)
 
 
@@ -214,21 +211,24 @@ def _swapped(
     """The divergence from the teacher, with both models reading the text with swapped tokens."""
     reading = student.reading
     tokens = reading.tokens
+    segments = reading.segments
     if settings.kind == "random_swaps":
-        other = perturb.random_swaps(key, tokens, settings.swaps, settings.swap_vocabulary)
+        other = perturb.random_swaps(
+            key, tokens, settings.swaps, settings.swap_vocabulary, segments
+        )
     else:
         fixed = _without_gradient(reading.model)
 
         def distance(shift: Array) -> Array:
-            return from_teacher(_read_shifted(fixed, reading, shift), tokens)
+            return from_teacher(reading.read_by(fixed, shift=shift), tokens)
 
         # With respect to a shift of 0: the gradient at the embeddings themselves.
         gradient = jax.grad(distance)(jnp.zeros_like(fixed.embed(tokens)))
         table = fixed.embedding[...]
         other = perturb.adversarial_swaps(
-            gradient, table, tokens, settings.swaps, settings.swap_vocabulary
+            gradient, table, tokens, settings.swaps, settings.swap_vocabulary, segments
         )
-    return from_teacher(lazy_forward(reading.model, other, reading.segments), other)
+    return from_teacher(reading.read_by(reading.model, other), other)
 
 
 def sequence_nats(model: Transformer, batch: Batch, length: int) -> Float[Array, "B"]:

@@ -5,6 +5,12 @@
 
 An objective maps a Reading to the loss of the next-token positions. Multi-token prediction, router
 statistics and balance losses are collected here, for all objectives alike.
+
+What counts. Segment 0 of a batch is padding, and every other number is a document. A position is in
+the loss at offset k if the token k ahead is of the same document. A token is in the router's
+statistics, balance losses and load if it is of a document. A module of multi-token prediction
+counts the tokens that it reads, which are k ahead, by the loss's rule. No value at another position
+reaches a loss or a gradient, not even as NaN.
 """
 
 from collections.abc import Callable
@@ -38,6 +44,11 @@ class Part(NamedTuple):
     losses of its micro-batches add up to the loss of the batch."""
     key: Array | None = None
     """The random key of this part of a training step."""
+    rows: int = 1
+    """Sequences of the WHOLE batch."""
+    shares: tuple[Float[Array, ""], ...] | None = None
+    """This part's share of the tokens that routers count: of the main model, then of each module of
+    multi-token prediction. The statistics of the parts add up with it. None: the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,31 @@ class Reading:
 
     @property
     def logits(self) -> LazyLogits:
-        """The logits of every position, not yet multiplied out."""
-        return lazy_logits(self.model, self.hidden)
+        """The logits of every position, not yet multiplied out.
+
+        They are 0 where a position has no target.
+        """
+        return self.logits_of(self.model, self.hidden)
+
+    def logits_of(self, model: Transformer, hidden: Float[Array, "B L D"]) -> LazyLogits:
+        """`logits` of a model's hidden states for this part, before its final norm."""
+        # Before the norm, whose own gradient sums over positions.
+        _, valid = self.targets()
+        valid = valid.reshape(*hidden.shape[:2], 1)
+        return lazy_logits(model, jnp.where(valid, hidden, 0))
+
+    def read_by(
+        self,
+        model: Transformer,
+        tokens: Int[Array, "B L"] | None = None,
+        shift: Float[Array, "B L D"] | None = None,
+    ) -> LazyLogits:
+        """The logits of a model that reads this part, without dropout.
+
+        `tokens` stand in for the part's own. `shift` is added to the embeddings.
+        """
+        tokens = self.tokens if tokens is None else tokens
+        return self.logits_of(model, model.hidden(tokens, self.segments, shift=shift)[0])
 
     def targets(self) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
         """The next token of every position, and whether it lies in the same document."""
@@ -125,14 +159,29 @@ def valid_targets(batch: Batch, length: int, offset: int = 1) -> Float[Array, ""
 
     It divides a sum of losses, so a batch without any target gives a loss of 0 and not NaN.
     """
+    return jnp.maximum(_targets(batch, length, offset), 1)
+
+
+def _targets(batch: Batch, length: int, offset: int) -> Float[Array, ""]:
     _, mask = shifted_targets(batch["tokens"], batch["segments"], length, offset)
-    return jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    return mask.sum().astype(jnp.float32)
 
 
 def whole_batch(batch: Batch, length: int, mtp_depth: int, key: Array | None) -> Part:
     """A batch as its only part."""
     offsets = range(1, mtp_depth + 2)  # the next token, and one more for each prediction depth
-    return Part(batch, tuple(valid_targets(batch, length, offset) for offset in offsets), key)
+    normalisers = tuple(valid_targets(batch, length, offset) for offset in offsets)
+    return Part(batch, normalisers, key, rows=len(batch["tokens"]))
+
+
+def part_of(whole: Part, batch: Batch, length: int, key: Array | None) -> Part:
+    """A micro-batch of the batch `whole`."""
+    # Offset 0 counts the tokens of documents. A module that reads k ahead counts offset k.
+    shares = tuple(
+        _targets(batch, length, offset) / valid_targets(whole.batch, length, offset)
+        for offset in range(len(whole.normalisers))
+    )
+    return whole._replace(batch=batch, key=key, shares=shares)
 
 
 def forward(model: Transformer, part: Part, length: int) -> Reading:
@@ -147,7 +196,9 @@ def losses(objective: Objective, reading: Reading, *operands: Any) -> Losses:
     """The objective's loss, multi-token prediction's, and the balance losses of all blocks."""
     main = objective(reading, *operands)
     # Each token's experts are rows of the batch. Kept, they would grow with the accumulation.
-    stats = {} if reading.stats is None else {"sparse": reading.stats._replace(experts=None)}
+    stats = {}
+    if reading.stats is not None:
+        stats["sparse"] = _share(reading.stats._replace(experts=None), reading.part, 0)
     mtp = jnp.zeros((), jnp.float32)
     if reading.model.config.mtp_depth:
         mtp, mtp_stats = mtp_loss(reading)
@@ -160,10 +211,18 @@ def balance_loss(stats: dict[str, RouterStats]) -> Float[Array, ""]:
     return sum((part.loss.sum() for part in stats.values()), jnp.zeros((), jnp.float32))
 
 
+def _share(stats: RouterStats, part: Part, offset: int) -> RouterStats:
+    """The part's summand of the batch's statistics. Loads and drops add up as they are."""
+    if part.shares is None:
+        return stats
+    share = part.shares[offset]
+    return stats._replace(entropy=share * stats.entropy, loss=share * stats.loss)
+
+
 def token_nats(
     logits: Float[Array, "B L V"], targets: Int[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float[Array, ""]:
-    """Sum of -log softmax(logits)[target] over the masked positions, in float32."""
+    """Sum of -log softmax(logits)[target] where the mask is true, in float32."""
     logits = logits.astype(jnp.float32)
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - target, 0.0))
@@ -181,7 +240,7 @@ def mtp_loss(reading: Reading) -> tuple[Float[Array, ""], dict[str, RouterStats]
     total = jnp.zeros((), jnp.float32)
     collected = []
     predictions = model.mtp.predictions(
-        model, reading.hidden, batch["tokens"], reading.segments, reading.part.key
+        model, reading.hidden, batch["tokens"], batch["segments"], reading.part.key
     )
     for depth, logits, stats in predictions:
         targets, mask = shifted_targets(batch["tokens"], batch["segments"], length, depth + 1)
@@ -189,7 +248,7 @@ def mtp_loss(reading: Reading) -> tuple[Float[Array, ""], dict[str, RouterStats]
             # own[t] speaks of token t + 1, and the target at this depth is token t + depth + 1.
             mask &= ~own[:, depth : depth + length]
         total += token_nats(logits, targets, mask) / reading.part.normalisers[depth]
-        collected.append(stats and stats._replace(experts=None))
+        collected.append(stats and _share(stats._replace(experts=None), reading.part, depth))
     mean = total / model.config.mtp_depth
     if collected[0] is None:  # the blocks of the modules are dense
         return mean, {}

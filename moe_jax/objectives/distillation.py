@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Int
 
+from moe_jax.base.initial import root_key
 from moe_jax.config import DistillConfig, ModelConfig, require
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import lazy_forward
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.objectives.base import OWN, Batch, Loss, Objective, Reading
@@ -41,7 +42,7 @@ def online_objective(
 
     def objective(reading: Reading, states: Sequence[States]) -> Loss:
         outputs = [
-            lazy_forward(nnx.merge(graph, *state), reading.tokens, reading.segments)
+            reading.read_by(nnx.merge(graph, *state))
             for graph, state in zip(graphs, states, strict=True)
         ]
 
@@ -73,7 +74,9 @@ def cached_objective(settings: DistillConfig) -> Objective:
                 # At temperature 1 the divergence has the cross-entropy's own normaliser.
                 shared = log_z if settings.temperature == 1 else None
                 return distill.sampled(student, tokens, chunks, shared)
+            # 0 where nothing is compared: whatever the cache has there reaches no gradient.
             log_p = batch["teacher_log_p"].reshape(tokens.shape)
+            log_p = jnp.where(reading.targets()[1][:, None], log_p, 0)
             return distill.top_k_tail(student, tokens, log_p, chunks)
 
         return _mixture(reading, settings, divergences)
@@ -115,7 +118,7 @@ def is_on_policy(settings: DistillConfig, seed: int, step: int) -> bool:
 
     It depends on seed and step alone, so a resumed run decides the same again.
     """
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    key = jax.random.fold_in(root_key(seed), step)
     return bool(jax.random.uniform(key) < settings.on_policy)
 
 
@@ -125,13 +128,16 @@ def own_batch(
     states: States,
     batch: Batch,
     key: Array,
+    *,
     vocabulary: int,
+    end: int | None = None,
 ) -> Batch:
     """The first `prompt` tokens of each row, continued by the student at temperature 1.
 
-    Source: arXiv:2306.13649, algorithm 1. No gradient passes through the sampling. Each row becomes
-    one document, because the generator attends to the whole prompt. UserError: the prompt leaves
-    nothing to write.
+    Source: arXiv:2306.13649, algorithm 1. No gradient passes through the sampling. The student goes
+    on with the last document of the prompt. After the token `end`, which closes a document, the row
+    is padding. Nothing ends a document if it is None. UserError: the prompt leaves nothing to
+    write.
     """
     length = batch["tokens"].shape[1]
     require(
@@ -139,6 +145,7 @@ def own_batch(
         f"distill.prompt={settings.prompt} leaves nothing of a window of {length} tokens",
     )
     prompt = batch["tokens"][:, : settings.prompt]
+    segments = batch["segments"][:, : settings.prompt]
     written = generate(
         graph_of(model),
         states,
@@ -147,11 +154,24 @@ def own_batch(
         count=length - settings.prompt,
         vocabulary=vocabulary,
         temperature=1.0,
+        segments=segments,
     )
     tokens = jnp.concatenate([prompt, written.astype(prompt.dtype)], axis=1)
     # own[t] speaks of token t + 1, so the first true entry is the last token of the prompt.
     own = jnp.broadcast_to(jnp.arange(1, length) >= settings.prompt, (len(prompt), length - 1))
-    return {"tokens": tokens, "segments": jnp.ones_like(tokens), OWN: own}
+    return {"tokens": tokens, "segments": own_segments(segments, tokens, end), OWN: own}
+
+
+def own_segments(
+    segments: Int[Array, "B L"], tokens: Int[Array, "B N"], end: int | None
+) -> Int[Array, "B N"]:
+    """The prompt's segments, then its last one up to the first `end`, which may be its own."""
+    begin = segments.shape[1]
+    last = segments[:, -1:]
+    # A token is in the document if no token from the prompt's last on has ended it before.
+    ends = jnp.zeros((), bool) if end is None else tokens[:, begin - 1 : -1] == end
+    ended = jnp.cumsum(jnp.broadcast_to(ends, tokens[:, begin:].shape), axis=1)
+    return jnp.concatenate([segments, jnp.where(ended == 0, last, 0)], axis=1)
 
 
 def text_batch(batch: Batch) -> Batch:

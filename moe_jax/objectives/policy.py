@@ -18,7 +18,6 @@ from moe_jax.config import ModelConfig, require
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import divergence
 from moe_jax.distill.divergences import Divergence
-from moe_jax.distill.teacher import lazy_forward
 from moe_jax.model.abstract import graph_of
 from moe_jax.objectives.adversarial import student_of
 from moe_jax.objectives.base import OWN, Loss, Objective, Reading
@@ -54,26 +53,30 @@ class GenerativeConfig:
 def policy_objective(settings: GenerativeConfig, start: ModelConfig) -> Objective:
     """Policy gradient on batch[ADVANTAGE] and the anchor, over the tokens that batch[OWN] marks.
 
-    A step takes the starting student's States as its third argument. The batch's "old_log_q",
-    float32[B, L], are the log-probabilities at sampling. Without them, the samples count as drawn
-    from the current student.
+    Both are means over sequences of means over written tokens. A token beyond the end of its
+    document (another segment, or 0) is no target. A step takes the starting student's States as its
+    third argument. The batch's "old_log_q", float32[B, L], are the log-probabilities at sampling.
+    Without them, the samples count as drawn from the current student.
     """
     graph = graph_of(start)
 
     def objective(reading: Reading, states: States) -> Loss:
         student = student_of(reading, settings.temperature)
-        own = reading.batch[OWN][:, : reading.length]
+        own = reading.batch[OWN][:, : reading.length] & student.valid.reshape(-1, reading.length)
+        # The losses of the micro-batches add up: each is its share of the mean over all sequences.
+        share = len(own) / reading.part.rows
         log_q = distill.token_logit(student.logits, student.targets) / settings.temperature
         log_q -= distill.log_normaliser(student.logits, student.chunks)
         log_q = log_q.reshape(own.shape)
         old = reading.batch.get("old_log_q", jax.lax.stop_gradient(log_q))
         loss = generative.policy_loss(log_q, old, reading.batch[ADVANTAGE], own, settings.clip)
-        # The anchor is a mean over written tokens, as the policy loss is. 0 needs no second model.
+        # An anchor of 0 needs no second model.
         if settings.anchor:
-            first = lazy_forward(nnx.merge(graph, *states), reading.tokens, reading.segments)
-            values = divergence(student.logits, [first], student.chunks, Divergence("reverse"))
-            loss += settings.anchor * distill.total(values, own.reshape(-1), own.sum())
-        return student.loss(loss)
+            first = [reading.read_by(nnx.merge(graph, *states))]
+            values = divergence(student.logits, first, student.chunks, Divergence("reverse"))
+            means = generative.sequence_means(values.reshape(own.shape), own)
+            loss += settings.anchor * means.mean()
+        return student.loss(share * loss)
 
     return objective
 
@@ -91,7 +94,7 @@ def make_discriminator_step(
 ) -> Callable[..., tuple[DiscriminatorState, Array, Array]]:
     """(state, teacher's text, student's text) -> (state, loss, accuracy before the update).
 
-    The texts are int32[N, L]. Equal rows are a pair with the same prompt.
+    The texts are int32[N, L] without padding. Equal rows are a pair with the same prompt.
     """
 
     def step(

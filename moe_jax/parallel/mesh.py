@@ -49,11 +49,6 @@ def sum_over_data(tree: Tree) -> Tree:
     return tree if data_parallel() == 1 else lax.psum(tree, DATA)
 
 
-def mean_over_data(tree: Tree) -> Tree:
-    """Inside map_over_data: the mean over all devices' shares of the batch."""
-    return tree if data_parallel() == 1 else lax.pmean(tree, DATA)
-
-
 def own_key(key: Array | None) -> Array | None:
     """Inside map_over_data: a key of this device's own, so that devices draw differently."""
     if key is None or data_parallel() == 1:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int8
 
-from moe_jax.base.files import disk_errors
+from moe_jax.base.files import appearing, disk_errors
 from moe_jax.config import require
 from moe_jax.placement.records.file import RecordFile, as_parts
 from moe_jax.placement.records.layout import NAMES, RecordLayout
@@ -47,19 +47,15 @@ def write_experts(folder: Path, layers: Iterable[Layer], *, low_bit: bool = Fals
 
 def _write_layer(path: Path, layer: int, fields: dict[str, np.ndarray]) -> None:
     """Writes the fields, [E, …] each, beside `path` and renames the whole file into place."""
-    unfinished = path.with_name(f".{path.name}.tmp")
     experts = np.arange(len(fields["down"]))
     layout = RecordLayout.of({name: field[0] for name, field in fields.items()})
-    try:
+    with appearing(path) as unfinished:
         file = RecordFile.create(unfinished, layer, layout, len(experts), remedy=REWRITE)
         try:
             file.write(experts, as_parts(fields.values()))
             file.finish()
         finally:
             file.close()
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _fields(gate_up: np.ndarray, down: np.ndarray, low_bit: bool) -> dict[str, np.ndarray]:

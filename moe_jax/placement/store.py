@@ -209,7 +209,7 @@ class ExpertStore:
         if following is not None:  # not before: what is needed now would have to share the disk
             self._prefetch(layer + 1, following)
         self._count(self._last, sources)
-        self.traffic.fetches.append((entered, self._meter.now()))
+        self._meter.fetched(entered)
         return [leases[e] for e in ids]
 
     def settle(self) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from moe_jax.base.seeds import check_seed
 from moe_jax.config import require
 from moe_jax.placement.trace import Trace
 
@@ -84,7 +85,8 @@ def _slope(chosen: Int[np.ndarray, "T K"], experts: int) -> float:
 
 
 def generate_trace(parameters: ZipfMarkov, tokens: int, seed: int = 0) -> Trace:
-    """`tokens` tokens drawn from the generator. UserError: impossible parameters."""
+    """`tokens` tokens from the generator. UserError: impossible parameters, or no such seed."""
+    check_seed("seed", seed)
     p = parameters
     require(0 < p.per_token <= p.experts, f"K={p.per_token} is not in 1 … E={p.experts}")
     require(p.layers > 0 and p.domains > 0 and tokens > 0, f"{p} with {tokens} tokens is empty")

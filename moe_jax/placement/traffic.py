@@ -5,6 +5,9 @@ from threading import Lock
 from time import perf_counter
 from typing import NamedTuple
 
+RECORDED = 10_000
+"""Copies and fetches whose times are kept, from the first on: a long run has no end of them."""
+
 
 class Copy(NamedTuple):
     """One expert brought to the device, in seconds since the store was created."""
@@ -39,8 +42,9 @@ class Traffic:
     peak_bytes: int = 0
     """Most bytes of experts on the device at once."""
     copies: list[Copy] = field(default_factory=list)
+    """The first RECORDED ones."""
     fetches: list[tuple[float, float]] = field(default_factory=list)
-    """(begin, end) of every `fetch`. Between two of them the caller computes."""
+    """(begin, end) of the first RECORDED calls of `fetch`. Between two the caller computes."""
 
     @property
     def hit_rate(self) -> float:
@@ -70,4 +74,10 @@ class TrafficMeter:
         with self._lock:
             self.traffic.disk_bytes += disk
             self.traffic.host_bytes += host
-            self.traffic.copies.append(copy)
+            if len(self.traffic.copies) < RECORDED:
+                self.traffic.copies.append(copy)
+
+    def fetched(self, begin: float) -> None:
+        """Notes a `fetch` that began at `begin` and ends now."""
+        if len(self.traffic.fetches) < RECORDED:
+            self.traffic.fetches.append((begin, self.now()))

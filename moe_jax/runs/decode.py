@@ -1,10 +1,12 @@
 """Prepares a run for decoding with its experts in tiers, and opens the decoder within a budget.
 
 RUN/decode holds one file of experts a layer (placement.files), the other parameters as
-trunk.safetensors, and model.json with configuration, tokenizer and step. model.json is written
-last. Without it the folder counts as not prepared.
+trunk.safetensors, and model.json with configuration, tokenizer and a hash of what it was written
+from. model.json is written last. Without it, or with a damaged trunk, the folder counts as not
+prepared.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,7 +19,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from moe_jax.base.files import disk_errors, write_atomically
+from moe_jax.base.files import disk_errors, patiently, write_atomically
 from moe_jax.config import DecodePlacement, ModelConfig, TrainConfig, from_dict, require
 from moe_jax.config.checks import parse_bytes
 from moe_jax.data.tokenizer import Tokenizer
@@ -28,8 +30,8 @@ from moe_jax.placement.files import ExpertFiles, Layer, write_experts
 from moe_jax.placement.policy import make_policy
 from moe_jax.placement.save_experts import save_experts
 from moe_jax.placement.store import ExpertStore
-from moe_jax.runs.load import load_run, newest_step
-from moe_jax.train.checkpoint import FORMAT
+from moe_jax.runs.load import Trained, load_run, newest_step, run_folder
+from moe_jax.train.checkpoint import FORMAT, MANIFEST, read_errors
 
 TRUNK = "trunk.safetensors"
 MODEL = "model.json"
@@ -41,51 +43,81 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
     """Writes RUN/decode for the run's newest checkpoint, unless it is there. Returns the folder.
 
     The experts are rounded to `dtype`, if given. The whole run is loaded into memory for this once,
-    also one that was trained with tiers. UserError: no checkpoint, a dense model, or a disk that
-    fails.
+    also one that was trained with tiers. If the newest checkpoint is damaged, the folder is that of
+    an older one, until the newest is mended. UserError: no checkpoint, a dense model, or a disk
+    that fails.
     """
-    folder = Path(run) / "decode"
-    wanted = (newest_step(run), dtype)
-    if _prepared(folder) != wanted:
-        # First, so that a kill on the way leaves a folder that counts as not prepared.
-        for description in (folder / MODEL, folder / LOW_BIT / MODEL):
-            description.unlink(missing_ok=True)
+    own = run_folder(run)
+    folder = own / "decode"
+    source = _source(own, newest_step(run), dtype)
+    if not _is_prepared(folder, source):
         trained = load_run(run)
-        require(
-            trained.config.model.moe_layers > 0,
-            f"{run} is a dense model (dense_layers equals layers): it has no experts to place",
-        )
-        save_experts(folder, trained.state.parameters, dtype=dtype or None)
-        with disk_errors(folder):
-            write_atomically(folder / TRUNK, save(_flat(trained.state)))
-            description = {
-                "format": FORMAT,
-                "step": wanted[0],
-                "dtype": dtype,
-                "loaded": trained.step,  # an older one, if the newest was damaged
-                "config": asdict(trained.config),
-                "tokenizer": trained.tokenizer.to_json(),
-            }
-            write_atomically(folder / MODEL, json.dumps(description))
-    if low_bit and _prepared(folder / LOW_BIT) != wanted:
+        source = _source(own, trained.step, dtype)
+        if not _is_prepared(folder, source):
+            _prepare(folder, trained, source)
+    if low_bit and not _is_prepared(folder / LOW_BIT, source):
         files = ExpertFiles(folder)
         write_experts(folder / LOW_BIT, _read_all(files), low_bit=True)
         files.close()
-        description = {"format": FORMAT, "step": wanted[0], "dtype": dtype}
-        write_atomically(folder / LOW_BIT / MODEL, json.dumps(description))
+        _write_description(folder / LOW_BIT, {"source": source})
     return folder
 
 
-def _prepared(folder: Path) -> tuple[int, str] | None:
-    """(step, dtype of the experts) that the folder was written for. None: it is incomplete."""
+def _prepare(folder: Path, trained: Trained, source: list[Any]) -> None:
+    require(
+        trained.config.model.moe_layers > 0,
+        f"{folder.parent} is a dense model (dense_layers equals layers): it has no experts to "
+        "place",
+    )
+    # First, so that a kill on the way leaves a folder that counts as not prepared.
+    for description in (folder / MODEL, folder / LOW_BIT / MODEL):
+        description.unlink(missing_ok=True)
+    dtype = source[-1]
+    save_experts(folder, trained.state.parameters, dtype=dtype or None)
+    trunk = save(_flat(trained.state))
+    with disk_errors(folder):
+        write_atomically(folder / TRUNK, trunk)
+    description = {
+        "source": source,
+        "trunk": _digest(trunk),
+        "config": asdict(trained.config),
+        "tokenizer": trained.tokenizer.to_json(),
+    }
+    _write_description(folder, description)
+
+
+def _source(run: Path, step: int, dtype: str) -> list[Any]:
+    """What a folder is prepared from: the checkpoint, by its manifest, and the experts' dtype."""
+    with read_errors(run):
+        manifest = patiently((run / "checkpoints" / str(step) / MANIFEST).read_bytes)
+    return [FORMAT, step, _digest(manifest), dtype]
+
+
+def _is_prepared(folder: Path, source: list[Any]) -> bool:
+    """Whether the folder was written from `source`, and its description and trunk are whole."""
     try:
-        description = json.loads((folder / MODEL).read_text())
-        # A folder of another format is written anew, from a checkpoint whose format is checked.
-        if description["format"] != FORMAT:
-            return None
-        return description["step"], description["dtype"]
-    except (OSError, ValueError, KeyError):
-        return None
+        description = json.loads((folder / MODEL).read_bytes())
+        seal = description.pop("seal")
+        if seal != _seal(description) or description["source"] != source:
+            return False
+        trunk = description.get("trunk")  # a folder of 8-bit copies has none
+        return trunk is None or trunk == _digest((folder / TRUNK).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _write_description(folder: Path, description: dict[str, Any]) -> None:
+    with disk_errors(folder):
+        content = json.dumps(description | {"seal": _seal(description)})
+        write_atomically(folder / MODEL, content)
+
+
+def _seal(description: dict[str, Any]) -> str:
+    return _digest(json.dumps(description, sort_keys=True).encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _read_all(files: ExpertFiles) -> Iterator[Layer]:

@@ -11,13 +11,14 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
+from moe_jax.base.initial import root_key
 from moe_jax.config import CheckpointConfig, TrainConfig, from_dict
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
 from moe_jax.model.transformer import Transformer
 from moe_jax.parallel.rules import with_sharding
-from moe_jax.train.checkpoint import MANIFEST, Checkpoints
+from moe_jax.train.checkpoint import MANIFEST, Checkpoints, read_errors, steps_in
 from moe_jax.train.engines import engine_of
 from moe_jax.train.state import TrainState
 
@@ -43,7 +44,7 @@ class Trained:
             graph_of(self.config.model),
             (self.state.parameters, self.state.router),
             prompt[None],
-            jax.random.key(seed),
+            root_key(seed),
             count=tokens,
             vocabulary=self.tokenizer.vocabulary,
             temperature=temperature,
@@ -79,13 +80,22 @@ def decode_until_end(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     return tokenizer.decode(tokens[: stop[0]] if len(stop) else tokens)
 
 
+def run_folder(out: str | Path) -> Path:
+    """The folder of a run. UserError: there is none of this name."""
+    folder = Path(out).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"there is no folder '{out}': give the --out of a training run")
+    return folder
+
+
 def newest_step(out: str | Path) -> int:
     """Step of the newest checkpoint with a manifest. Its files are not verified.
 
     UserError: there is none.
     """
-    manifests = (Path(out) / "checkpoints").glob(f"*/{MANIFEST}")
-    steps = [int(path.parent.name) for path in manifests if path.parent.name.isdigit()]
+    folder = run_folder(out) / "checkpoints"
+    with read_errors(folder):
+        steps = [step for step in steps_in(folder) if (folder / str(step) / MANIFEST).is_file()]
     if not steps:
         raise UserError(f"{out} holds no complete checkpoint: give the --out of a training run")
     return max(steps)
@@ -93,7 +103,7 @@ def newest_step(out: str | Path) -> int:
 
 def load_run(out: str | Path) -> Trained:
     """The newest undamaged checkpoint of a run's folder. UserError: there is none."""
-    folder = Path(out)
+    folder = run_folder(out)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{out} holds no checkpoints: give the --out of a training run")
     # read_only, because the run may still be training.
@@ -108,7 +118,8 @@ def load_run(out: str | Path) -> Trained:
         restored = checkpoints.restore(with_sharding(engine.abstract_state(), here), say)
     finally:
         checkpoints.close()
-    assert restored is not None
+    if restored is None:
+        raise UserError(f"{out}/checkpoints holds no complete checkpoint any more")
     tokenizer = Tokenizer.from_json(restored.extra["tokenizer"])
     state = engine.load(restored.state, restored.folder)
     return Trained(engine.config, restored.step, state, tokenizer)

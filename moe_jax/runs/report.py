@@ -1,5 +1,6 @@
 """The report of a finished run: plots, sampled continuations and result.json."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,10 @@ def draw_plots(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Written aside and renamed: whoever watches the folder never sees half a picture.
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    # Atomically: whoever watches the folder never sees half a picture.
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_atomically(path, content.getvalue())
 
 
 def draw_smoothed(axes: Any, steps: list[int], values: Any, color: str, label: str) -> None:

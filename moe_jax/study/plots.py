@@ -1,5 +1,6 @@
 """The plots of experiments with seeds: a mean with the seeds around it."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+
+from moe_jax.base.files import write_atomically
 
 SEED_COLOR = "0.7"
 
@@ -43,8 +46,15 @@ def plot_dots(
     axes.set_yticks(range(len(order)), order)
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG atomically: whoever watches the folder never sees half a picture."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_atomically(path, content.getvalue())
+
+
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> None:
     """Writes folder/NAME.png for each figure."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=120)
+        save_figure(figure, folder / f"{name}.png")

@@ -11,6 +11,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.base.machine import require_memory, require_space
 from moe_jax.base.result import output_folder
 from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
+from moe_jax.config.learning import not_trained
 from moe_jax.model.attention import check_attention
 from moe_jax.moe.implementation import implementation
 from moe_jax.train.engine import Engine
@@ -28,6 +29,8 @@ def check(engine: Engine, task: Task) -> Path:
     engine.check()
     check_kernels(config)
     check_attention(config.model, config.data.length)
+    for part, reason in not_trained(config.model).items():
+        say(f"not trained: {part} ({reason})")
     require_memory(config.preset, engine.memory_bytes() + task.memory_bytes())
     out = output_folder(config.out)
     # `keep` checkpoints, the best one, and the one that is being written.

@@ -1,7 +1,8 @@
 """Bits per byte on held-out text: a number that does not depend on the tokenizer."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from moe_jax.model.abstract import graph_of
 from moe_jax.objectives.base import Batch
 from moe_jax.objectives.next_token import batch_nats
 from moe_jax.train.state import TrainState
+
+AHEAD = 8
+"""Batches that are started before the result of one is waited for."""
 
 
 def make_evaluator(
@@ -37,11 +41,23 @@ def make_evaluator(
 
     def evaluate(state: TrainState) -> float:
         batches = map(place, held_out_batches(config, validation))
-        # All batches are started before the first result is waited for.
-        parts = [nats(state.parameters, state.router, batch) for batch in batches]
-        return bits_per_byte(map(float, parts), validation)
+        parts = (nats(state.parameters, state.router, batch) for batch in batches)
+        return bits_per_byte(map(float, started_ahead(parts)), validation)
 
     return evaluate
+
+
+def started_ahead(parts: Iterable[Array]) -> Iterator[Array]:
+    """The parts in order, each when the next AHEAD are started.
+
+    The device then never waits for the host, and holds the batches of a few and not of all.
+    """
+    started: deque[Array] = deque()
+    for part in parts:
+        started.append(part)
+        if len(started) > AHEAD:
+            yield started.popleft()
+    yield from started
 
 
 def held_out_batches(config: TrainConfig, validation: TokenArray) -> Iterable[Any]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from moe_jax.base.initial import named_key
+from moe_jax.base.initial import named_key, root_key
 from moe_jax.config import TrainConfig
 from moe_jax.model.abstract import split_model
 from moe_jax.model.transformer import Transformer
@@ -62,7 +62,7 @@ class Metrics(NamedTuple):
 
 def model_key(config: TrainConfig) -> Array:
     """The key that the model's initial parameters are drawn from."""
-    return named_key(jax.random.key(config.seed), "model")
+    return named_key(root_key(config.seed), "model")
 
 
 def new_state(config: TrainConfig, parameters: nnx.State, router: nnx.State) -> TrainState:
@@ -70,7 +70,7 @@ def new_state(config: TrainConfig, parameters: nnx.State, router: nnx.State) -> 
     # "steps" and model_key's "model" are independent keys of one seed.
     zero = jnp.zeros((), jnp.int32)
     optimizer = make_optimizer(config.optim, config.steps).init(parameters)
-    key = jax.random.key_data(named_key(jax.random.key(config.seed), "steps"))
+    key = jax.random.key_data(named_key(root_key(config.seed), "steps"))
     return TrainState(zero, zero, zero, parameters, router, optimizer=optimizer, key=key)
 
 

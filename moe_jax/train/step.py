@@ -12,7 +12,16 @@ from jax import Array, lax
 from moe_jax.base.initial import layer_keys
 from moe_jax.config import TrainConfig
 from moe_jax.model.abstract import graph_of
-from moe_jax.objectives.base import Batch, Losses, Objective, Part, forward, losses, whole_batch
+from moe_jax.objectives.base import (
+    Batch,
+    Losses,
+    Objective,
+    Part,
+    forward,
+    losses,
+    part_of,
+    whole_batch,
+)
 from moe_jax.objectives.next_token import next_token
 from moe_jax.train.state import Metrics, TrainState
 from moe_jax.train.update import Gradient, make_update
@@ -37,7 +46,9 @@ def make_step(
 def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Callable[..., Any]:
     """(parameters, router, batch, key, *operands) -> ((total loss, Losses), gradients).
 
-    Gradients are those of the parameters, summed over `optim.accumulation` micro-batches.
+    Gradients are those of the parameters, summed over `optim.accumulation` micro-batches. Every
+    loss and statistic is the whole batch's, but for the expert-level and device-level balance
+    losses, which take each micro-batch's own load (moe.balance.expert_loss).
     """
     graph = graph_of(config.model)
     length = config.data.length
@@ -50,9 +61,6 @@ def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Cal
         def total(parameters: nnx.State, part: Part) -> tuple[Array, Losses]:
             merged = nnx.merge(graph, parameters, router)
             part_losses = losses(objective, forward(merged, part, length), *operands)
-            # A balance loss is a mean over its part. The others are divided by the whole batch's
-            # targets already, so that parts add up.
-            part_losses = part_losses._replace(balance=part_losses.balance / parts)
             return part_losses.total(config.model.mtp_weight), part_losses
 
         gradient = jax.value_and_grad(total, has_aux=True)
@@ -63,7 +71,7 @@ def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Cal
         micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
         def of_part(batch: Batch, key: Array) -> Any:
-            return gradient(parameters, Part(batch, everything.normalisers, key))
+            return gradient(parameters, part_of(everything, batch, length, key))
 
         def add(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, of_part(*part)), None
@@ -72,19 +80,6 @@ def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Cal
         first = jax.tree.map(lambda a: a[0], micro)
         shapes = jax.eval_shape(of_part, first, key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (value, summed), gradients = lax.scan(add, zeros, (micro, layer_keys(key, parts)))[0]
-        return (value, _averaged(summed, parts)), gradients
+        return lax.scan(add, zeros, (micro, layer_keys(key, parts)))[0]
 
     return of_batch
-
-
-def _averaged(summed: Losses, parts: int) -> Losses:
-    """The sums with entropies and balance losses of the statistics averaged over micro-batches.
-
-    Loads and drops stay sums.
-    """
-    stats = {
-        name: part._replace(entropy=part.entropy / parts, loss=part.loss / parts)
-        for name, part in summed.stats.items()
-    }
-    return summed._replace(stats=stats)

@@ -128,9 +128,17 @@ class TeacherTask(Task):
         sharding = batch["tokens"].sharding
         if is_on_policy(settings, self.config.seed, step):
             states = (state.parameters, state.router)
-            tokens = self.teacher.tokenizer.vocabulary
+            tokenizer = self.teacher.tokenizer
             key = named_key(state.step_key(), "own batch")
-            batch = own_batch(settings, self.config.model, states, batch, key, tokens)
+            batch = own_batch(
+                settings,
+                self.config.model,
+                states,
+                batch,
+                key,
+                vocabulary=tokenizer.vocabulary,
+                end=tokenizer.eos,
+            )
         else:
             batch = text_batch(batch)
         # The generator's output is wherever its computation put it.

@@ -66,6 +66,24 @@ def test_random_swaps_change_so_many_tokens_and_never_the_first():
     assert int(found.max()) < 9
 
 
+def test_padding_and_the_beginnings_of_documents_stay():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0, 0, 0], [1] * 8, [0] * 8])
+    may_change = np.array([[0, 1, 0, 1, 1, 0, 0, 0], [0] + [1] * 7, [0] * 8], bool)
+    tokens = jnp.asarray(RNG.integers(0, 9, (3, 8)))
+    gradient = jnp.asarray(RNG.normal(size=(3, 8, 4)), jnp.float32)
+    table = jnp.asarray(RNG.normal(size=(9, 4)), jnp.float32)
+    for found in (
+        perturb.random_swaps(jax.random.key(0), tokens, 4, 9, segments),
+        perturb.adversarial_swaps(gradient, table, tokens, 4, 9, segments),
+    ):
+        changed = np.asarray(found != tokens)
+        assert not changed[~may_change].any()
+        np.testing.assert_array_equal(changed.sum(1), [3, 4, 0])
+    shift = perturb.random_shift(jax.random.key(0), gradient, jnp.ones(3), segments != 0)
+    assert not np.asarray(shift)[np.asarray(segments) == 0].any()
+    np.testing.assert_allclose(lengths(shift), [1, 1, 0], rtol=1e-5)
+
+
 def test_adversarial_swaps_are_the_best_by_enumeration():
     """A loss that is linear in the embeddings, where first order is exact."""
     table = jnp.asarray(RNG.normal(size=(9, 4)), jnp.float32)

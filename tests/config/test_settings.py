@@ -68,7 +68,7 @@ from moe_jax.config import (
         ),
         (lambda: DecodePlacement(low_bit_share=2), "placement.low_bit_share is 2: it must lie"),
         (lambda: TrainConfig(steps=0), "steps is 0"),
-        (lambda: TrainConfig(seed=-1), "seed is -1: it must not be negative"),
+        (lambda: TrainConfig(seed=-1), "seed is -1: a seed must lie between 0 and 4294967295"),
         (lambda: TrainConfig(distill=DistillConfig(alpha=0.5)), "need a teacher: set distill."),
         (
             lambda: PlacementConfig(device_budget="2 fish"),

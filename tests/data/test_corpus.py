@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 import time
@@ -5,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moe_jax.base.errors import UserError
-from moe_jax.data import files
+from moe_jax.data import contents
 from moe_jax.data.cache import HashIndex
-from moe_jax.data.corpus import Corpus, open_corpus, sample, split
-from moe_jax.data.files import FileCorpus, pieces
-from tests.data.small_corpus import TEXTS
+from moe_jax.data.corpus import Corpus, Opening, open_corpus, sample, split
+from moe_jax.data.files import FileCorpus
+from tests.data.small_corpus import TEXTS, quiet
+
+
+def fingerprint(source: str, cache: Path) -> str:
+    return open_corpus(source, how=Opening(cache)).fingerprint
 
 
 def texts(corpus: Corpus) -> dict[str, str]:
@@ -80,29 +83,6 @@ def test_broken_links_and_folders_are_no_files(folder: Path):
     assert list(texts(open_corpus(f"files:{folder}/*"))) == ["a.py", "b.txt", "d.txt"]
 
 
-@settings(deadline=None)
-@given(st.binary(max_size=60) | st.text(max_size=40).map(str.encode), st.integers(1, 9))
-def test_pieces_join_to_the_decoded_bytes(data: bytes, size: int):
-    blocks = [data[i : i + size] for i in range(0, len(data), size)]
-    decoded = list(pieces(blocks))
-    text = data.decode("utf-8", "replace")
-    assert "".join(piece for piece, _ in decoded) == text
-    try:
-        data.decode()
-        assert not decoded[-1][1]
-    except UnicodeDecodeError:
-        assert decoded[-1][1]
-
-
-def test_pieces_end_before_newlines():
-    decoded = [text for text, _ in pieces([b"ab\n\n", b"  cd\ne", b"f"])]
-    assert decoded == ["ab", "\n\n  cd", "\nef"]
-
-
-def test_a_replacement_character_in_the_text_is_no_damage():
-    assert list(pieces(["\ufffd ok".encode()])) == [("\ufffd ok", False)]
-
-
 def test_split_is_stable_and_complete(folder: Path):
     corpus = open_corpus(f"files:{folder}/**/*")
     assert isinstance(corpus, FileCorpus)
@@ -145,43 +125,74 @@ def test_sample_is_even_and_bounded(tmp_path: Path):
 
 
 def test_changed_content_of_the_same_size_is_noticed(folder: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(files, "SETTLED_SECONDS", 0)  # trust even the youngest time stamps
+    monkeypatch.setattr(contents, "SETTLED_SECONDS", 0)  # trust even the youngest time stamps
     path = folder / "d.txt"
     pattern = f"files:{folder}/**/*"
-    before = open_corpus(pattern).fingerprint(tmp_path)
+    before = fingerprint(pattern, tmp_path)
     stat = path.stat()
     time.sleep(0.02)  # a tick of the file system's clock
     path.write_text(path.read_text().replace("one", "two"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert open_corpus(pattern).fingerprint(tmp_path) != before
+    assert fingerprint(pattern, tmp_path) != before
 
 
 def test_unchanged_files_are_not_read_again(folder: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(files, "SETTLED_SECONDS", 0)
-    before = open_corpus(f"files:{folder}/**/*").fingerprint(tmp_path)
-    monkeypatch.setattr(files, "content_hash", lambda path: pytest.fail(f"read {path}"))
-    assert open_corpus(f"files:{folder}/**/*").fingerprint(tmp_path) == before
+    monkeypatch.setattr(contents, "SETTLED_SECONDS", 0)
+    before = fingerprint(f"files:{folder}/**/*", tmp_path)
+    monkeypatch.setattr(contents, "read_content", lambda path: pytest.fail(f"read {path}"))
+    assert fingerprint(f"files:{folder}/**/*", tmp_path) == before
 
 
 def test_files_just_written_are_read_again(folder: Path, tmp_path: Path):
-    open_corpus(f"files:{folder}/**/*").fingerprint(tmp_path)
+    fingerprint(f"files:{folder}/**/*", tmp_path)
     assert not list(tmp_path.glob("hashes-*"))
 
 
 def test_renaming_changes_the_fingerprint(folder: Path, tmp_path: Path):
-    before = open_corpus(f"files:{folder}/**/*").fingerprint(tmp_path)
+    before = fingerprint(f"files:{folder}/**/*", tmp_path)
     (folder / "d.txt").rename(folder / "e.txt")
-    assert open_corpus(f"files:{folder}/**/*").fingerprint(tmp_path) != before
+    assert fingerprint(f"files:{folder}/**/*", tmp_path) != before
 
 
-def test_a_damaged_index_is_ignored(tmp_path: Path):
+def test_an_index_remembers_and_a_changed_state_does_not_match(tmp_path: Path):
     index = HashIndex(tmp_path, "corpus")
-    index.hash("a", [1], lambda: "old")
+    index.recall("a", [1], lambda: "old")
+    index.save()
+    assert HashIndex(tmp_path, "corpus").recall("a", [1], lambda: "new") == "old"
+    assert HashIndex(tmp_path, "corpus").recall("a", [2], lambda: "new") == "new"
+    assert HashIndex(tmp_path, "other").recall("a", [1], lambda: "new") == "new"
+
+
+def one_digit(path: Path) -> None:
+    """Another digit in a hash: the file is still JSON."""
+    text = path.read_text()
+    path.write_text(text.replace("0", "1") if "0" in text else text.replace("2", "3"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        one_digit,
+        lambda path: path.write_text("{"),
+        lambda path: path.write_text('{"a": [1, "old"]}'),
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        lambda path: path.write_bytes(b""),
+    ],
+)
+def test_a_damaged_index_is_made_anew_with_a_line(tmp_path: Path, damage):
+    index = HashIndex(tmp_path, "corpus", quiet)
+    index.recall("a", [1], lambda: "10203")
     index.save()
     (path,) = tmp_path.glob("hashes-*")
-    assert HashIndex(tmp_path, "corpus").hash("a", [1], lambda: "new") == "old"
-    path.write_text("{")
-    assert HashIndex(tmp_path, "corpus").hash("a", [1], lambda: "new") == "new"
+    damage(path)
+    said: list[str] = []
+    index = HashIndex(tmp_path, "corpus", said.append)
+    assert len(said) == 1
+    assert "is damaged or of another version: reading the text again" in said[0]
+    assert index.recall("a", [1], lambda: "new") == "new"
+    index.save()
+    assert HashIndex(tmp_path, "corpus", pytest.fail).recall("a", [1], pytest.fail) == "new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture
@@ -201,11 +212,48 @@ def test_hub_reads_a_local_folder(hub: Path, tmp_path: Path):
     assert texts(corpus) == {"0": "hello", "1": "", "2": "café"}
     assert corpus.sizes.tolist() == [5, 0, 5]
     assert list(sample(corpus, np.array([2]), 3)) == ["caf"]
-    fingerprint = corpus.fingerprint(tmp_path)
-    assert open_corpus(f"hf:{hub}").fingerprint(tmp_path) == fingerprint
+    before = fingerprint(f"hf:{hub}", tmp_path)
+    assert before == corpus.fingerprint
+    assert fingerprint(f"hf:{hub}", tmp_path) == before
     path = hub / "train.jsonl"
     path.write_text(path.read_text().replace("hello", "hallo"))
-    assert open_corpus(f"hf:{hub}").fingerprint(tmp_path) != fingerprint
+    assert fingerprint(f"hf:{hub}", tmp_path) != before
+
+
+def test_rows_with_the_same_text_are_on_one_side(hub: Path):
+    rows = [json.dumps({"text": f"text {i % 7}"}) for i in range(99)]
+    (hub / "train.jsonl").write_text("\n".join(rows))
+    held_out = split(open_corpus(f"hf:{hub}"), 0.4)
+    assert set(held_out[:7]) == {True, False}
+    assert held_out.tolist() == [held_out[i % 7] for i in range(99)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: bytes(64) + data[64:],
+        lambda data: data.replace(b"hello", b"hellp"),
+    ],
+)
+def test_damaged_rows_of_the_hub_are_made_again(hub: Path, tmp_path: Path, damage):
+    before = fingerprint(f"hf:{hub}", tmp_path)
+    (path,) = (tmp_path / "hf").rglob("*.arrow")
+    path.write_bytes(damage(path.read_bytes()))
+    said: list[str] = []
+    corpus = open_corpus(f"hf:{hub}", how=Opening(tmp_path, say=said.append))
+    split(corpus, 0.5)
+    assert corpus.fingerprint == before
+    assert texts(corpus)["0"] == "hello"
+    assert len(said) == 1
+    assert "are damaged" in said[0]
+
+
+def test_hub_refuses_a_folder_that_is_a_pattern(hub: Path):
+    strange = hub.rename(hub.with_name("rows[1]"))
+    with pytest.raises(UserError, match="rename the folder"):
+        open_corpus(f"hf:{strange}")
 
 
 def test_hub_column_must_hold_text(hub: Path):

@@ -1,11 +1,13 @@
 import json
+import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.base.errors import UserError
-from moe_jax.data.tokenizer import Tokenizer, make_tokenizer
+from moe_jax.data.tokenizer import LONGEST_PIECE, Tokenizer, make_tokenizer
 from tests.data.small_corpus import TEXTS, quiet
 
 KINDS = {
@@ -91,3 +93,22 @@ def test_a_line_break_and_its_indentation_are_one_token():
 def test_numbers_are_cut_into_groups_of_three():
     tokenizer = make_tokenizer("bpe:400", ["1234567890 " * 50], quiet)
     assert [tokenizer.decode([i]) for i in tokenizer.encode("1234567")] == ["123", "456", "7"]
+
+
+def test_a_word_without_an_end_is_learned_in_time_and_lost_nowhere():
+    """Uncut, the time of training grows with the square of the word."""
+    letters = np.random.default_rng(0).choice(list("abcdefghij"), 200_000)
+    word = "".join(letters)
+    began = time.process_time()
+    tokenizer = make_tokenizer("bpe:600", [word, "é" * 99_999, " " * 99_999], quiet)
+    ids = tokenizer.encode(word)
+    # 0.4 s, and 10 s uncut.
+    assert time.process_time() - began < 4
+    assert tokenizer.decode(ids) == word
+    assert len(ids) < 0.6 * len(word)
+
+
+def test_the_cut_is_no_part_of_the_tokenizer():
+    tokenizer = make_tokenizer("bpe:300", ["ab" * 3000], quiet)
+    assert f"{{1,{LONGEST_PIECE}}}" not in tokenizer.to_json()
+    assert tokenizer.decode(tokenizer.encode("ab" * 3000)) == "ab" * 3000

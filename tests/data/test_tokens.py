@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.base.errors import UserError
-from moe_jax.data import cache, files, writer
+from moe_jax.data import cache, contents, encodings, writer
 from moe_jax.data.tokenizer import Tokenizer, make_tokenizer
 from moe_jax.data.tokens import TokenArray, prepare
 from tests.data.small_corpus import TEXTS, Prepare, quiet
@@ -102,7 +103,7 @@ def test_bytes_that_are_no_utf8(prepared: Prepare):
 
 def test_a_long_file_in_pieces_has_the_tokens_of_the_whole(prepared: Prepare, monkeypatch):
     data = prepared()
-    monkeypatch.setattr(files, "PIECE_BYTES", 64)
+    monkeypatch.setattr(encodings, "PIECE_BYTES", 64)
     monkeypatch.setattr(writer, "BATCH_CHARACTERS", 100)
     prepared.cache = prepared.cache / "pieces"
     again = prepared(data.tokenizer)
@@ -142,6 +143,40 @@ def test_a_damaged_cache_is_rebuilt(prepared: Prepare, file: str, damage):
     assert prepared.said == []
 
 
+def another_digit(path: Path) -> None:
+    """The last digit becomes another one: the file is still JSON."""
+    text = path.read_text()
+    at = max(text.rfind(digit) for digit in "0123456789")
+    path.write_text(text[:at] + ("1" if text[at] == "0" else "0") + text[at + 1 :])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, another_digit, Path.unlink])
+def test_a_damaged_hash_index_is_no_other_text(prepared: Prepare, monkeypatch, damage):
+    monkeypatch.setattr(contents, "SETTLED_SECONDS", 0)
+    before = prepared()
+    indices = list(prepared.cache.glob("hashes-*.json"))
+    assert len(indices) == 2  # of the files and of their split
+    for path in indices:
+        damage(path)
+    after = prepared()
+    lines = ["is damaged or of another version: reading the text again"] * 2
+    assert [line.split(" ", 1)[1] for line in prepared.said] == (
+        [] if damage is Path.unlink else lines
+    )
+    assert after.fingerprint == before.fingerprint
+    prepared()
+    assert prepared.said == []
+
+
+def test_a_file_in_place_of_an_entry(prepared: Prepare):
+    before = prepared()
+    for path in prepared.cache.glob("tok*"):
+        shutil.rmtree(path)
+        path.write_text("")
+    assert prepared().fingerprint == before.fingerprint
+    assert len([line for line in prepared.said if "damaged: building it again" in line]) == 2
+
+
 def test_long_files_are_checked_in_places(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(cache, "CHECKED_BLOCK", 4)
     monkeypatch.setattr(cache, "CHECKED_BLOCKS", 3)
@@ -162,7 +197,7 @@ def test_full_disk(prepared: Prepare, monkeypatch):
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache, "_sync", full)
+    monkeypatch.setattr(cache, "sync", full)
     with pytest.raises(UserError, match=r"No space left on device \(.*--data\.cache"):
         prepared()
     assert list(prepared.cache.glob("t*")) == []  # neither entries nor temporary folders
@@ -184,7 +219,7 @@ def test_two_processes_building_at_once(prepared: Prepare):
 def test_a_killed_build_leaves_no_entry(prepared: Prepare):
     script = (
         "import os; from moe_jax.data import cache, tokens; from moe_jax.config import DataConfig\n"
-        "cache._sync = lambda path: os.kill(os.getpid(), 9)\n"
+        "cache.sync = lambda path: os.kill(os.getpid(), 9)\n"
         f"tokens.prepare({prepared.config(tokenizer='bytes')!r})"
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
@@ -194,10 +229,28 @@ def test_a_killed_build_leaves_no_entry(prepared: Prepare):
     prepared(tokenizer="bytes")
     assert left.exists()  # it might belong to a process that still runs
     age = time.time() - 2 * cache.STALE_SECONDS
-    for path in [left, *left.iterdir()]:
+    for path in [left, *left.rglob("*")]:
         os.utime(path, (age, age))
     prepared()
     assert not left.exists()
+
+
+def test_the_users_own_folders_in_the_cache_stay(prepared: Prepare):
+    """A folder named as a temporary one, and one that lies where an entry belongs."""
+    prepared(tokenizer="bytes")
+    (entry,) = prepared.cache.glob("tokens-*")
+    shutil.rmtree(entry)
+    mine = [prepared.cache / "tmp-notes", prepared.cache / f"tmp-{'0' * 32}", entry]
+    age = time.time() - 2 * cache.STALE_SECONDS
+    for folder in mine:
+        folder.mkdir()
+        (folder / "meta.json").write_text("the user's")
+        for path in (folder / "meta.json", folder):
+            os.utime(path, (age, age))
+    prepared(tokenizer="bytes")
+    assert any("is kept as" in line for line in prepared.said)
+    kept = [*mine[:2], *prepared.cache.glob(f"{entry.name}-*")]
+    assert [(folder / "meta.json").read_text() for folder in kept] == 3 * ["the user's"]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("/x", "/x/moe_jax"), ("", "~/.cache/moe_jax")])
@@ -214,3 +267,15 @@ def test_only_the_first_held_out_tokens_are_evaluated(prepared: Prepare):
     assert whole.text().startswith(cut.text())
     assert cut.bytes == len(cut.text()) < whole.bytes
     assert whole.first(10**9) is whole
+
+
+def test_held_out_tokens_without_text_are_refused(prepared: Prepare):
+    """The first held-out documents may be empty: [bos, eos] each."""
+    for i in range(40):
+        (prepared.folder / f"0empty{i}").write_text("")
+    with pytest.raises(UserError, match=r"data\.validation_tokens is 2: .* at least \d+") as info:
+        prepared(validation_tokens=2)
+    needed = int(str(info.value).split()[-1])
+    assert prepared(validation_tokens=needed).validation.bytes > 0
+    with pytest.raises(UserError, match="hold no text"):
+        prepared(validation_tokens=needed - 1)

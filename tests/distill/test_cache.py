@@ -1,6 +1,9 @@
 """The teacher's cache: what it holds, how it survives, how it is read."""
 
+import errno
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -135,18 +138,67 @@ def test_samples_do_not_depend_on_the_batch(tmp_path):
     assert one.path(1).read_bytes() == two.path(1).read_bytes()
 
 
-def test_damage_is_noticed(tmp_path):
+def flip(data: bytes) -> bytes:
+    return data[:5] + bytes([data[5] ^ 1]) + data[6:]
+
+
+@pytest.mark.parametrize("damage", [flip, lambda data: data[:-1] + b"x", lambda data: data[:-9]])
+def test_a_damaged_shard_is_computed_again_with_a_line(tmp_path, damage):
     cache = build(tmp_path)
-    data = bytearray(cache.path(1).read_bytes())
-    data[5] ^= 1
-    cache.path(1).write_bytes(data)
-    fresh = build(tmp_path)
-    fresh[0]
-    with pytest.raises(UserError, match="is damaged: remove it"):
-        fresh[9]
-    cache.path(1).write_bytes(data[:-9])
-    repaired = build(tmp_path)  # a file of another size is built again
-    np.testing.assert_array_equal(repaired[9]["teacher_tokens"], cache[9]["teacher_tokens"])
+    whole = cache.path(1).read_bytes()
+    expected = cache[9]["teacher_tokens"]
+    cache.path(1).write_bytes(damage(whole))
+    said = []
+    fresh = build(tmp_path, say=said.append)
+    np.testing.assert_array_equal(fresh[9]["teacher_tokens"], expected)
+    assert cache.path(1).read_bytes() == whole
+    # A shard of another size is noticed at once, and computed as a missing one.
+    assert any("is damaged: the teacher reads its text again" in x or "shards" in x for x in said)
+    said.clear()
+    fresh[10]
+    assert build(tmp_path, say=said.append)[9] is not None
+    assert said == []
+
+
+def test_a_shard_that_vanishes_is_computed_again(tmp_path):
+    cache = build(tmp_path)
+    expected = build(tmp_path)[9]["teacher_tokens"]
+    cache.path(1).unlink()
+    np.testing.assert_array_equal(cache[9]["teacher_tokens"], expected)
+
+
+def test_a_disk_that_loses_what_is_written(tmp_path, monkeypatch):
+    cache = build(tmp_path)
+    cache.path(1).write_bytes(flip(cache.path(1).read_bytes()))
+    monkeypatch.setattr("moe_jax.distill.cache.write_atomically", lambda path, data: None)
+    with pytest.raises(UserError, match=r"does not read back as written: .*--data\.cache"):
+        build(tmp_path)[9]
+
+
+def test_a_read_that_fails_is_one_line_and_damages_nothing(tmp_path, monkeypatch):
+    cache = build(tmp_path)
+    before = cache.path(1).read_bytes()
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "fromfile", fails)
+        with pytest.raises(UserError, match=r"cannot read .*000001\.rows: Input/output error"):
+            cache[9]
+    assert cache.path(1).read_bytes() == before
+    assert cache[9] is not None
+
+
+def test_no_number_of_shards_uses_up_the_open_files(tmp_path):
+    """Every shard is read, and the process has as many files open as before."""
+    cache = build(tmp_path, replace(SAMPLED, batch=1, shard=1))
+    assert len(cache.shards()) == 21
+    before = len(os.listdir("/proc/self/fd"))
+    rows = [cache[index] for index in range(21)]
+    assert len(rows) == 21
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path)) == 0
 
 
 def test_another_teacher_text_or_temperature_has_another_cache(tmp_path):

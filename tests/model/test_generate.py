@@ -30,15 +30,28 @@ def test_with_cache_equals_without(either_attention, temperature):
 
 
 def test_cached_logits_equal_a_full_pass(either_attention):
+    """Also where the cache holds other documents: they are not seen."""
     model = Transformer(either_attention, key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
-    full, _ = nnx.jit(lambda model: model.hidden(tokens, jnp.ones_like(tokens)))(model)
-    extend = nnx.jit(lambda model, tokens, start, caches: model.extend(tokens, start, caches))
+    segments = jnp.array([[1] * 9, [1, 1, 2, 2, 2, 3, 3, 3, 3]])
+    full, _ = nnx.jit(lambda model: model.hidden(tokens, segments))(model)
+    extend = nnx.jit(lambda model, *given: model.extend(*given, segments))
     caches, pieces = model.empty_caches(2, 9), []
     for start, stop in ((0, 4), (4, 5), (5, 9)):
         hidden, caches = extend(model, tokens[:, start:stop], jnp.asarray(start), caches)
         pieces.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_document_of_a_packed_prompt_goes_on(small_model):
+    model = Transformer(small_model, key=jax.random.key(0))
+    prompt = jax.random.randint(jax.random.key(1), (3, 7), 0, 61)
+    segments = jnp.array([[1, 1, 1, 1, 2, 2, 2]] * 3)
+    settings = {"count": 4, "vocabulary": 61, "temperature": 0.0}
+    key = jax.random.key(2)
+    packed = generate(*split(model), prompt, key, segments=segments, **settings)
+    alone = generate(*split(model), prompt[:, 4:], key, **settings)
+    np.testing.assert_array_equal(packed, alone)
 
 
 def test_latent_attention_caches_only_the_latent(small_model):

@@ -18,7 +18,7 @@ SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]])
 @partial(nnx.jit, static_argnums=2)
 def predictions(model, tokens, depth):
     hidden, _ = model.hidden(tokens[:, :LENGTH], SEGMENTS[:, :LENGTH])
-    found = model.mtp.predictions(model, hidden, tokens, SEGMENTS[:, :LENGTH])
+    found = model.mtp.predictions(model, hidden, tokens, SEGMENTS)
     return [logits for _, logits, _ in found][depth - 1]
 
 

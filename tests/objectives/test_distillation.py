@@ -220,4 +220,4 @@ def test_bad_settings(config):
     state, batch = init_state(config), make_batch(config)
     states = (state.parameters, state.router)
     with pytest.raises(UserError, match="leaves nothing"):
-        own_batch(settings, model, states, batch, state.step_key(), 256)
+        own_batch(settings, model, states, batch, state.step_key(), vocabulary=256)

@@ -1,5 +1,6 @@
 """A run made ready for decoding: its own text within any budget, and only what is needed."""
 
+import shutil
 from dataclasses import replace
 
 import jax
@@ -14,7 +15,7 @@ from moe_jax.model.generate import generate
 from moe_jax.placement.files import ExpertFiles, layer_name
 from moe_jax.runs import decode as decoding
 from moe_jax.runs.decode import open_decoder, prepare_decoding
-from moe_jax.runs.load import load_run
+from moe_jax.runs.load import load_run, newest_step
 
 SETTINGS = {"count": 6, "vocabulary": 258, "temperature": 1.0}
 
@@ -62,6 +63,37 @@ def test_what_is_prepared_is_not_prepared_again_and_needs_no_run(run, monkeypatc
     (folder / "model.json").write_text("{")
     with pytest.raises(TypeError):  # it would be loaded
         prepare_decoding(run)
+
+
+def test_what_was_written_for_an_older_checkpoint_goes_when_the_newest_is_mended(
+    finished_run, tmp_path
+):
+    shutil.copytree(f"{finished_run.out}/checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints" / str(newest_step(tmp_path))
+    extra = newest / "extra" / "metadata"
+    whole = extra.read_bytes()
+    extra.write_bytes(b"{")
+    folder = prepare_decoding(tmp_path)
+    older = (folder / "trunk.safetensors").read_bytes()
+    assert prepare_decoding(tmp_path) == folder  # still damaged: nothing is written again
+    assert (folder / "trunk.safetensors").read_bytes() == older
+    extra.write_bytes(whole)
+    prepare_decoding(tmp_path)
+    mended = (folder / "trunk.safetensors").read_bytes()
+    assert mended != older
+    for name in ("trunk.safetensors", "model.json"):  # any flipped bit is noticed
+        content = bytearray((folder / name).read_bytes())
+        content[-3] ^= 1
+        (folder / name).write_bytes(content)
+        prepare_decoding(tmp_path)
+        assert (folder / "trunk.safetensors").read_bytes() == mended
+    for checkpoint in (tmp_path / "checkpoints").iterdir():  # a refusal takes nothing away
+        if checkpoint.name.isdigit():
+            (checkpoint / "extra" / "metadata").write_bytes(b"{")
+    before = (folder / "model.json").read_bytes()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        prepare_decoding(tmp_path, dtype="bfloat16")
+    assert (folder / "model.json").read_bytes() == before
 
 
 def test_rounded_experts_take_half_the_bytes_and_every_budget_gives_the_same_text(run):

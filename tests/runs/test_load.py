@@ -22,3 +22,8 @@ def test_a_run_can_be_loaded_completed_and_dissected(finished_run):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoints"):
         load_run(tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"there is no folder '.*/no/such'"):
+        load_run(tmp_path / "no" / "such")

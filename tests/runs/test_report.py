@@ -2,9 +2,11 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from moe_jax.base.errors import UserError
 from moe_jax.base.result import Measurement, output_folder, write_result
+from moe_jax.runs.report import _save as save_figure
 from moe_jax.runs.report import describe_verdict, draw_load, draw_loss, draw_router
 
 YARDSTICKS = {"gzip_bits_per_byte": 2.0, "xz_bits_per_byte": 1.5, "ngram_bits_per_byte": 2.2}
@@ -67,3 +69,19 @@ def test_result_file(tmp_path):
 def test_an_output_folder_that_cannot_be_written():
     with pytest.raises(UserError, match="--out '/proc/x' cannot be written"):
         output_folder("/proc/x")
+
+
+def test_trying_an_output_folder_touches_no_file_in_it(tmp_path):
+    (tmp_path / ".writable").write_text("the user's")
+    assert output_folder(str(tmp_path)) == tmp_path
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(".writable", "the user's")]
+
+
+def test_a_plot_replaces_a_planted_link_and_does_not_follow_it(tmp_path):
+    (tmp_path / "secret").write_text("the user's")
+    for name in ("loss.png", "loss.tmp.png"):
+        (tmp_path / name).symlink_to("secret")
+    save_figure(Figure(), tmp_path / "loss.png")
+    assert (tmp_path / "secret").read_text() == "the user's"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in tmp_path.iterdir()} == {"secret", "loss.png", "loss.tmp.png"}

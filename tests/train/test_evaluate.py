@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.data.tokens import prepare
-from moe_jax.train.evaluate import make_evaluator
+from moe_jax.train.evaluate import AHEAD, make_evaluator, started_ahead
 from moe_jax.train.state import init_state
 
 
@@ -23,3 +23,21 @@ def test_an_indifferent_model_needs_log2_v_bits_for_every_token(small_run, lengt
     targets = len(array.tokens) - len(array.starts)
     assert array.bytes == len(array.text())
     np.testing.assert_allclose(evaluate(state), targets * math.log2(258) / array.bytes, rtol=1e-5)
+
+
+def test_an_evaluation_holds_a_few_batches_whatever_the_text():
+    alive: list[int] = []
+    most = 0
+
+    def parts():
+        nonlocal most
+        for number in range(1000):
+            alive.append(number)
+            most = max(most, len(alive))
+            yield number
+
+    for expected, number in enumerate(started_ahead(parts())):
+        assert number == expected
+        alive.remove(number)
+    assert alive == []
+    assert most == AHEAD + 1

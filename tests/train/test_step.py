@@ -44,6 +44,12 @@ def make_batch(config, seed=0):
     }
 
 
+def with_padding(batch):
+    """The batch with the last row empty, and the one before it from its tenth token on."""
+    segments = batch["segments"].at[-1].set(0).at[-2, 10:].set(0)
+    return batch | {"segments": segments}
+
+
 def assert_close(one, two, rtol=2e-4, atol=2e-6):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
@@ -62,12 +68,20 @@ def test_the_loss_falls(small_run):
 
 VARIANTS = {
     "plain": {},
+    "means": {"moe": MoEConfig(experts=6, sequence_loss=0.1, locality_loss=0.1, z_loss=0.1)},
     "multi-token prediction": {"mtp_depth": 1},
     "rematerialised": {"mtp_depth": 1, "remat": "full"},
     "bfloat16": {"compute_dtype": "bfloat16"},
     "every balance loss": {
         "moe": MoEConfig(
-            experts=6, groups=3, groups_per_token=2, expert_loss=0.1, device_loss=0.1, z_loss=0.1
+            experts=6,
+            groups=3,
+            groups_per_token=2,
+            sequence_loss=0.1,
+            expert_loss=0.1,
+            device_loss=0.1,
+            locality_loss=0.1,
+            z_loss=0.1,
         )
     },
     "hash": {"moe": MoEConfig(experts=6, rule="hash", bias_rate=0)},
@@ -75,20 +89,42 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", pytest.param("multi-token prediction", marks=pytest.mark.slow)]
+    "name", ["means", pytest.param("multi-token prediction", marks=pytest.mark.slow)]
 )
 def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
-    """Not the average of averages: every valid target counts the same (the balance losses are
-    per-sequence means, so they agree as well)."""
+    """Not the average of averages: every valid target and every token counts the same, and one
+    micro-batch has neither."""
     config = replace(small_run, model=replace(small_run.model, **VARIANTS[name]))
     split = replace(config, optim=OptimConfig(accumulation=4))
-    state, batch = initial_state(config), make_batch(config)
+    state, batch = initial_state(config), with_padding(make_batch(config))
     (whole, gradient), (parts, accumulated) = (
         jax.jit(make_gradient(c))(state.parameters, state.router, batch, jax.random.key(0))
         for c in (config, split)
     )
     assert_close(whole, parts)
     assert_close(gradient, accumulated)
+
+
+def test_expert_level_losses_are_the_mean_of_those_of_the_micro_batches(small_run):
+    """By their numbers of tokens. Each has its own load, as the text of expert_loss says."""
+    moe = MoEConfig(experts=6, groups=2, groups_per_token=2, sequence_loss=0.0)
+    moe = replace(moe, expert_loss=0.1, device_loss=0.1)
+    config = replace(small_run, model=replace(small_run.model, moe=moe))
+    split = replace(config, optim=OptimConfig(accumulation=2))
+    state, batch = initial_state(config), with_padding(make_batch(config))
+    key = jax.random.key(0)
+    (_, parts), _ = jax.jit(make_gradient(split))(state.parameters, state.router, batch, key)
+    alone = jax.jit(make_gradient(config))
+    means = []
+    tokens = []
+    for first in range(2):  # strided micro-batches
+        own = {name: rows[first::2] for name, rows in batch.items()}
+        means.append(alone(state.parameters, state.router, own, key)[0][1].balance)
+        tokens.append((own["segments"][:, : config.data.length] != 0).sum())
+    assert tokens[0] != tokens[1]
+    np.testing.assert_allclose(parts.balance, np.average(means, weights=tokens), rtol=1e-5)
+    (_, whole), _ = alone(state.parameters, state.router, batch, key)
+    assert abs(float(whole.balance - parts.balance)) > 1e-6 * float(whole.balance)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +140,7 @@ def test_two_devices_equal_one(small_run, name, accumulation):
     optim = OptimConfig(accumulation=accumulation)
     model = replace(small_run.model, **VARIANTS[name])
     config = replace(small_run, model=model, optim=optim)
-    state, batch = initial_state(config), make_batch(config)
+    state, batch = initial_state(config), with_padding(make_batch(config))
     gradient = make_gradient(config)
     alone = jax.jit(gradient)(state.parameters, state.router, batch, jax.random.key(0))
     mesh = make_mesh(2)

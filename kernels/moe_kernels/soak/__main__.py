@@ -54,6 +54,9 @@ def main(argv: Sequence[str]) -> int:
     if options.minutes <= 0:
         print(f"--minutes {options.minutes} must be above 0", file=sys.stderr)
         return 2
+    if options.seed < 0:
+        print(f"--seed {options.seed} must not be negative", file=sys.stderr)
+        return 2
     print(f"{options.minutes} minutes in {device}, seed {options.seed}", flush=True)
     largest = LARGEST_INTERPRETED if interpreted else LARGEST_COMPILED
     cases, failures = soak(options.minutes, options.seed, largest)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Int
 
 from moe_jax.config import AttentionConfig, ModelConfig
@@ -67,12 +67,19 @@ def document_context(model: ModelConfig, segments: Int[Array, "B L"]) -> Attenti
 
 
 def cached_context(
-    model: ModelConfig, start: Int[Array, ""], length: int, slots: int
+    model: ModelConfig,
+    start: Int[Array, ""],
+    length: int,
+    slots: int,
+    segments: Int[Array, "B slots"] | None = None,
 ) -> AttentionContext:
-    """`length` new tokens from position `start` on see every earlier slot of a KV cache."""
-    one_document = AttentionMask(
-        start, jnp.ones((1, length), jnp.int32), jnp.ones((1, slots), jnp.int32)
-    )
-    width = rotary_width(model.attention)
-    angles = rotation(one_document.positions[None], width, model.rope_base)
-    return AttentionContext(angles, one_document)
+    """`length` new tokens from position `start` on see every earlier slot of a KV cache.
+
+    With `segments`, they see the slots of their own document alone.
+    """
+    if segments is None:
+        segments = jnp.ones((1, slots), jnp.int32)
+    own = lax.dynamic_slice_in_dim(segments, start, length, axis=1)
+    mask = AttentionMask(start, own, segments)
+    angles = rotation(mask.positions[None], rotary_width(model.attention), model.rope_base)
+    return AttentionContext(angles, mask)

@@ -78,7 +78,8 @@ class RecordFile:
     ) -> "RecordFile":
         """A new file for `count` records. `open` refuses it before `finish`."""
         header = empty_header(layout, count)
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        # A link that somebody planted under this name is an error, and is not followed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         file = cls(path, layer, header, flags, direct=direct, remedy=remedy)
         os.truncate(file._descriptor, header.end)  # sparse: unwritten records take no room
         return file

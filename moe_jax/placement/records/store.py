@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.scratch import is_scratch, mark_scratch, remove_scratch_if_empty
 from moe_jax.config import require
 from moe_jax.placement.records.file import RESUME, Parts, RecordFile
 from moe_jax.placement.records.layout import RecordLayout
@@ -20,6 +21,21 @@ from moe_jax.placement.records.layout import RecordLayout
 def file_name(kind: str, layer: int) -> str:
     """File of a layer's records of a kind."""
     return f"layer-{layer:03d}.{kind}.safetensors"
+
+
+def claim(folder: Path) -> None:
+    """Makes a folder for records that are scratch, and removes those that an earlier run left.
+
+    Other files in it stay. UserError: it has records and no marker, so somebody else made them.
+    """
+    records = sorted(folder.glob("layer-*.*.safetensors"))
+    require(
+        is_scratch(folder) or not records,
+        f"{folder} holds {len(records)} files of records that no run left behind: move them",
+    )
+    mark_scratch(folder)
+    for path in records:
+        path.unlink()
 
 
 class ByteCounter:
@@ -144,5 +160,4 @@ class RecordStore:
         for layers in self.files.values():
             for file in layers:
                 file.path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        remove_scratch_if_empty(self.folder)

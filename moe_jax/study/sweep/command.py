@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from moe_jax import cli
+from moe_jax.base.seeds import check_seed
 from moe_jax.config import TrainConfig, require
 from moe_jax.study.sweep.axes import Axis, parse_axis
 
@@ -46,7 +47,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         require(self.trials > 0, f"trials is {self.trials}: it must be positive")
-        require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
+        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)

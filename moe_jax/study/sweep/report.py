@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_jax import cli
 from moe_jax.base.files import write_atomically
+from moe_jax.study.plots import save_figures
 from moe_jax.study.sweep.command import Sweep
 from moe_jax.study.sweep.trials import completed, finished, folder
 
@@ -55,9 +56,7 @@ def plot(study: Any, sweep: Sweep) -> None:
         panel.plot(values[:1], [trials[0].value], "*", markersize=16, label=folder(trials[0]))
     panels[0].set_ylabel(sweep.config.objective)
     panels[0].legend()
-    path = sweep.out / "plots" / "sweep.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figures({"sweep": figure}, sweep.out / "plots")
 
 
 def summarise(study: Any, sweep: Sweep) -> dict[str, Any]:

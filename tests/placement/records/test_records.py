@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.scratch import MARKER
 from moe_jax.placement.records.file import RecordFile, as_parts
 from moe_jax.placement.records.host import HostRecords
 from moe_jax.placement.records.layout import RecordLayout
 from moe_jax.placement.records.pages import PAGE
-from moe_jax.placement.records.store import RecordStore
+from moe_jax.placement.records.store import RecordStore, claim, file_name
 
 LAYERS = 2
 EXPERTS = 9
@@ -238,3 +239,33 @@ def test_host_memory_changes_while_nothing_uses_it(store, monkeypatch):
     write(records, "gradients", 0, [1])
     monkeypatch.setattr(store, "read", read_and_keep)
     read(records, "gradients", 0, [1])
+
+
+def test_only_records_of_ours_are_removed(tmp_path):
+    """A killed run's records go. The user's files stay, also records that bear no mark."""
+    folder = tmp_path / "expert-records"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("the user's")
+    claim(folder)
+    store = RecordStore.create(folder, LAYERS, EXPERTS, LAYOUTS)
+    store.close()  # a kill: nothing is removed
+    claim(folder)
+    assert {p.name for p in folder.iterdir()} == {"notes.txt", MARKER}
+    store = RecordStore.create(folder, LAYERS, EXPERTS, LAYOUTS)
+    store.close()
+    store.remove()
+    assert (folder / "notes.txt").read_text() == "the user's"
+    other = tmp_path / "other"
+    RecordStore.create(other, LAYERS, EXPERTS, LAYOUTS).close()
+    before = sorted(other.iterdir())
+    with pytest.raises(UserError, match="files of records that no run left behind: move them"):
+        claim(other)
+    assert sorted(other.iterdir()) == before
+
+
+def test_a_planted_link_is_not_written_through(tmp_path):
+    (tmp_path / "secret").write_text("the user's")
+    (tmp_path / file_name("parameters", 0)).symlink_to("secret")
+    with pytest.raises(UserError, match="cannot be opened"):
+        RecordStore.create(tmp_path, LAYERS, EXPERTS, LAYOUTS)
+    assert (tmp_path / "secret").read_text() == "the user's"

@@ -48,7 +48,7 @@ from moe_jax.train.task import Task
 from tests.conftest import GQA
 from tests.train.test_step import make_batch
 
-RARE = MoEConfig(experts=12, experts_per_token=1, expert_hidden=6, z_loss=1e-3)
+RARE = MoEConfig(experts=12, experts_per_token=1, expert_hidden=6, normalise=False, z_loss=1e-3)
 """Twelve tokens choose one of twelve experts: about a third of them is not chosen."""
 ALL = replace(RARE, experts_per_token=12)
 
@@ -384,10 +384,11 @@ def test_a_run_in_tiers_is_resumed_bit_for_bit_and_loads_as_any_other(tiered_run
     assert {"disk_read_bytes", "expert_hit_rate", "expert_wait_seconds"} <= set(lines[-1])
     cut = replace(tiered_run, out=str(tmp_path / "cut"))
     train_until(cut, 7)
-    (tmp_path / "cut" / "experts-8.tmp").mkdir()  # what a kill in mid save leaves
+    unfinished = tmp_path / "cut" / "checkpoints" / "unfinished"
+    (unfinished / "experts-8").mkdir()  # what a kill in mid save leaves
     run_training(with_budget(cut, "1MB"))
     assert losses(cut) == losses(tiered_run)
-    assert not list((tmp_path / "cut").glob("experts-*"))
+    assert not list(unfinished.glob("experts-*"))
     assert not (tmp_path / "cut" / "expert-records").exists()
     one, two = load_run(tiered_run.out), load_run(cut.out)
     assert_equal(by_name(one.state), by_name(two.state))

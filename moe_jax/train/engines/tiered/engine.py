@@ -10,14 +10,15 @@ import jax
 import numpy as np
 
 from moe_jax.base.console import say
+from moe_jax.base.scratch import make_scratch
 from moe_jax.config import TrainConfig, require
 from moe_jax.data.tokens import TokenArray
 from moe_jax.model.trunk import with_experts
 from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.rules import with_sharding
 from moe_jax.placement.records.file import as_parts
-from moe_jax.placement.records.store import RecordStore
-from moe_jax.train.checkpoint import EXPERTS
+from moe_jax.placement.records.store import RecordStore, claim
+from moe_jax.train.checkpoint import EXPERTS, unfinished_folder
 from moe_jax.train.engines.dense import DenseEngine
 from moe_jax.train.engines.tiered.chunks import Sizes
 from moe_jax.train.engines.tiered.rows import RowShapes, row_shapes
@@ -179,11 +180,10 @@ def open_experts(
     """The experts of a fresh run, or those of a checkpoint's folder, in a new store.
 
     The store of a killed run is removed. It is scratch, because checkpoints hold everything.
+    UserError: records are there that no run made.
     """
-    for unfinished in out.glob("experts-*.tmp"):
-        shutil.rmtree(unfinished, ignore_errors=True)
     folder = expert_folder(config, out)
-    shutil.rmtree(folder, ignore_errors=True)
+    claim(folder)
     experts = TieredExperts(config, folder)
     try:
         if checkpoint is None:
@@ -204,9 +204,11 @@ def save_experts(experts: TieredExperts, out: Path, step: int) -> Path:
     Returns the folder. It becomes part of the checkpoint once the rest is written
     (train.checkpoint).
     """
-    folder = out / f"experts-{step}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = make_scratch(unfinished_folder(out)) / f"experts-{step}"
+    if folder.exists():  # an earlier save of this step failed
+        shutil.rmtree(folder)
     experts.save(folder)
+    RecordStore.open(folder).close()  # it must open again before it counts
     return folder
 
 

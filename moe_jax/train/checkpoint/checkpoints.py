@@ -1,0 +1,230 @@
+"""Saves that survive anything: asynchronous, atomic, checksummed, the last N and the best.
+
+A checkpoint is written into a folder of unfinished ones, opened again, given a manifest, and
+renamed to its step. A step is loaded only if it matches its manifest. One that does not, or that
+this version cannot use, is set aside under another name, and the one before it is used. Nothing is
+removed or renamed because a read failed.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from moe_jax.base.errors import UserError
+from moe_jax.base.files import ANSWERS, disk_errors, disk_fault, patiently, sync
+from moe_jax.base.scratch import make_scratch, remove_scratch
+from moe_jax.config import CheckpointConfig
+from moe_jax.train.checkpoint.arrays import (
+    first_words,
+    make_checkpointer,
+    require_arrays,
+    require_plain_path,
+)
+from moe_jax.train.checkpoint.folder import (
+    EXPERTS,
+    EXTRA,
+    FORMAT,
+    METRICS,
+    STATE,
+    VALIDATION,
+    Extra,
+    Passed,
+    begin,
+    examine,
+    read_errors,
+    remove_old,
+    set_aside,
+    steps_in,
+    unfinished_folder,
+)
+from moe_jax.train.checkpoint.manifest import write_manifest
+from moe_jax.train.state import TrainState
+
+
+class Restored(NamedTuple):
+    """A checkpoint that passed its checks."""
+
+    step: int
+    folder: Path
+    state: TrainState
+    extra: Extra
+
+
+class Checkpoints:
+    """The checkpoints of one run, in DIR/checkpoints."""
+
+    def __init__(
+        self, directory: Path, config: CheckpointConfig, *, read_only: bool = False
+    ) -> None:
+        """With `read_only` nothing is changed, because another process may be writing just now.
+
+        UserError: no checkpoint could be written to this path.
+        """
+        self.read_only = read_only
+        self.keep = config.keep
+        self.directory = (directory / "checkpoints").absolute()
+        require_plain_path(self.directory)
+        self._checkpointer = make_checkpointer()
+        # Waits for Orbax's own threads and then writes the manifest, while training goes on.
+        self._worker = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self._chosen: tuple[int, Extra] | None = None
+        self._passed: list[Passed] = []
+        self._examined = False
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        extra: Extra,
+        validation_bits_per_byte: float | None = None,
+        beside: Path | None = None,
+    ) -> None:
+        """Starts a save and returns once the state is copied. Training goes on meanwhile.
+
+        The folder `beside` becomes a part of the checkpoint (EXPERTS) before the manifest is
+        written. It must be complete and on the same disk, because it is renamed. UserError: this
+        save or the previous one failed for want of space or permission.
+        """
+        self.wait()  # one save at a time, so that `_pending` is the only one that can fail
+        bits = validation_bits_per_byte
+        files = {EXTRA: json.dumps(extra | {"format": FORMAT})}
+        if bits is not None and math.isfinite(bits):
+            files[METRICS] = json.dumps({VALIDATION: bits})
+        folder = unfinished_folder(self.directory.parent) / str(step)
+        with disk_errors(self.directory):
+            if jax.process_index() == 0:
+                begin(folder)
+            self._checkpointer.save(folder / STATE, state)
+        count = len(jax.tree.leaves(state))
+        self._pending = self._worker.submit(self._finish, folder, count, files, beside)
+
+    def wait(self) -> None:
+        """Returns when the last save is complete on disk. UserError: it failed."""
+        pending = self._pending
+        self._pending = None  # first, so that a failure is raised once and not again by `close`
+        if pending is not None:
+            with disk_errors(self.directory):
+                pending.result()
+
+    def poll(self) -> None:
+        """Raises the error of a save that has ended, and does not wait for one under way."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            with disk_errors(self.directory):
+                self._checkpointer.close()
+
+    def peek(self, say: Callable[[str], None]) -> Extra | None:
+        """`extra` of the newest checkpoint that is whole, without its arrays. None: there is none.
+
+        Those that are passed over are named. Nothing on the disk is changed. UserError: a
+        checkpoint cannot be read, or this version of moe_jax can use none of them.
+        """
+        if not self._examined:
+            self._examined = True
+            self._chosen = self._search(say)
+        return None if self._chosen is None else self._chosen[1]
+
+    def restore(self, like: TrainState, say: Callable[[str], None]) -> Restored | None:
+        """The checkpoint of `peek` with its state, or None. Those passed over are set aside.
+
+        `like` gives shapes, dtypes and shardings (jax.ShapeDtypeStruct leaves). Called when the run
+        really goes on: leftovers of a killed run are removed. UserError: as `peek`.
+        """
+        self.peek(say)
+        restored = None
+        while restored is None and self._chosen is not None:
+            step, extra = self._chosen
+            state = self._load(step, like)
+            if isinstance(state, Passed):
+                self._pass_over(state, say)
+                self._chosen = self._search(say)
+            else:
+                restored = Restored(step, self.directory / str(step), state, extra)
+        if not self.read_only and jax.process_index() == 0:
+            with disk_errors(self.directory):
+                self._set_aside()
+        return restored
+
+    def _search(self, say: Callable[[str], None]) -> tuple[int, Extra] | None:
+        """The newest usable checkpoint below those that were passed over."""
+        known = {passed.step for passed in self._passed}
+        with read_errors(self.directory):
+            for step in reversed(steps_in(self.directory)):
+                if step in known:
+                    continue
+                folder = self.directory / str(step)
+                found = examine(folder)
+                if not isinstance(found, Passed):
+                    return step, found
+                if folder.exists():  # else the run that is being read removed it just now
+                    self._pass_over(found, say)
+        # Starting over is right if all are damaged, and wrong if another version could go on.
+        for passed in self._passed:
+            if passed.kind == "unusable":
+                raise UserError(f"no checkpoint in {self.directory} can be used: {passed.reason}")
+        return None
+
+    def _pass_over(self, passed: Passed, say: Callable[[str], None]) -> None:
+        self._passed.append(passed)
+        aside = "" if self.read_only else f", it is set aside as {passed.kind}-{passed.step}"
+        say(f"checkpoint {passed.step} is {passed.kind} ({passed.reason}){aside}")
+
+    def _load(self, step: int, like: TrainState) -> TrainState | Passed:
+        folder = self.directory / str(step) / STATE
+
+        def read() -> TrainState:
+            try:
+                return self._checkpointer.restore(folder, like)
+            except Exception as error:
+                # tensorstore's errors are no OSError, but have the operating system's words.
+                code = disk_fault(error)
+                if code is None:
+                    raise
+                raise OSError(code, os.strerror(code), str(folder)) from error
+
+        try:
+            with read_errors(folder):
+                return patiently(read)
+        except (ValueError, *ANSWERS) as error:
+            return Passed(step, "unusable", f"its arrays do not load: {first_words(error)}")
+
+    def _set_aside(self) -> None:
+        for passed in self._passed:
+            set_aside(self.directory, passed.step, passed.kind)
+        self._passed = []
+        unfinished = unfinished_folder(self.directory.parent)
+        remove_scratch(unfinished)
+        make_scratch(unfinished)  # refuses, before training, a folder that is somebody else's
+
+    def _finish(
+        self, folder: Path, arrays: int, files: dict[str, str], beside: Path | None
+    ) -> None:
+        """Runs in the worker thread. The last rename is what makes a step appear."""
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        for name, content in files.items():
+            (folder / name).parent.mkdir()
+            (folder / name).write_text(content)
+        if beside is not None:
+            beside.rename(folder / EXPERTS)
+        require_arrays(folder / STATE, arrays)
+        write_manifest(folder)
+        set_aside(self.directory, int(folder.name), "replaced")
+        folder.rename(self.directory / folder.name)
+        sync(self.directory)
+        remove_old(self.directory, self.keep)

@@ -110,9 +110,9 @@ def ended_well(bench: Bench, program: Program, place: Path, variant: str) -> Non
 
 
 def checkpoints(run: Path) -> dict[str, Snapshot]:
-    """The files of every folder in run/checkpoints, by the folder's name."""
+    """The files of every checkpoint of a run, by its step. Folders of other names are not meant."""
     folders = sorted(path for path in (run / "checkpoints").glob("*") if path.is_dir())
-    return {path.name: snapshot(path) for path in folders}
+    return {path.name: snapshot(path) for path in folders if path.name.isdigit()}
 
 
 def kept(before: dict[str, Snapshot], run: Path, names: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ NAMES = (
     "xz_bits_per_byte",
     "ngram_bits_per_byte",
     "tokens_per_second",
-    "model_flop_utilisation",
+    "gemm_fraction",
     "peak_resident_bytes",
     "compile_seconds",
 )

@@ -15,16 +15,31 @@
 # # Train a mixture of experts and look at its routing
 #
 # Trains the `tiny` preset for a few minutes on the text of Python's own standard library, then
-# shows which experts the tokens went to. Runs on a CPU or on any Colab GPU.
+# shows which experts the tokens went to. A CPU is enough. On a GPU the settings `auto` choose what
+# runs: a T4 computes in float32 on XLA's path, because it has no bfloat16. An L4, A100 or H100
+# computes in bfloat16 with the Triton kernels. No GPU path has been run yet.
 #
-# Install first. In Colab, after cloning the repository:
-# `!pip install -q -e .` (a GPU runtime: `!pip install -q -e '.[cuda]'`), then restart the session.
+# This cell installs moe_jax where it is missing, as in Colab. Write the repository's address there
+# first, and restart the session once it has ended.
 
 # %%
+import importlib.util
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+ADDRESS = ""  # of the repository, as for git clone
+
+if importlib.util.find_spec("moe_jax") is None:
+    assert ADDRESS, "moe_jax is not installed: set ADDRESS to that of the repository"
+    # cuda12 runs with drivers from 525 on, cuda (CUDA 13) only from 580 on.
+    extra = "[cuda12]" if Path("/dev/nvidiactl").exists() else ""
+    source = f"moe_jax{extra} @ git+{ADDRESS}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %%
 from IPython.display import Image, display
 
 from moe_jax.config.presets import PRESETS

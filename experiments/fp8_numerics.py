@@ -30,9 +30,10 @@ from moe_jax.study.results import publish, seed_difference
 QUESTION = "What do FP8 products in the experts cost in loss?"
 BASELINE = "float32"
 PRECISIONS: dict[str, dict[str, str]] = {
-    BASELINE: {},
-    "fp8": {"model.moe.precision": "fp8"},
+    BASELINE: {"model.compute_dtype": "float32"},
+    "fp8": {"model.compute_dtype": "float32", "model.moe.precision": "fp8"},
     "fp8_power_of_two": {
+        "model.compute_dtype": "float32",
         "model.moe.precision": "fp8",
         "model.moe.fp8_scales": "power_of_two",
     },

@@ -3,8 +3,12 @@
 python experiments/sweep.py train --search model.moe.experts=8,16 \\
     --search optim.learning-rate=log:1e-4..1e-2 --trials 20 --steps 100
 
+Fields that depend on each other are searched together, each choice with a value for each of them:
+--search model.moe.gate+model.moe.bias-rate=softmax+0,sigmoid+0.001
+
 Every trial is a run of the experiment with its own folder DIR/trial-NNNN. Options that are not the
-sweep's own go to every trial. The same command continues a sweep up to its number of trials. More
+sweep's own go to every trial. The same command continues a sweep up to its number of trials.
+No settings run twice, and a sweep ends when it has tried every combination. More
 workers are more such commands with the same --out.
 """
 
@@ -32,6 +36,8 @@ def main(argv: list[str]) -> None:
         importlib.util.find_spec("optuna") is not None,
         "a sweep needs Optuna, which is not installed: pip install 'moe_jax[sweep]'",
     )
+    if sweep.size is not None and sweep.size < sweep.config.trials:
+        print(f"the search has {sweep.size} combinations, so the sweep has no more trials")
     study = open_study(sweep)
     work(study, sweep)
     # Another worker may have finished the last trial after this one wrote its table.

@@ -25,6 +25,10 @@ from moe_jax.train.loop import DivergedError
 
 QUICK = ("--steps", "40", "--evaluate-every", "40", "--checkpoint.every", "20")
 
+DESCRIPTION = f"""Trains a mixture-of-experts language model, and continues a run that was stopped.
+
+--quick stands for {" ".join(QUICK)}: a run of under a minute. Other options prevail over these."""
+
 
 def with_quick(argv: list[str]) -> list[str]:
     """Replaces --quick by the options in QUICK, before all other options so that those prevail."""
@@ -38,13 +42,17 @@ def with_quick(argv: list[str]) -> list[str]:
 
 def default_out(config: TrainConfig) -> str:
     """runs/PRESET-HASH: one folder for each set of settings."""
-    command = command_line(config, PRESETS[config.preset])
+    # A longer run is the same run, and so is any run at a constant learning rate.
+    same = replace(config, continue_to=0)
+    if config.optim.schedule == "constant":
+        same = replace(same, steps=PRESETS[config.preset].steps)
+    command = command_line(same, PRESETS[config.preset])
     return f"runs/{config.preset}-{hashlib.sha256(command.encode()).hexdigest()[:8]}"
 
 
 def main(argv: list[str]) -> None:
     """Parses, trains, reports."""
-    config = parse(with_quick(argv), PRESETS, description=(__doc__ or "").splitlines()[0])
+    config = parse(with_quick(argv), PRESETS, description=DESCRIPTION)
     if not config.out:
         config = replace(config, out=default_out(config))
     try:

@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.provenance import commit
 from moe_jax.base.seeds import check_seeds
+from moe_jax.base.signals import handled, stopped
 from moe_jax.config import TrainConfig, fields
 
 Settings = TypeVar("Settings")
@@ -168,15 +170,22 @@ def command_line(
 
 
 def program(main: Callable[[list[str]], None]) -> None:
-    """Runs main(arguments). A UserError becomes `error: …` and exit code 2, Ctrl-C code 130."""
+    """Runs main(arguments). A UserError becomes `error: …` and exit code 2.
+
+    A signal (base.signals) becomes one line: its name, and what is kept where the program knows.
+    The exit code is 130 for Ctrl-C and 143 for SIGTERM.
+    """
+    commit()  # now, and not when the result is written: the checkout may have changed by then
     try:
-        main(sys.argv[1:])
+        with handled():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        stop = stopped(interrupt)
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
 
 
 def _option(name: str, value: Any) -> list[str]:

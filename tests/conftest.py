@@ -40,6 +40,7 @@ SMALL_MODEL = ModelConfig(
     attention=GQA,
     moe=MoEConfig(experts=6, experts_per_token=2, expert_hidden=14),
     init_std=0.2,
+    compute_dtype="float32",  # resolved, as in the checkpoint of a run
 )
 
 

@@ -1,4 +1,5 @@
 import shlex
+import signal
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from moe_jax import cli
 from moe_jax.base.errors import UserError
+from moe_jax.base.signals import Stopped
 from moe_jax.config import ModelConfig, MoEConfig, OptimConfig, TrainConfig
 
 PRESETS = {
@@ -62,7 +64,7 @@ def test_none_is_a_value_and_the_last_of_two_counts():
         ("--steps 3 small", "--steps: '3 small' is not an int"),
         ("--model.vocabulary x", "--model.vocabulary: 'x' is not an int or None"),
         ("--optim.learning-rate fast", "--optim.learning-rate: 'fast' is not a float"),
-        ("--optim.schedule cos", "--optim.schedule: 'cos' is not one of cosine, wsd"),
+        ("--optim.schedule cos", "--optim.schedule: 'cos' is not one of cosine, wsd, constant"),
         ("--steps", "--steps needs a value: an int"),
         ("--steps --seed 3", "--steps needs a value: an int"),
         (
@@ -194,7 +196,8 @@ def test_command_line_gives_the_config_back(out, rate, tied, vocabulary):
     ("raised", "code", "line"),
     [
         (UserError("steps is 0"), 2, "error: steps is 0\n"),
-        (KeyboardInterrupt(), 130, "interrupted: the same command continues\n"),
+        (KeyboardInterrupt(), 130, "stopped by SIGINT\n"),
+        (Stopped(signal.SIGTERM, "a is kept"), 143, "stopped by SIGTERM: a is kept\n"),
     ],
 )
 def test_program_ends_with_a_line_and_a_code(raised, code, line, capsys):

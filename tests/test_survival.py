@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,32 @@ def writing(step: int) -> Callable[[Path], bool]:
         return any(f.name.isdigit() and int(f.name) >= step for f in unfinished)
 
     return moment
+
+
+def stop(settings: list[str], out: Path, moment: Callable[[Path], bool], number: int) -> str:
+    """Sends the signal at the moment. Returns what the run printed until it ended by itself."""
+    process = start(settings, out)
+    deadline = time.monotonic() + TIMEOUT
+    while not moment(out):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    os.kill(process.pid, number)
+    printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 128 + number, printed
+    return printed
+
+
+def test_a_signal_saves_the_step_and_the_next_start_goes_on_from_there(settings, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    own = [*settings, "--checkpoint.every", "1000"]
+    printed = stop(own, out, reached(4), signal.SIGTERM)
+    kept = re.search(r"stopped by SIGTERM: step (\d+) of 30 is saved: the same command", printed)
+    assert kept is not None, printed
+    printed = finish(own, out)
+    assert f"continuing after step {kept[1]} of {STEPS}" in printed
+    finish(own, whole)
+    assert losses(out) == losses(whole)
 
 
 @pytest.fixture(scope="module")

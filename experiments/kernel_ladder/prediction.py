@@ -123,13 +123,13 @@ class Prediction:
 
     def of_product(self, launch: Launch) -> LaunchTime:
         """A grouped product, compiled for the device."""
-        from moe_kernels.audit import WARPS, compile_launch
+        from moe_kernels.audit import LIMITS, compile_launch
 
         c = launch.constants
         name = launch.kernel.__name__
         row = compile_launch(launch, self.device.arch)
         warps = launch.tuning.warps
-        resident = max(1, round(row["occupancy"] * WARPS[self.device.arch] / warps))
+        resident = max(1, round(row["occupancy"] * LIMITS[self.device.arch].warps / warps))
         up = "up" in name
         fp8 = name.startswith("fp8")
         product = Product(

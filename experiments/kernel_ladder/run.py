@@ -13,7 +13,7 @@ from typing import Literal
 
 import jax
 import numpy as np
-from moe_kernels.launch import triton_support
+from moe_kernels.launch import missing_package, triton_support
 
 from experiments.kernel_ladder.cases import QUICK, SHAPES, Shape
 from experiments.kernel_ladder.launch_model import DEVICES, Device
@@ -23,6 +23,7 @@ from experiments.kernel_ladder.report import Gains, draw, gains, key, rung_measu
 from experiments.kernel_ladder.rungs import RUNGS
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
+from moe_jax.config import require
 from moe_jax.study.live_table import LiveTable
 from moe_jax.study.results import publish
 
@@ -107,6 +108,8 @@ class Ladder:
 def main(argv: list[str]) -> None:
     """Climbs, prints, draws, writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
+    problem = missing_package()
+    require(not problem, f"the ladder compiles kernels: {problem}")
     out = output_folder(settings.out)
     ladder = Ladder(settings, LiveTable(out / "metrics.jsonl"))
     shapes = QUICK if settings.quick else SHAPES

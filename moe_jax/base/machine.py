@@ -8,7 +8,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,33 @@ def _processor() -> str:
         return platform.processor()
 
 
-def gemm_rate(dtype: str, size: int | None = None, repeats: int = 9) -> float:
+class GemmRates(NamedTuple):
+    """FLOP/s of a plain GEMM, measured before and after the work that is compared with it."""
+
+    before: float
+    after: float
+
+    @property
+    def best(self) -> float:
+        """The limit. A machine that does other work only makes a measurement lower."""
+        return max(self)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the two differ by more than a quiet machine's do."""
+        return self.best > 1.15 * min(self)
+
+
+def compute_capability() -> float | None:
+    """Of the first device. None: it is not an NVIDIA GPU."""
+    device = jax.devices()[0]
+    # AMD's GPUs are of the backend gpu, too.
+    if jax.default_backend() != "gpu" or "cuda" not in device.client.platform_version:
+        return None
+    return float(device.compute_capability)
+
+
+def gemm_rate(dtype: str, size: int | None = None, repeats: int = 6) -> float:
     """FLOP/s of a plain [size, size] matrix product on one device: 2 size^3 / seconds.
 
     The fastest of `repeats` runs counts: it stands for the limit, and interruptions only slow a

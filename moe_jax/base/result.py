@@ -11,6 +11,7 @@ from typing import Any
 from moe_jax.base.errors import UserError
 from moe_jax.base.files import write_atomically
 from moe_jax.base.machine import environment
+from moe_jax.base.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ def write_result(
 ) -> None:
     """Writes out/result.json atomically.
 
-    `config` is a dataclass or a dictionary. The environment (versions, devices) is added.
+    `config` is a dataclass or a dictionary. Version, commit, command line, date and duration
+    (base.provenance) and the environment (versions, devices) are added.
     """
     content = {
         "experiment": experiment,
         "question": question,
+        **provenance(),
         "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,  # pyright: ignore
         "environment": environment(),
         "measurements": [dataclasses.asdict(m) for m in measurements],

@@ -14,17 +14,30 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", 1)}
 
 
+LARGEST = 3.4e38
+"""Largest float32, which is what every setting becomes in a computation."""
+
+
+def _finite(owner: str, name: str, value: float) -> None:
+    # NaN passes, and is refused by the comparison that follows, with its own words.
+    require(
+        not abs(value) > LARGEST, f"{_dotted(owner, name)} is {value}: it must be below {LARGEST}"
+    )
+
+
 def positive(owner: str, config: Any, *names: str) -> None:
-    """UserError: one of these fields is 0 or less."""
+    """UserError: one of these fields is 0 or less, or no finite float32."""
     for name in names:
         value = getattr(config, name)
+        _finite(owner, name, value)
         require(value > 0, f"{_dotted(owner, name)} is {value}: it must be positive")
 
 
 def not_negative(owner: str, config: Any, *names: str) -> None:
-    """UserError: one of these fields is below 0."""
+    """UserError: one of these fields is below 0, or no finite float32."""
     for name in names:
         value = getattr(config, name)
+        _finite(owner, name, value)
         require(value >= 0, f"{_dotted(owner, name)} is {value}: it must not be negative")
 
 

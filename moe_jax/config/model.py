@@ -9,6 +9,7 @@ from moe_jax.config.checks import fraction_below_one, not_negative, positive
 from moe_jax.config.moe import MoEConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
+ComputeDType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ class ModelConfig:
     It applies to the embedding and to each block's additions to the residual stream."""
     param_dtype: DType = "float32"
     """Type of parameters and optimizer moments."""
-    compute_dtype: DType = "float32"
-    """Type of matrix products and activations."""
+    compute_dtype: ComputeDType = "auto"
+    """Type of matrix products and activations (model/dtype.py).
+    `auto` is bfloat16 where matrix units multiply it (TPU, NVIDIA from compute capability 8.0),
+    and float32 anywhere else, as on a CPU or a T4.
+    float16 has no loss scale here: small gradients become 0."""
     output_dtype: DType = "float32"
     """Type of the logits that the model returns. The loss is always computed in float32."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -63,6 +67,10 @@ class ModelConfig:
         positive(owner, self, "norm_epsilon", "rope_base", "init_std")
         not_negative(owner, self, "dense_layers", "mtp_depth", "mtp_weight")
         fraction_below_one(owner, self, "dropout")
+        require(
+            self.mtp_depth <= 16,  # each is a block of its own that is compiled
+            f"{owner}.mtp_depth is {self.mtp_depth}: it must be at most 16",
+        )
         require(
             self.vocabulary is None or self.vocabulary > 0,
             f"{owner}.vocabulary is {self.vocabulary}: it must be positive",

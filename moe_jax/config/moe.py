@@ -98,6 +98,11 @@ class MoEConfig:
         fraction(owner, self, "bias_until")
         self._check_groups(owner)
         require(
+            self.capacity_factor <= self.experts,
+            f"{owner}.capacity_factor={self.capacity_factor} exceeds experts={self.experts}: an "
+            "expert can get every token already, set it to 0 for dropless",
+        )
+        require(
             self.gate == "sigmoid" or self.bias_rate == 0,
             f"{owner}.bias_rate={self.bias_rate} needs gate=sigmoid: softmax routing has no "
             "selection bias (set bias_rate to 0)",

@@ -16,9 +16,10 @@ class OptimConfig:
     It leaves embedding, head, router and norms to AdamW."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate after the warm-up: a cosine, or constant with a linear decay at the end.
-    wsd stands for warm-up, stable, decay."""
+    wsd stands for warm-up, stable, decay. `constant` never decays.
+    Before a decay has begun, wsd and constant go on with more steps in the same folder."""
     warmup: float = 0.05
     """Fraction of the steps over which the learning rate rises linearly from 0."""
     decay: float = 0.2
@@ -40,6 +41,16 @@ class OptimConfig:
     max_skipped: int = 5
     """Stop after this many non-finite updates in a row."""
 
+    def is_at_peak(self, step: int, steps: int) -> bool:
+        """Whether the learning rate is at its peak at `step` of `steps` and was never lowered.
+
+        A cosine lowers it from the warm-up on.
+        """
+        if self.schedule == "cosine":
+            return False
+        decay = round(self.decay * steps) if self.schedule == "wsd" else 0
+        return round(self.warmup * steps) <= step <= steps - decay
+
     def __post_init__(self) -> None:
         owner = "optim"
         positive(owner, self, "learning_rate", "epsilon", "accumulation", "max_skipped")
@@ -47,6 +58,6 @@ class OptimConfig:
         fraction(owner, self, "warmup", "decay", "final")
         fraction_below_one(owner, self, "beta1", "beta2")
         require(
-            self.schedule == "cosine" or self.warmup + self.decay <= 1,
+            self.schedule != "wsd" or self.warmup + self.decay <= 1,
             f"{owner}.warmup={self.warmup} and decay={self.decay} add up to more than 1",
         )

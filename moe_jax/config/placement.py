@@ -103,3 +103,7 @@ class DecodePlacement:
     def __post_init__(self) -> None:
         byte_size(OWNER, self, "device_budget", "host_budget")
         fraction(OWNER, self, "low_bit_share")
+        require(
+            self.look_ahead >= -1,
+            f"{OWNER}.look_ahead is {self.look_ahead}: use -1, 0 or a number of experts",
+        )

@@ -31,6 +31,10 @@ class TrainConfig:
     """Seed of initialisation, data order and sampling, below 2**32."""
     steps: int = 600
     """Optimizer updates."""
+    continue_to: int = 0
+    """Train on to this step. Unset, the run ends after `steps`.
+    After `steps` the learning rate warms up to its peak once more and decays once more.
+    It belongs to a run's folder that is there already, whatever its schedule."""
     batch: int = 8
     """Sequences in one update (B), over all micro-batches and devices."""
     evaluate_every: int = field(default=200, metadata=MAY_DIFFER)
@@ -46,6 +50,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive("", self, "steps", "batch", "evaluate_every")
+        self._check_length()
         not_negative("", self, "samples")
         check_seed("seed", self.seed)
         require(
@@ -54,6 +59,17 @@ class TrainConfig:
         )
         self._check_teacher()
         check_learning(self)
+
+    def _check_length(self) -> None:
+        require(
+            self.continue_to == 0 or self.continue_to > self.steps,
+            f"continue_to={self.continue_to} is not beyond steps={self.steps}: unset it, or give "
+            "the step at which the longer run ends",
+        )
+        # The step is a 32-bit integer. Samples are one batch, made when all is trained.
+        for name, most in {"steps": 2**31, "continue_to": 2**31, "samples": 1025}.items():
+            value = getattr(self, name)
+            require(value < most, f"{name} is {value}: it must be below {most}")
 
     def _check_teacher(self) -> None:
         teacher = self.distill.teacher
@@ -74,6 +90,11 @@ class TrainConfig:
             f"model.vocabulary={vocabulary} is smaller than the {self.data.vocabulary} tokens of "
             f"data.tokenizer '{self.data.tokenizer}'",
         )
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends."""
+        return self.continue_to or self.steps
 
     def resolved(self) -> "TrainConfig":
         """The same settings with model.vocabulary filled in from data.tokenizer if it is unset."""

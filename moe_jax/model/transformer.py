@@ -12,6 +12,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.model import stages
 from moe_jax.model.attention import Cache, empty_cache
 from moe_jax.model.block import Stack
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.model.mtp import MultiTokenPrediction
 from moe_jax.model.norm import RMSNorm
 from moe_jax.moe.layer import RouterStats
@@ -57,7 +58,7 @@ class Transformer(nnx.Module):
         """Rows of the embedding in the compute dtype."""
         # clip: JAX's default for ids out of range is a row of NaN, at the price of a mask.
         rows = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
-        return rows.astype(self.config.compute_dtype)
+        return rows.astype(compute_dtype(self.config))
 
     def output_table(self) -> Float[Array, "V D"]:
         """The head, which is the embedding where the two are tied."""
@@ -139,7 +140,7 @@ class Transformer(nnx.Module):
 
     def empty_caches(self, batch: int, slots: int) -> Caches:
         """Room for `slots` tokens in every layer, in the compute dtype."""
-        dtype = jnp.dtype(self.config.compute_dtype)
+        dtype = compute_dtype(self.config)
 
         def stacked(layers: int) -> Cache | None:
             one = empty_cache(self.config.attention, batch, slots, dtype)

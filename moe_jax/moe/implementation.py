@@ -6,8 +6,14 @@ from functools import partial
 from jax import Array
 from moe_kernels import experts as triton_experts
 from moe_kernels import experts_fp8 as triton_experts_fp8
-from moe_kernels.launch import fp8_support, triton_support
+from moe_kernels.launch import (
+    MINIMUM_CAPABILITY,
+    fp8_support,
+    missing_package,
+    triton_support,
+)
 
+from moe_jax.base.machine import compute_capability
 from moe_jax.config import MoEConfig
 from moe_jax.moe import reference, xla
 from moe_jax.moe.precision import FP8
@@ -34,6 +40,13 @@ def implementation(name: str, precision: str = "compute") -> str:
     # "lower": no GPU here, but the programs are compiled for one (moe_kernels.launch).
     support = fp8_support() if precision == "fp8" else triton_support()
     return "triton" if support.name in ("gpu", "lower") else "xla"
+
+
+def missing_kernels(name: str) -> str:
+    """What to install where `auto` would use the kernels if they were there; empty elsewhere."""
+    able = 10 * (compute_capability() or 0) >= MINIMUM_CAPABILITY
+    problem = missing_package()
+    return f"experts run on XLA's path: {problem}" if name == "auto" and able and problem else ""
 
 
 def uses_kernels(config: MoEConfig) -> bool:

@@ -38,7 +38,8 @@ def route(
 ) -> Routing:
     """Applies the configured gate and rule. NaN logits give NaN weights.
 
-    softmax: s = softmax(logits) chooses experts and gives their weights. sigmoid: s + bias chooses,
+    softmax: s = softmax(logits) chooses experts and gives their weights. Rules that compare a
+    token's own experts compare the logits, which have the same order. sigmoid: s + bias chooses,
     and s gives the weights (arXiv:2412.19437, eq. 12-16). `spread` is the output of noisy top-k's
     second router. With `kernels` one Triton kernel computes the KERNEL_RULES. Tokens of no document
     (context.documents) have no expert.
@@ -63,6 +64,9 @@ def _route_in_xla(
     """route without Triton, for logits that have their noise."""
     if config.gate == "softmax":
         scores = selection = jax.nn.softmax(logits, axis=-1)
+        # As the kernel: logits have the same order, and stay exact whatever exp rounds to.
+        if config.rule in KERNEL_RULES and kernel_choice(config).chooses_by_logits(biased=False):
+            selection = logits
     else:
         scores = jax.nn.sigmoid(logits)
         selection = scores + bias

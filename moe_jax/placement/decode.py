@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig, require
 from moe_jax.model.attention import Cache, empty_cache
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.model.trunk import EXPERT
 from moe_jax.placement.decode_programs import (
     Chosen,
@@ -108,8 +109,7 @@ class TieredDecoder:
         config = self.config
 
         def one() -> Cache:
-            dtype = jnp.dtype(config.compute_dtype)
-            return empty_cache(config.attention, batch, slots, dtype)
+            return empty_cache(config.attention, batch, slots, compute_dtype(config))
 
         dense = [one() for _ in range(config.dense_layers)]
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *dense) if dense else None

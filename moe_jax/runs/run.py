@@ -1,9 +1,17 @@
 """A training run as a user starts it: teacher, training, report."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import jax
+
+from moe_jax.base.console import say
+from moe_jax.base.errors import UserError, require
 from moe_jax.base.files import disk_errors, only_process
-from moe_jax.config import TrainConfig
+from moe_jax.base.signals import keeping
+from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
+from moe_jax.runs.load import newest_step
 from moe_jax.runs.report import write_report
 from moe_jax.runs.teacher import task_of
 from moe_jax.train.checks import check
@@ -14,14 +22,70 @@ from moe_jax.train.loop import train
 def run_training(config: TrainConfig) -> Path:
     """Runs `config` to its last step and writes the report. Returns the run's folder.
 
-    UserError: anything that the user can mend. It is raised before compiling.
+    A run that is finished and has its report is left as it is. UserError: anything that the user
+    can mend. It is raised before compiling. Stopped: a signal came, and the step is saved.
     """
-    # The task first, because a teacher's tokenizer decides the vocabulary that the engine needs.
-    task = task_of(config)
-    engine = engine_of(task.config)
-    out = check(engine, task)
-    with only_process(out):
-        summary = train(task, engine, out)
-        with disk_errors(out):
-            write_report(summary)
+    require(
+        jax.process_count() == 1,
+        f"{jax.process_count()} processes were started (jax.distributed): training has one process "
+        "with all devices of a machine, start it once",
+    )
+    folder = Path(config.out).expanduser()
+    with keeping(lambda: what_is_kept(folder, config.last_step)):
+        # The task first: a teacher's tokenizer decides the vocabulary that the engine needs.
+        task = task_of(config)
+        verdict = finished_verdict(task.config, folder)
+        if verdict is not None:
+            say(describe_finished(task.config, folder, verdict))
+            return folder
+        engine = engine_of(task.config)
+        out = check(engine, task)
+        with only_process(out):
+            summary = train(task, engine, out)
+            with disk_errors(out):
+                write_report(summary)
     return out
+
+
+def what_is_kept(out: Path, last: int) -> str:
+    """What the next start will find in the folder, for the message of a run that was stopped."""
+    step = saved_step(out)
+    if step is None:
+        return "nothing was saved, because there was no update yet: the same command begins anew"
+    if step < last:
+        return f"step {step} of {last} is saved: the same command continues from there"
+    return f"step {step}, the last one, is saved: the same command writes the report"
+
+
+def saved_step(out: Path) -> int | None:
+    """The step of the newest complete checkpoint. None: there is none."""
+    try:
+        return newest_step(out)
+    except UserError:
+        return None
+
+
+def finished_verdict(config: TrainConfig, out: Path) -> str | None:
+    """The verdict of the report in `out`, if it is the report of this very run. Otherwise None."""
+    if saved_step(out) != config.last_step:
+        return None
+    try:
+        result = json.loads((out / "result.json").read_text())
+        reported = from_dict(TrainConfig, result["config"])
+        return result["verdict"] if _settings(reported) == _settings(config) else None
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None  # no report, or not one of this version: it is written again
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What the numbers and the files of a report depend on."""
+    own = {"samples": config.samples, "teacher": config.distill.teacher}
+    return settings_that_must_match(config) | own
+
+
+def describe_finished(config: TrainConfig, out: Path, verdict: str) -> str:
+    """One line: the run's end, its result, and how it is trained longer."""
+    constant = config.optim.schedule == "constant" and not config.continue_to
+    longer = "--steps N" if constant else "--continue-to N"
+    more = f"; {longer} trains it longer" if constant or not config.continue_to else ""
+    return f"{out} is finished at step {config.last_step}: {verdict}{more}"

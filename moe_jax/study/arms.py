@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.base.files import write_atomically
+from moe_jax.base.signals import keeping
 
 Run = dict[str, Any]
 """The numbers of an arm with a seed. JSON must be able to hold them."""
@@ -64,7 +65,10 @@ class RunStore:
         if path.exists():
             return json.loads(path.read_text())
         begin = time.perf_counter()
-        result = dict(compute())
+        with keeping(
+            lambda: f"finished runs are in {self.folder}, the next start does {name} anew"
+        ):
+            result = dict(compute())
         # Atomic: a file that exists is complete, which is all that resuming relies on.
         write_atomically(path, json.dumps(result) + "\n")
         end = time.perf_counter()

@@ -14,6 +14,7 @@ from rich.progress import track
 
 from moe_jax.base.machine import gemm_rate
 from moe_jax.config import TrainConfig
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.study.rounds import speedup
 from moe_jax.train.metrics import read_lines
 
@@ -51,13 +52,17 @@ def short_run(script: Path, config: TrainConfig, variant: Variant, steps: int = 
             stdout=subprocess.DEVNULL,
         )
         metrics = Path(folder) / "metrics.jsonl"
-        while not any(read_lines(metrics)):
-            if process.poll() is not None:
-                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-            time.sleep(0.02)
-        first = time.perf_counter() - start
-        # wait4 and not process.wait(): it tells this child's peak memory, not that of all children.
-        _, _, usage = os.wait4(process.pid, 0)
+        try:
+            while not any(read_lines(metrics)):
+                if process.poll() is not None:
+                    raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+                time.sleep(0.02)
+            first = time.perf_counter() - start
+            # wait4 and not process.wait(): this child's peak memory, not that of all children.
+            _, _, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:  # the folder is removed, so the run must not go on in it
+            process.kill()
+            raise
         seconds = [line["seconds"] for line in read_lines(metrics) if "seconds" in line]
         # ru_maxrss is in bytes on macOS and in KiB elsewhere.
         resident = usage.ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
@@ -66,19 +71,19 @@ def short_run(script: Path, config: TrainConfig, variant: Variant, steps: int = 
 
 def paired_runs(
     script: Path, config: TrainConfig, variants: Mapping[str, Variant], rounds: int
-) -> tuple[dict[str, list[ShortRun]], float]:
-    """(every variant once a round, the plain GEMM's rate).
+) -> tuple[dict[str, list[ShortRun]], list[float]]:
+    """(every variant once a round, the plain GEMM's FLOP/s before, between and after the runs).
 
-    The rate is the best of those before and between the runs. One that was taken while something
-    else ran would make the limit too low.
+    The best of these is the limit. One that was taken while something else ran would be too low.
     """
     runs: dict[str, list[ShortRun]] = {name: [] for name in variants}
     rates = []
     for _ in track(range(rounds), f"short runs of {script.name}"):
         for name, variant in variants.items():
-            rates.append(gemm_rate(config.model.compute_dtype))
+            rates.append(gemm_rate(compute_dtype(config.model).name))
             runs[name].append(short_run(script, config, variant))
-    return runs, max(rates)
+    rates.append(gemm_rate(config.model.compute_dtype))
+    return runs, rates
 
 
 def update_speedup(runs: list[ShortRun], baseline: list[ShortRun]) -> float:

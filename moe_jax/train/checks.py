@@ -1,7 +1,6 @@
 """Checks before a run begins or goes on. They raise UserError before anything is compiled."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 from moe_kernels.launch import fp8_support, triton_support
@@ -13,7 +12,8 @@ from moe_jax.base.result import output_folder
 from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
 from moe_jax.config.learning import not_trained
 from moe_jax.model.attention import check_attention
-from moe_jax.moe.implementation import implementation
+from moe_jax.moe.implementation import implementation, missing_kernels
+from moe_jax.train.checkpoint import Extra
 from moe_jax.train.engine import Engine
 from moe_jax.train.engines import engine_of
 from moe_jax.train.state import abstract_state, tree_bytes
@@ -33,8 +33,9 @@ def check(engine: Engine, task: Task) -> Path:
         say(f"not trained: {part} ({reason})")
     require_memory(config.preset, engine.memory_bytes() + task.memory_bytes())
     out = output_folder(config.out)
-    # `keep` checkpoints, the best one, and the one that is being written.
-    checkpoints = (config.checkpoint.keep + 2) * tree_bytes(abstract_state(config))
+    # `keep` checkpoints or as many as there will be, the best one, and the one being written.
+    saves = config.last_step // config.checkpoint.every + config.last_step // config.evaluate_every
+    checkpoints = (min(config.checkpoint.keep, saves) + 2) * tree_bytes(abstract_state(config))
     needed = engine.disk_bytes(out)
     # One check for each folder: two that pass by themselves may not fit together.
     require_space(out, checkpoints + needed.pop(out, 0))
@@ -54,6 +55,8 @@ def check_kernels(config: TrainConfig) -> None:
         raise UserError(
             f"model.moe.implementation triton cannot run: {support.reason}; use auto or xla"
         )
+    if hint := missing_kernels(moe.implementation):
+        say(hint)
     if moe.precision != "fp8":
         return
     fp8 = fp8_support()
@@ -67,9 +70,16 @@ def check_kernels(config: TrainConfig) -> None:
         say("FP8 products are emulated in float32 here: their numerics, not their speed")
 
 
-def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> None:
-    """Raises UserError if a setting that matters differs from the run in `out`."""
-    old = from_dict(TrainConfig, saved)
+LENGTH = ("steps", "continue_to")
+"""Settings that a continued run may change where the learning rate allows it (check_length)."""
+
+
+def check_same_run(config: TrainConfig, saved: Extra, out: Path) -> None:
+    """Raises UserError if a setting that matters differs from the run in `out`.
+
+    `saved` is what the checkpoint holds beside the state.
+    """
+    old = from_dict(TrainConfig, saved["config"])
     # Budgets may change, but a checkpoint with tiers has its experts in files of their own.
     mine = engine_of(config).described
     its = engine_of(old).described
@@ -80,11 +90,43 @@ def check_same_run(config: TrainConfig, saved: dict[str, Any], out: Path) -> Non
         )
     before = settings_that_must_match(old)
     for name, value in settings_that_must_match(config).items():
-        if before[name] != value:
+        if name not in LENGTH and before[name] != value:
             raise UserError(
-                f"{out} holds a run with {name}={before[name]}, not {value}: choose another --out, "
-                "or remove that folder to start over"
+                f"{out} holds a run with {name}={before[name]}, not {value}: choose another --out"
             )
+    check_length(config, old, saved.get("step"), out)
+
+
+def check_length(config: TrainConfig, old: TrainConfig, step: int | None, out: Path) -> None:
+    """Raises UserError if the updates up to `step` would have been others in a run of this length.
+
+    The warm-up is excepted: a run at the peak goes on, though its warm-up was of another length.
+    """
+    if (config.steps, config.continue_to) == (old.steps, old.continue_to):
+        return
+    holds = f"{out} holds a run at step {step} of {old.last_step}"
+    if step is not None and step > config.last_step:
+        raise UserError(
+            f"{holds}, beyond the {config.last_step} that are asked for: give the same steps "
+            "again, or choose another --out"
+        )
+    if step is None or not _goes_on(config, old, step):
+        raise UserError(
+            f"{holds}, whose learning rate follows that length: give --steps {old.steps} "
+            "--continue-to N, which warms up and decays once more, or choose another --out"
+        )
+
+
+def _goes_on(config: TrainConfig, old: TrainConfig, step: int) -> bool:
+    """Whether the learning rate up to `step` is that of both lengths, or stands at the peak."""
+    if config.steps == old.steps and step <= config.steps:
+        return True  # what comes after `steps` has not begun
+    if config.steps == old.steps and config.continue_to and old.continue_to:
+        ends = (config.continue_to, old.continue_to)
+        return all(config.optim.is_at_peak(step - config.steps, e - config.steps) for e in ends)
+    if config.continue_to or old.continue_to:
+        return False
+    return all(config.optim.is_at_peak(step, steps) for steps in (config.steps, old.steps))
 
 
 def check_same_task(mine: str | None, saved: str | None, out: Path) -> None:

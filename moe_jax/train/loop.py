@@ -13,16 +13,18 @@ import jax
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
 from moe_jax.base.files import disk_errors
-from moe_jax.base.machine import gemm_rate
+from moe_jax.base.machine import GemmRates, gemm_rate
+from moe_jax.base.signals import StopRequest, stop_request
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData, prepare
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints, Extra, Restored
 from moe_jax.train.checks import check_same_run, check_same_task
 from moe_jax.train.engine import Engine
-from moe_jax.train.metrics import MetricsFile, describe
-from moe_jax.train.progress import Display, Speedometer
+from moe_jax.train.metrics import MetricsFile, describe, read_lines
+from moe_jax.train.progress import Display, Speedometer, elapsed_until
 from moe_jax.train.state import Metrics, TrainState
 from moe_jax.train.task import Task
 
@@ -40,9 +42,10 @@ class RunSummary:
     data: TokenData
     state: TrainState | None
     """On one device, to sample from. None: no samples are wanted, or it has no room there."""
-    compile_seconds: float
-    gemm_rate: float
-    """FLOP/s of a plain GEMM on all devices, measured when the run started."""
+    compile_seconds: float | None
+    """None: nothing was compiled, because the run was at its last step when it started."""
+    gemm: GemmRates
+    """FLOP/s of a plain GEMM on all devices, before the first update and after the last one."""
     flops_per_token: float
 
 
@@ -50,22 +53,24 @@ def train(task: Task, engine: Engine, out: Path) -> RunSummary:
     """Runs task.config to its last step, from the newest checkpoint in `out` if there is one.
 
     The caller has passed the task through train.checks.check, which gives `out`. It also locks the
-    folder (base.files.only_process). UserError: `out` holds another run.
+    folder (base.files.only_process). UserError: `out` holds another run. Stopped: a signal came.
+    The step that was under way is then saved, unless nothing was trained yet.
     """
     checkpoints = Checkpoints(out, task.config.checkpoint)
     try:
         saved = checkpoints.peek(say)
         if saved is not None:
             check_same_task(task.fingerprint, saved.get("task"), out)
-            check_same_run(task.config, saved["config"], out)
+            check_same_run(task.config, saved, out)
         data = prepare_data(task, saved)
         say(describe_data(data))
         # Outside the mesh: what it computes runs on the one device that its model was loaded on.
         task = task.prepare(data)
         with jax.set_mesh(engine.mesh), closing(engine):
             run = start(task, engine, out, data, checkpoints)
-            with disk_errors(out):
-                run_steps(run)
+            # The request is the outer block, because it ends with Stopped once all is saved.
+            with stop_request() as stop, disk_errors(out):
+                run_steps(run, stop)
                 checkpoints.wait()
             return run.summary()
     finally:
@@ -113,7 +118,7 @@ class Run:
     state: TrainState
     windows: Any
     """Grain iterator over batches of text. Its position is part of a checkpoint."""
-    compile_seconds: float
+    compile_seconds: float | None
     gemm_rate: float
     flops_per_token: float
 
@@ -133,7 +138,7 @@ class Run:
             data=self.data,
             state=self.engine.local_state(self.state) if self.config.samples else None,
             compile_seconds=self.compile_seconds,
-            gemm_rate=self.gemm_rate,
+            gemm=GemmRates(self.gemm_rate, device_gemm_rate(self.config, self.engine)),
             flops_per_token=self.flops_per_token,
         )
 
@@ -156,14 +161,12 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
         state = first_state(task, engine, out, restored)
     if restored is not None:
         windows.set_state(restored.extra["data_state"])
-        say(f"continuing after step {restored.step} of {config.steps} in {out}")
-    begin = time.perf_counter()
-    # Abstract: compiling must not draw a batch from the iterator.
-    batch = task.abstract_batch(engine.abstract_batch())
-    engine.compile(state, batch, task.objective, task.operands, data.validation)
-    compile_seconds = time.perf_counter() - begin
-    rate = gemm_rate(config.model.compute_dtype) * engine.mesh.size
-    say(f"compiled in {compile_seconds:.1f} s; a plain GEMM here runs at {rate / 1e9:,.0f} GFLOP/s")
+        say(f"continuing after step {restored.step} of {config.last_step} in {out}")
+    compile_seconds = None
+    if int(state.step) < config.last_step:
+        compile_seconds = compile_step(task, engine, state, data)
+    rate = device_gemm_rate(config, engine)
+    say(f"a plain GEMM here runs at {rate / 1e9:,.0f} GFLOP/s")
     return Run(
         task=task,
         engine=engine,
@@ -178,6 +181,23 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
     )
 
 
+def compile_step(task: Task, engine: Engine, state: TrainState, data: TokenData) -> float:
+    """Compiles the update. Returns the seconds that it took."""
+    say("compiling the training step")
+    begin = time.perf_counter()
+    # Abstract: compiling must not draw a batch from the iterator.
+    batch = task.abstract_batch(engine.abstract_batch())
+    engine.compile(state, batch, task.objective, task.operands, data.validation)
+    seconds = time.perf_counter() - begin
+    say(f"compiled in {seconds:.1f} s")
+    return seconds
+
+
+def device_gemm_rate(config: TrainConfig, engine: Engine) -> float:
+    """FLOP/s of a plain GEMM in the run's compute dtype on all devices, measured now."""
+    return gemm_rate(compute_dtype(config.model).name) * engine.mesh.size
+
+
 def first_state(task: Task, engine: Engine, out: Path, restored: Restored | None) -> TrainState:
     """The state of a checkpoint, or the state before the first update."""
     if restored is None:
@@ -185,57 +205,68 @@ def first_state(task: Task, engine: Engine, out: Path, restored: Restored | None
     return engine.resume(out, restored.state, restored.folder)
 
 
-def run_steps(run: Run) -> None:
-    """All remaining updates. The metrics of one update are read while the next one computes."""
-    config = run.config
-    first = int(run.state.step)
-    speed = Speedometer(config.batch * config.data.length, config.steps)
-    # A kill may leave lines of updates that no checkpoint has. They are done again.
-    lines = MetricsFile(run.out / "metrics.jsonl", resume_after=first)
-    with Display(config.steps, plain_every=max(1, config.steps // 20)) as display:
+def run_steps(run: Run, stop: StopRequest) -> None:
+    """All remaining updates, or those until `stop` is set.
 
-        def finish(step: int, metrics: Metrics) -> None:
+    The metrics of one update are read while the next one computes.
+    """
+    config = run.config
+    last = config.last_step
+    first = int(run.state.step)
+    path = run.out / "metrics.jsonl"
+    before = elapsed_until(read_lines(path), first)
+    speed = Speedometer(config.batch * config.data.length, last, before=before)
+    # A kill may leave lines of updates that no checkpoint has. They are done again.
+    lines = MetricsFile(path, resume_after=first)
+    with Display(last) as display:
+
+        def finish(step: int, metrics: Metrics, save: bool) -> None:
             line = describe(step, metrics, with_load=_is_load_step(step, config))
             line |= run.engine.step_line(step)
             speed.tick(line)
             if _is_evaluation_step(step, config):
+                display.evaluating(step)
                 line[VALIDATION] = run.engine.evaluate(run.state)
                 speed.pause()  # the evaluation is no part of the next update's time
             lines.write(line)
-            utilisation = speed.tokens_per_second * run.flops_per_token / run.gemm_rate
-            display.show(line, speed, utilisation)
+            display.show(line, speed, run.gemm_rate / run.flops_per_token)
             _check_finite(run, line)
             # A checkpoint is one that a run can go on from: not in the middle of skipped updates.
-            if _is_save_step(step, config) and not line["skipped_in_a_row"]:
+            if save and not line["skipped_in_a_row"]:
                 # First: a checkpoint at step n promises that the file has the lines up to n.
                 lines.sync()
                 _save(run, step, line.get(VALIDATION))
 
-        for step, metrics in _updates(run, first):
-            finish(step, metrics)
+        for step, metrics, save in _updates(run, first, stop):
+            finish(step, metrics, save)
     lines.close()
 
 
-def _updates(run: Run, first: int) -> Iterator[tuple[int, Metrics]]:
-    """(step, metrics) of each update, one update late.
+def _updates(run: Run, first: int, stop: StopRequest) -> Iterator[tuple[int, Metrics, bool]]:
+    """(step, metrics, whether to save) of each update, one update late.
 
     So the device computes while the host reads metrics. At a step that saves or evaluates, they
-    come at once, because run.state must then be the state of that very step.
+    come at once, because run.state must then be the state of that very step. A signal that asks to
+    stop is looked at before each update: the one before it is then saved, and is the last.
     """
     unread: tuple[int, Metrics] | None = None
-    for step in range(first + 1, run.config.steps + 1):
+    for step in range(first + 1, run.config.last_step + 1):
+        if stop.number is not None:
+            if unread is not None:
+                yield *unread, True
+            return
         run.state, metrics = run.engine.step(run.state, run.next_batch(step - 1))
         run.checkpoints.poll()
         if unread is not None:
-            yield unread
+            yield *unread, False
         unread = (step, metrics)
         if _is_save_step(step, run.config):
-            yield unread
+            yield *unread, True
             unread = None
 
 
 def _is_evaluation_step(step: int, config: TrainConfig) -> bool:
-    return step % config.evaluate_every == 0 or step == config.steps
+    return step % config.evaluate_every == 0 or step == config.last_step
 
 
 def _is_save_step(step: int, config: TrainConfig) -> bool:
@@ -244,7 +275,7 @@ def _is_save_step(step: int, config: TrainConfig) -> bool:
 
 def _is_load_step(step: int, config: TrainConfig) -> bool:
     """About a hundred snapshots of the expert load over the run."""
-    return step % max(1, config.steps // 100) == 0 or step == 1
+    return step % max(1, config.last_step // 100) == 0 or step == 1
 
 
 def _check_finite(run: Run, line: dict[str, Any]) -> None:
@@ -264,6 +295,7 @@ def _check_finite(run: Run, line: dict[str, Any]) -> None:
 
 def _save(run: Run, step: int, bits: float | None) -> None:
     extra: Extra = {
+        "step": step,
         "config": dataclasses.asdict(run.config),
         "tokenizer": run.data.tokenizer.to_json(),
         "data_fingerprint": run.data.fingerprint,

@@ -10,20 +10,36 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.base.console import say
 from moe_jax.base.files import write_atomically
 from moe_jax.moe.layer import RouterStats
 from moe_jax.train.state import Metrics
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a metrics file. A last line that a kill cut off is left out."""
+    """The lines of a metrics file, without those that cannot be read.
+
+    A last line that a kill cut off is normal. Any other damaged line is named.
+    """
+    for number, line, raw in _numbered_lines(path):
+        if line is not None:
+            yield line
+        elif raw.endswith(b"\n"):
+            say(f"{path}: line {number} is damaged and left out")
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None, bytes]]:
+    """(number from 1, the line as an object, its bytes). None in place of a damaged line."""
     if not path.exists():
         return
-    for line in path.read_text().splitlines():
+    # Bytes, because a damaged line need not be UTF-8.
+    for number, raw in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            line = json.loads(raw)
+        except ValueError:  # JSONDecodeError and UnicodeDecodeError
+            line = None
+        usable = isinstance(line, dict) and type(line.get("step")) is int
+        yield number, line if usable else None, raw
 
 
 def finite(value: Any) -> Any:
@@ -38,11 +54,14 @@ def finite(value: Any) -> Any:
 class MetricsFile:
     """Appends one line a step. Lines after step `resume_after` are removed first.
 
-    They belong to updates that the checkpoint does not have, and that are done again.
+    They belong to updates that the checkpoint does not have, and that are done again. Damaged lines
+    are moved to a file beside it, whose name ends in .damaged.
     """
 
     def __init__(self, path: Path, resume_after: int) -> None:
-        kept = [line for line in read_lines(path) if line["step"] <= resume_after]
+        _set_damaged_aside(path)
+        lines = (line for _, line, _ in _numbered_lines(path) if line is not None)
+        kept = [line for line in lines if line["step"] <= resume_after]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
@@ -58,6 +77,23 @@ class MetricsFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _set_damaged_aside(path: Path) -> None:
+    """Adds the damaged lines to PATH.damaged, and says so. The last line may be cut off."""
+    damaged = [
+        (number, raw)
+        for number, line, raw in _numbered_lines(path)
+        if line is None and raw.endswith(b"\n")
+    ]
+    if not damaged:
+        return
+    aside = path.with_name(f"{path.name}.damaged")
+    with aside.open("ab") as file:
+        file.writelines(raw for _, raw in damaged)
+    numbers = ", ".join(str(number) for number, _ in damaged[:10])
+    more = ", …" if len(damaged) > 10 else ""
+    say(f"{path}: damaged lines ({numbers}{more}) are moved to {aside.name}, the others are kept")
 
 
 def imbalance(load: np.ndarray) -> np.ndarray:

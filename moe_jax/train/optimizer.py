@@ -15,22 +15,39 @@ ALWAYS_ADAM: tuple[Role, ...] = ("norm", "embedding", "head", "router", "router_
 """Muon is for hidden matrices. These roles are updated by its own Adam (arXiv:2502.16982)."""
 
 
-def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine decay, or a constant and a linear decay (WSD).
+def learning_rate(config: OptimConfig, steps: int, continue_to: int = 0) -> optax.Schedule:
+    """Linear warm-up, then a cosine decay, a constant and a linear decay (WSD), or a constant.
 
-    Both decay to `final` times the peak. Phases are fractions of `steps`, the whole run.
+    Update n, from 0, of a warm-up of W updates has (n + 1) / (W + 1) of the peak: the first one
+    learns already. The decays end at `final` times the peak. Warm-up and decay are fractions of
+    `steps`. With `continue_to` the updates after `steps` have a warm-up and a decay of their own,
+    fractions of continue_to - steps. That warm-up rises from where the learning rate stood. A
+    constant stays.
     """
+    first = _phase(config, steps, begin=0.0)
+    if not continue_to:
+        return first
+    decayed = config.schedule == "cosine" or not config.is_at_peak(steps, steps)
+    stood = config.learning_rate * (config.final if decayed else 1.0)
+    second = _phase(config, continue_to - steps, begin=stood)
+    return optax.join_schedules([first, second], [steps])
+
+
+def _phase(config: OptimConfig, steps: int, begin: float) -> optax.Schedule:
+    """The learning rate of `steps` updates. Its warm-up rises from `begin`."""
     peak = config.learning_rate
     end = peak * config.final
     warmup = round(config.warmup * steps)
-    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    rise = optax.linear_schedule(begin + (peak - begin) / (warmup + 1), peak, max(warmup, 1))
     if config.schedule == "cosine":
         # At least 1, because optax refuses schedules of no steps.
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final)
         return optax.join_schedules([rise, after], [warmup]) if warmup else after
+    stable = optax.constant_schedule(peak)
+    if config.schedule == "constant":
+        return optax.join_schedules([rise, stable], [warmup]) if warmup else stable
     decay = round(config.decay * steps)
     fall = optax.linear_schedule(peak, end, max(decay, 1))
-    stable = optax.constant_schedule(peak)
     return optax.join_schedules([rise, stable, fall], [warmup, steps - decay])
 
 
@@ -53,7 +70,9 @@ def muon_dimensions(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, parameters)
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, steps: int, continue_to: int = 0
+) -> optax.GradientTransformation:
     """The configured rule with decoupled weight decay. It takes a gradient that is `clipped`.
 
     Muon's updates are rescaled to Adam's root mean square (0.2), so that one learning rate and one
@@ -72,7 +91,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             consistent_rms=0.2,
         )
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
-    rate = optax.scale_by_learning_rate(learning_rate(config, steps))
+    rate = optax.scale_by_learning_rate(learning_rate(config, steps, continue_to))
     return optax.chain(direction, decay, rate)
 
 

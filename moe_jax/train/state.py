@@ -69,7 +69,7 @@ def new_state(config: TrainConfig, parameters: nnx.State, router: nnx.State) -> 
     """The state before the first update, with these parameters and a fresh optimizer."""
     # "steps" and model_key's "model" are independent keys of one seed.
     zero = jnp.zeros((), jnp.int32)
-    optimizer = make_optimizer(config.optim, config.steps).init(parameters)
+    optimizer = make_optimizer(config.optim, config.steps, config.continue_to).init(parameters)
     key = jax.random.key_data(named_key(root_key(config.seed), "steps"))
     return TrainState(zero, zero, zero, parameters, router, optimizer=optimizer, key=key)
 

@@ -66,11 +66,12 @@ class TeacherTask(Task):
             return self
         kind, count = settings.cache_contents
         length = self.config.data.length
-        seen = self.config.steps * self.config.batch * length
+        steps = self.config.last_step
+        seen = steps * self.config.batch * length
         tokens = len(data.train.tokens)
         if seen < tokens:
             say(
-                f"these {self.config.steps} steps see {seen} tokens, the cache holds all {tokens}: "
+                f"these {steps} steps see {seen} tokens, the cache holds all {tokens}: "
                 "--distill.cache none has the teacher read fewer"
             )
         # Whole teacher batches, so that all of them have one compiled shape.

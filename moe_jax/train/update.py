@@ -43,8 +43,8 @@ class Updated(NamedTuple):
 def make_update(config: TrainConfig) -> Callable[[TrainState, Gradient], Updated]:
     """Finite test -> clip by the global norm -> optimizer -> router bias -> metrics."""
     moe = config.model.moe
-    optimizer = make_optimizer(config.optim, config.steps)
-    schedule = learning_rate(config.optim, config.steps)
+    optimizer = make_optimizer(config.optim, config.steps, config.continue_to)
+    schedule = learning_rate(config.optim, config.steps, config.continue_to)
 
     def update(state: TrainState, gradient: Gradient) -> Updated:
         losses = gradient.losses
@@ -58,7 +58,7 @@ def make_update(config: TrainConfig) -> Callable[[TrainState, Gradient], Updated
             parameters = optax.apply_updates(state.parameters, changes)
             # Towards the end the bias is frozen (arXiv:2412.19437, §4.2). Updates that were skipped
             # count as well, like the batches.
-            rate = moe.bias_rate * (state.step < moe.bias_until * config.steps)
+            rate = moe.bias_rate * _bias_moves(config, state.step)
             return parameters, update_router(state.router, losses.stats, rate), moments
 
         def keep(_: None) -> tuple[Any, Any, Any]:
@@ -91,6 +91,16 @@ def make_update(config: TrainConfig) -> Callable[[TrainState, Gradient], Updated
         return Updated(new, metrics, finite)
 
     return update
+
+
+def _bias_moves(config: TrainConfig, step: Array) -> Array:
+    """Whether the router bias is not yet frozen, in the first `steps` or in those after them."""
+    until = config.model.moe.bias_until
+    moves = step < until * config.steps
+    if config.continue_to:
+        more = config.continue_to - config.steps
+        moves |= (step >= config.steps) & (step < config.steps + until * more)
+    return moves
 
 
 def update_router(router: nnx.State, stats: dict[str, RouterStats], rate: Any) -> nnx.State:

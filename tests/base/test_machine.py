@@ -11,6 +11,13 @@ def test_gemm_rate_is_plausible():
     assert 1e8 < machine.gemm_rate("float32", size=256, repeats=3) < 1e16
 
 
+def test_the_better_gemm_is_the_limit_and_a_moving_one_is_noticed():
+    quiet = machine.GemmRates(before=100.0, after=105.0)
+    assert (quiet.best, quiet.moved) == (105.0, False)
+    busy = machine.GemmRates(before=34.0, after=104.0)
+    assert (busy.best, busy.moved) == (104.0, True)
+
+
 def test_memory_is_refused_only_when_it_is_not_there(monkeypatch):
     monkeypatch.setattr(machine, "available_bytes", lambda: 10**9)
     machine.require_memory("small", 10**9)

@@ -155,6 +155,23 @@ def test_killed_in_the_middle_of_a_trial(start, tmp_path):
     assert all(row["state"] == "complete" for row in rows(out))
 
 
+def test_a_stopped_worker_waits_for_its_run_and_the_trial_goes_on(start, tmp_path):
+    line = "--search batch=4,8 --trials 1 --optim.decay 1"
+    worker = start(line)
+    runs = tmp_path / "out" / "trial-0000" / "runs.txt"
+    while not (runs.exists() and "start" in runs.read_text()):
+        assert worker.poll() is None, worker.communicate()
+        time.sleep(0.02)
+    os.kill(worker.pid, signal.SIGTERM)
+    said = finish(worker, code=143)
+    assert "out is kept, the next start continues trial-0000" in said
+    assert "end" not in runs.read_text()  # the stand-in has no handler, and ends by the signal
+    finish(start(line))
+    assert [(row["folder"], row["state"]) for row in rows(tmp_path / "out")] == [
+        ("trial-0000", "complete")
+    ]
+
+
 def test_workers_share_the_trials(start, tmp_path):
     line = f"{SEARCH} --trials 6 --optim.decay 0.2"
     for worker in [start(line), start(line)]:
@@ -170,8 +187,31 @@ def test_another_search_needs_another_folder(start):
     assert said.count("\n") == 1
 
 
+def test_fields_that_depend_on_each_other_are_searched_together(start, tmp_path):
+    search = "model.moe.gate+model.moe.bias-rate=softmax+0,sigmoid+0.001"
+    said = finish(start(f"--search {search} --trials 20"))
+    assert "the search has 2 combinations" in said
+    found = {(row["model.moe.gate"], row["model.moe.bias_rate"]) for row in rows(tmp_path / "out")}
+    assert found == {("softmax", "0"), ("sigmoid", "0.001")}
+    options = (tmp_path / "out" / "trial-0000" / "runs.txt").read_text()
+    assert "--model.moe.gate " in options
+    assert "--model.moe.bias-rate " in options
+    assert "train.py tiny" in said
+
+
+def test_an_exhausted_grid_ends_and_nothing_runs_twice(start, tmp_path):
+    line = "--search model.moe.experts=1,8,16 --search steps=int:5..8"
+    finish(start(f"{line} --trials 5"))
+    assert len(rows(tmp_path / "out")) == 5
+    finish(start(f"{line} --trials 40"))
+    found = [(row["model.moe.experts"], row["steps"]) for row in rows(tmp_path / "out")]
+    assert len(found) == len(set(found)) == 12
+    finish(start(f"{line} --trials 41"))
+    assert len(rows(tmp_path / "out")) == 12
+
+
 def test_when_no_trial_gives_a_value(start):
-    said = finish(start("--search model.moe.experts=1 --trials 2"), code=2)
+    said = finish(start("--search model.moe.experts=1 --search batch=4,8 --trials 2"), code=2)
     assert said.endswith(
         "error: none of the 2 trials gave a value; the first: K=2 exceeds experts=1\n"
     )
@@ -230,6 +270,12 @@ def test_search_spaces(text, choices, low, high, log):
         ("train --search model.tied-embedding=yes", "'yes' is not true or false"),
         ("train --search out=a,b", "the sweep gives every trial its own out folder"),
         ("train --search batch=4 --search batch=8", "--search batch is given twice"),
+        ("train --search batch+batch=4+8", "a field is named twice"),
+        ("train --search batch=4 --search batch+steps=4+9", "--search batch is given twice"),
+        ("train --search batch+steps=4+9,8", "'8' has 1 values for 2 fields: join them by +"),
+        ("train --search batch+stepz=4+9", "did you mean --steps?"),
+        ("train --search batch+steps=4+x", "--steps: 'x' is not an int"),
+        ("train --search batch+out=4+x", "the sweep gives every trial its own out folder"),
         ("train --search batch=4 --out /dev/null/x", "--out '/dev/null/x' cannot be used: "),
         ("train --search batch=4 --trials 0", "trials is 0: it must be positive"),
         ("train --search batch=4 --preset tinny", "did you mean tiny?"),
@@ -247,7 +293,7 @@ def test_mistakes_are_one_line_before_any_trial(line, message, tmp_path, monkeyp
 
 
 def test_quick_is_three_short_trials():
-    line = ["train", "--search", "batch=4,8", "--quick"]
+    line = ["train", "--search", "batch=4,8,16,32", "--quick"]
     quick = parse_sweep(line, sweep.EXPERIMENTS)
     assert (quick.trials, quick.arguments[1:3]) == (3, ("--steps", "20"))
     assert parse_sweep([*line, "--steps", "5"], sweep.EXPERIMENTS).arguments[1:3] == (

@@ -153,6 +153,9 @@ def test_capacity_leaves_dropped_assignments_out():
 def test_no_token_at_all():
     inputs, _ = make_inputs((0, 8, 8, 4), np.zeros((0, 2)), jnp.float32)
     assert mixture(*inputs, None).shape == (0, 8)
+    x, _, gate_up, _ = inputs
+    plan = make_plan(jnp.zeros((0, 2), jnp.int32), 4)
+    assert grouped(x, gate_up, plan, gathered=True).shape == (plan.assignment.size, 16)
 
 
 def test_vmap_goes_through_the_elements_one_by_one():

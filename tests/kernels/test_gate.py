@@ -45,9 +45,11 @@ def draw(tokens, experts, seed=0):
     return jnp.asarray(logits, jnp.float32), jnp.asarray(random.normal(size=experts), jnp.float32)
 
 
-def assert_exact(actual, bias, config):
+def assert_exact(actual, logits, bias, config):
     """The choice is top_k's from the returned scores; the weights are the chosen ones' scores."""
     selection = actual.scores if bias is None else actual.scores + bias
+    if config.chooses_by_logits(bias is not None):
+        selection = logits
     np.testing.assert_array_equal(actual.experts, selected(selection, config))
     weights = np.take_along_axis(np.asarray(actual.scores), np.asarray(actual.experts), axis=1)
     if config.normalise:
@@ -60,7 +62,7 @@ def check(tokens, experts, config, seed=0):
     logits, bias = draw(tokens, experts, seed)
     bias = bias if config.function == "sigmoid" else None
     actual = gate(logits, bias, config)
-    assert_exact(actual, bias, config)
+    assert_exact(actual, logits, bias, config)
     for name, one, other in zip(
         ("experts", "weights", "scores"),
         actual,
@@ -167,7 +169,8 @@ def test_the_choice_is_exactly_top_k_of_the_returned_scores(data):
     logits = random.normal(size=(tokens, groups * size)) * data.draw(st.sampled_from([1e-7, 1, 30]))
     bias = jnp.asarray(random.normal(size=groups * size), jnp.float32)
     bias = bias if data.draw(st.booleans()) else None
-    assert_exact(gate(jnp.asarray(logits, jnp.float32), bias, config), bias, config)
+    logits = jnp.asarray(logits, jnp.float32)
+    assert_exact(gate(logits, bias, config), logits, bias, config)
 
 
 @pytest.mark.parametrize("config", [SOFTMAX, SIGMOID, DEEPSEEK._replace(per_token=3, groups=4)])
@@ -181,10 +184,21 @@ def test_ties_go_to_the_lower_index(config):
     np.testing.assert_array_equal(actual.experts, specified(logits, None, config)[0])
 
 
-def test_saturated_scores_tie_although_their_logits_differ():
+def test_saturated_scores_tie_where_a_bias_makes_scores_choose():
     logits = jnp.array([[30.0, 40.0, 35.0, 31.0], [-200.0, -300.0, -250.0, -200.0]])
-    actual = gate(logits, None, GateConfig(2))
-    assert actual.experts.tolist() == [[0, 1], [0, 1]]
+    assert gate(logits, jnp.zeros(4), GateConfig(2)).experts.tolist() == [[0, 1], [0, 1]]
+    assert gate(logits, None, GateConfig(2)).experts.tolist() == [[1, 2], [0, 3]]
+
+
+def test_logits_that_round_to_one_softmax_score_keep_their_order():
+    # exp(-1e-9) is 1 in float32, so the scores are equal.
+    logits = jnp.array([[-1e-9, 0.0, -1e-9, -5.0]])
+    actual = gate(logits, None, SOFTMAX)
+    assert actual.scores[0, 0] == actual.scores[0, 1]
+    assert actual.experts.tolist() == [[1, 0, 2]]
+    config = MoEConfig(4, experts_per_token=3, gate="softmax", bias_rate=0)
+    routing = route(logits, jnp.zeros(4), config)
+    assert routing.experts.tolist() == [[1, 0, 2]]
 
 
 def test_zeros_of_both_signs_keep_the_order_of_top_k():

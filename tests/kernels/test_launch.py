@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import moe_kernels.audit.__main__ as audit
+import moe_kernels.bench.__main__ as bench
+import moe_kernels.soak.__main__ as soak
 import numpy as np
 import pytest
-from moe_kernels.launch import triton_support
+from moe_kernels.launch import capability, lowering_for, triton_support
 from moe_kernels.quantise import quantise_rows
 
 
@@ -40,9 +43,29 @@ def test_gpus_by_compute_capability(monkeypatch, capability, name):
     assert capability in support.reason
 
 
-def test_without_triton(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in triton_support().reason
+# torch brings triton, but not jax_triton.
+@pytest.mark.parametrize("missing", ["triton", "jax_triton"])
+def test_without_a_package_the_reason_names_the_extra(monkeypatch, missing):
+    on_gpu(monkeypatch, "9.0")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else object()
+    )
+    name, reason = triton_support()
+    assert name == "none"
+    assert reason.startswith(f"the package {missing} is not installed (pip install 'moe_jax[kern")
+
+
+def test_a_gpu_of_another_maker_has_no_support(monkeypatch):
+    on_gpu(monkeypatch, "gfx942")
+    assert triton_support() == ("none", "card (gfx942) is not an NVIDIA GPU")
+    assert capability() == 90
+
+
+def test_lowering_for_a_card_that_is_too_old():
+    with lowering_for(75):
+        support = triton_support()
+    assert support.name == "none"
+    assert "7.5 is below 8.0" in support.reason
 
 
 def test_kernels_that_do_not_wait_for_each_other_are_interpreted_one_at_a_time(monkeypatch):
@@ -57,3 +80,13 @@ def test_kernels_that_do_not_wait_for_each_other_are_interpreted_one_at_a_time(m
         for quantised, array in zip(run(shapes), shapes, strict=True):
             expected = quantise_rows(array, implementation="reference")
             np.testing.assert_array_equal(quantised.scales, expected.scales)
+
+
+@pytest.mark.parametrize("program", [audit.main, soak.main, bench.main])
+def test_programs_without_the_packages_say_so_in_one_line(monkeypatch, capsys, program):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert program([]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "pip install 'moe_jax[kernels]'" in said.err
+    assert said.out == ""

@@ -60,7 +60,8 @@ def test_result_file(tmp_path):
     )
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result) == {
-        "experiment", "question", "config", "environment", "measurements", "verdict",
+        "experiment", "question", "version", "commit", "command", "date", "duration_seconds",
+        "config", "environment", "measurements", "verdict",
     }  # fmt: skip
     assert result["measurements"][0]["ratio"] == 2.0
     assert {"jax", "python", "device", "cores", "triton"} <= set(result["environment"])

@@ -9,8 +9,9 @@ from moe_jax.base import machine
 from moe_jax.base.errors import UserError
 from moe_jax.base.files import only_process
 from moe_jax.config import CheckpointConfig, OptimConfig
+from moe_jax.runs import run
 from moe_jax.runs.load import load_run
-from moe_jax.runs.run import run_training
+from moe_jax.runs.run import run_training, what_is_kept
 from moe_jax.train import loop
 from moe_jax.train.loop import DivergedError
 from moe_jax.train.metrics import read_lines
@@ -41,7 +42,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
         "xz_bits_per_byte",
         "ngram_bits_per_byte",
         "tokens_per_second",
-        "model_flop_utilisation",
+        "gemm_fraction",
         "peak_resident_bytes",
         "compile_seconds",
     ):
@@ -62,7 +63,7 @@ def test_a_run_in_two_pieces_equals_one_in_one_piece(small_run, tmp_path):
     run_training(whole)
     cut = replace(whole, out=str(tmp_path / "cut"))
 
-    def stop_at_eight(run, line):
+    def stop_at_eight(_, line):
         if line["step"] == 8:
             raise KeyboardInterrupt
 
@@ -80,6 +81,29 @@ def test_a_finished_run_is_reported_again_without_training(finished_run):
     run_training(replace(finished_run, samples=0))
     assert losses(finished_run) == before
     assert measurements(finished_run)["validation_bits_per_byte"] > 0
+
+
+def test_a_finished_run_says_so_without_compiling(finished_run, monkeypatch, capsys):
+    monkeypatch.setattr(run, "train", None)
+    result = json.loads((Path(finished_run.out) / "result.json").read_text())
+    run_training(replace(finished_run, samples=result["config"]["samples"]))
+    said = capsys.readouterr().out
+    assert "is finished at step 12: " in said
+    assert said.rstrip().endswith("--continue-to N trains it longer")
+
+
+def test_what_a_stopped_run_keeps(finished_run, tmp_path):
+    out = Path(finished_run.out)
+    assert "there was no update yet: the same command begins anew" in what_is_kept(tmp_path, 12)
+    assert what_is_kept(out, 99).startswith("step 12 of 99 is saved: the same command continues")
+    assert "step 12, the last one, is saved: the same command writes" in what_is_kept(out, 12)
+
+
+def test_several_processes_are_refused_in_each(small_run, monkeypatch):
+    monkeypatch.setattr(run.jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="2 processes were started"):
+        run_training(small_run)
+    assert not Path(small_run.out).exists()
 
 
 def test_another_setting_in_the_same_folder_is_refused(finished_run):

@@ -24,6 +24,20 @@ def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path):
     assert path.read_text() == '{"step": 1, "loss": 2.5}\n'
 
 
+def test_damaged_lines_are_set_aside_and_the_others_kept(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 6)]
+    bad = [b'{"step": 2, "lo\n', b"\xff\xfe\n", b"[1, 2]\n", b'{"step": "x"}\n']
+    path.write_bytes(b"".join([good[0], bad[0], *good[1:3], *bad[1:], *good[3:], b'{"st']))
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4, 5]
+    MetricsFile(path, resume_after=4).close()
+    assert path.read_bytes() == b"".join(good[:4])
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"".join(bad)
+    assert (
+        "damaged lines (2, 5, 6, 7) are moved to metrics.jsonl.damaged" in capsys.readouterr().out
+    )
+
+
 def test_floats_survive_exactly(tmp_path):
     value = float(np.float32(1) / 3)
     file = MetricsFile(tmp_path / "m.jsonl", resume_after=0)

@@ -17,16 +17,41 @@ def flat(tree):
 def test_cosine_schedule_by_hand():
     rate = learning_rate(OptimConfig(learning_rate=1.0, warmup=0.1, final=0.2), 100)
     found = [float(rate(step)) for step in (0, 5, 10, 55, 100)]
-    np.testing.assert_allclose(found, [0, 0.5, 1, 0.6, 0.2], atol=1e-6)
+    np.testing.assert_allclose(found, [1 / 11, 6 / 11, 1, 0.6, 0.2], atol=1e-6)
 
 
 def test_wsd_schedule_by_hand():
     config = OptimConfig(learning_rate=1.0, schedule="wsd", warmup=0.1, decay=0.2, final=0.0)
     found = [float(learning_rate(config, 100)(step)) for step in (0, 5, 10, 50, 80, 90, 100)]
-    np.testing.assert_allclose(found, [0, 0.5, 1, 1, 1, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(found, [1 / 11, 6 / 11, 1, 1, 1, 0.5, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 10, 600])
+def test_every_update_has_a_learning_rate(schedule, steps):
+    """Also the first one, and the last one where the run decays to 0."""
+    for warmup in (0.0, 0.02, 0.1, 0.5):
+        config = OptimConfig(learning_rate=1.0, schedule=schedule, warmup=warmup, final=0.0)
+        rates = np.array([float(learning_rate(config, steps)(step)) for step in range(steps)])
+        assert (rates > 0).all()
+        rising = np.diff(rates[: round(warmup * steps) + 1])
+        np.testing.assert_allclose(rising, rising[:1].repeat(len(rising)), atol=1e-6)
+
+
+def test_a_longer_run_has_the_same_past_and_then_a_phase_of_its_own():
+    config = OptimConfig(learning_rate=1.0, warmup=0.1, final=0.2)
+    # Built inside a trace, as in the initialisation of a state.
+    longer = jax.jit(lambda n: learning_rate(config, 100, continue_to=200)(n))
+    short = learning_rate(config, 100)
+    past = np.arange(100)
+    np.testing.assert_allclose(longer(past), short(past), rtol=1e-6)
+    found = [float(longer(step)) for step in (100, 110, 155, 200)]
+    np.testing.assert_allclose(found, [0.2 + 0.8 / 11, 1, 0.6, 0.2], atol=1e-6)
+    constant = OptimConfig(learning_rate=1.0, schedule="constant")
+    np.testing.assert_allclose(learning_rate(constant, 100, 200)(np.arange(5, 200)), 1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_no_warmup_starts_at_the_peak(schedule):
     rate = learning_rate(OptimConfig(learning_rate=2.0, schedule=schedule, warmup=0.0), 10)
     assert float(rate(0)) == 2.0

@@ -1,7 +1,7 @@
 """What every kernel compiles to, on GPUs that need not be there: python -m moe_kernels.audit."""
 
 from moe_kernels.audit.cases import VARIANTS
-from moe_kernels.audit.compile import WARPS, compile_launch
+from moe_kernels.audit.compile import LIMITS, compile_launch
 from moe_kernels.audit.describe import describe
 
-__all__ = ["VARIANTS", "WARPS", "compile_launch", "describe"]
+__all__ = ["LIMITS", "VARIANTS", "compile_launch", "describe"]

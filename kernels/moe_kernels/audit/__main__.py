@@ -1,11 +1,12 @@
 """What every kernel compiles to, on GPUs that need not be there.
 
-    python -m moe_kernels.audit [--arch 80 90 100] [--all] [--json FILE]
+    python -m moe_kernels.audit [--arch 80 86 89 90 100 120] [--all] [--json FILE]
 
 The kernels' own API is traced at real sizes, and every launch is compiled for each architecture.
 Registers and spills are ptxas's. The rest is counted in the SASS and the PTX. It exits with 1 and
-names the rows where a rule is broken: spills, local memory, too much shared memory, no product on
-the matrix units (for FP8 kernels on their FP8 inputs), or no asynchronous copy.
+names the rows where a rule is broken: spills, local memory, all 255 registers, too much shared
+memory, no product on the matrix units (for FP8 kernels on their FP8 inputs), or no asynchronous
+copy.
 """
 
 import argparse
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_kernels.audit.cases import all_cases, audit_case
+from moe_kernels.audit.compile import LIMITS
 from moe_kernels.audit.rules import broken_rules
 from moe_kernels.experts.shapes import BLOCK_ROWS
 from moe_kernels.files import write_json
-from moe_kernels.launch import fp8_support, lowering_for
+from moe_kernels.launch import fp8_support, lowering_for, missing_package
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = tuple(LIMITS)
 COLUMNS = {
     "kernel": 17,
     "config": 68,
@@ -49,12 +51,15 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compiles, prints and writes. Returns 1 if a rule is broken."""
+    """Compiles, prints and writes. Returns 1 if a rule is broken, 2 without Triton."""
     parser = argparse.ArgumentParser(description="What every kernel compiles to.")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--all", action="store_true", help="float16 and every block size as well")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(argv)
+    if problem := missing_package():
+        print(f"moe_kernels.audit compiles with Triton: {problem}", file=sys.stderr)
+        return 2
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
     dtypes = ("bfloat16", "float32", "float16") if options.all else ("bfloat16", "float32")
     blocks = BLOCK_ROWS if options.all else (BLOCK_ROWS[0], BLOCK_ROWS[-1])

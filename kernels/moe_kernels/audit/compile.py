@@ -5,20 +5,39 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_kernels.audit.describe import DTYPE_NAMES, describe
 from moe_kernels.launch import Launch
 
-# CUDA C++ Programming Guide, "Technical specifications per compute capability".
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one program may have."""
 REGISTERS = 65536
 """Registers of a multiprocessor, on every architecture here."""
-WARPS = {80: 64, 90: 64, 100: 64}
-"""Warps that a multiprocessor can hold."""
-SHARED_MULTIPROCESSOR = {80: 164, 90: 228, 100: 228}
-"""KiB of shared memory of a multiprocessor."""
+
+
+class Limits(NamedTuple):
+    """What a multiprocessor of an architecture has."""
+
+    warps: int
+    """Warps that it can hold."""
+    shared: int
+    """KiB of shared memory. A program may have 1 KiB less."""
+
+
+# CUDA C++ Programming Guide, "Technical specifications per compute capability".
+LIMITS = {
+    80: Limits(64, 164),
+    86: Limits(48, 100),
+    89: Limits(48, 100),
+    90: Limits(64, 228),
+    100: Limits(64, 228),
+    120: Limits(48, 100),
+}
+"""By compute capability times ten."""
+
+
+def shared_limit(arch: int) -> int:
+    """Bytes of shared memory that one program may have."""
+    return (LIMITS[arch].shared - 1) * 1024
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
@@ -93,5 +112,6 @@ def occupancy(registers: int, shared: int, warps: int, arch: int) -> float:
     """
     registers_per_warp = max(1, -(-registers * 32 // 256) * 256)
     by_registers = REGISTERS // (registers_per_warp * warps)
-    by_shared = SHARED_MULTIPROCESSOR[arch] * 1024 // (shared + 1024)
-    return min(WARPS[arch], min(by_registers, by_shared) * warps) / WARPS[arch]
+    most = LIMITS[arch].warps
+    by_shared = LIMITS[arch].shared * 1024 // (shared + 1024)
+    return min(most, min(by_registers, by_shared) * warps) / most

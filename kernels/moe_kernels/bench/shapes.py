@@ -1,5 +1,6 @@
 """The layers that are measured, and their arrays."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -67,10 +68,12 @@ class Inputs(NamedTuple):
     d_out: Float[Array, "T D"]
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def make_inputs(shape: Shape, dtype: str, seed: int = 0) -> Inputs:
     """Normal numbers and a random routing, which is nearly balanced.
 
-    They are drawn on the device: the largest array is gigabytes.
+    They are drawn on the device: the largest array is gigabytes. Under jit no step of the drawing
+    keeps an array of its own.
     """
     keys = jax.random.split(jax.random.key(seed), 6)
     t, d, f, e, k = shape

@@ -49,6 +49,9 @@ def mixture(
     Without gradients, and with no more assignments than experts (decoding), each assignment is a
     row of its own. Nothing is sorted or padded then.
 
+    In float16 z overflows above 65,504. The output does not, because it comes from the float32
+    accumulators. The gradients of such a number are inf or NaN.
+
     Raises UnavailableError where kernels cannot run, and ValueError for dtypes or shapes that do
     not fit.
     """
@@ -131,6 +134,8 @@ def grouped(
     Rows of unused blocks are not written. It has no gradients: `mixture` has.
     """
     require_triton()
+    if not plan.experts.size:  # a grid of no programs cannot be launched
+        return jnp.zeros((plan.assignment.size, matrix.shape[2]), rows.dtype)
     return grouped_product(rows, matrix, plan, gathered=gathered)
 
 

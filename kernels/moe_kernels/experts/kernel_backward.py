@@ -50,24 +50,40 @@ def hidden_gradient_kernel(d_out, down, z, weights, assignment, block_expert, st
                 b += BK
             # The assignment's number indexes weights [T, K]. s = 0 makes padding's outputs zeros.
             s = tl.load(weights + chosen, mask=real, other=0.0).to(tl.float32)[:, None]
-            row = rows.to(tl.int64)[:, None]
-            at = z + row * (2 * F) + n[None, :]
-            # Columns beyond F read zeros, so that they add nothing to the row sums.
-            gate = tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32)
-            up = tl.load(at + F, mask=inside[None, :], other=0.0).to(tl.float32)
-            slope = tl.sigmoid(gate)
-            silu = gate * slope
+            # Half of the columns at a time: z, dz and A of all columns beside the accumulator
+            # would not fit into registers.
+            pair = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
+            low, high = tl.split(pair)
+            n = column * BN + tl.arange(0, BN // 2)
+            total = activation_gradient(
+                low, s, z, dz, weighted, rows, n=n, F=F, UPCAST=UPCAST)  # fmt: skip
+            total += activation_gradient(
+                high, s, z, dz, weighted, rows, n=n + BN // 2, F=F, UPCAST=UPCAST)  # fmt: skip
             # A row of `partial` for each column tile, summed afterwards in a fixed order: adding
             # into one row would need atomics.
-            tl.store(partial + column.to(tl.int64) * R + rows, tl.sum(acc * silu * up, axis=1))
-            tl.store(weighted + row * F + n[None, :],
-                     narrow(s * silu * up, weighted, UPCAST), mask=inside[None, :])  # fmt: skip
-            acc = s * acc
-            at = dz + row * (2 * F) + n[None, :]
-            # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
-            d_gate = acc * up * (slope + silu * (1 - slope))
-            tl.store(at, narrow(d_gate, dz, UPCAST), mask=inside[None, :])
-            tl.store(at + F, narrow(acc * silu, dz, UPCAST), mask=inside[None, :])
+            tl.store(partial + column.to(tl.int64) * R + rows, total)
+
+
+@triton.jit
+def activation_gradient(d_hidden, s, z, dz, weighted, rows, n, F: tl.constexpr,
+                        UPCAST: tl.constexpr):  # fmt: skip
+    """rowsum(dA' · A) over the columns n. Writes s A and dz there. d_hidden is dA' [rows, n]."""
+    inside = (n < F)[None, :]
+    row = rows.to(tl.int64)[:, None]
+    at = row * (2 * F) + n[None, :]
+    # Columns beyond F read zeros, so that they add nothing to the row sums.
+    gate = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(z + at + F, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.sigmoid(gate)
+    silu = gate * slope
+    hidden = silu * up
+    tl.store(weighted + row * F + n[None, :], narrow(s * hidden, weighted, UPCAST), mask=inside)
+    scaled = s * d_hidden
+    # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
+    d_gate = scaled * up * (slope + silu * (1 - slope))
+    tl.store(dz + at, narrow(d_gate, dz, UPCAST), mask=inside)
+    tl.store(dz + at + F, narrow(scaled * silu, dz, UPCAST), mask=inside)
+    return tl.sum(d_hidden * hidden, axis=1)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from moe_kernels.experts.tile import narrow
 def decode_kernel(vectors, matrix, experts, out,
                   E: tl.constexpr, KD: tl.constexpr, N: tl.constexpr, PER: tl.constexpr,
                   SWIGLU: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  UPCAST: tl.constexpr):  # fmt: skip
+                  STAGES: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """out[s] = vectors[s // PER] matrix[experts[s]]. Rows of expert E are left unwritten.
 
     SWIGLU: matrix is [E, KD, 2N], and silu(first half) · second half is written.
@@ -32,7 +32,8 @@ def decode_kernel(vectors, matrix, experts, out,
         # step would wait for other lanes.
         acc = tl.zeros((BK, BN), tl.float32)
         other = tl.zeros((BK, BN), tl.float32)
-        for step in range(0, tl.cdiv(KD, BK)):
+        # Stages are given here, because Triton otherwise pipelines only loads that feed tl.dot.
+        for step in tl.range(0, tl.cdiv(KD, BK), num_stages=STAGES):
             left = k < KD - step * BK
             part = tl.load(a, mask=left, other=0.0).to(tl.float32)[:, None]
             wide = left[:, None] & inside[None, :]

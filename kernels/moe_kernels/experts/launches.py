@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
 
 from moe_kernels.experts.plan import Plan
-from moe_kernels.experts.shapes import DECODE, MATRIX_GRADIENT, Tiles, tiles
+from moe_kernels.experts.shapes import DECODE, Tiles, matrix_gradient_tiles, tiles
 from moe_kernels.launch import Tuning, interpreting, launch, multiprocessors, next_power_of_two
 
 
@@ -148,7 +148,7 @@ def matrix_gradient(
     m = left.shape[1]
     n = right.shape[1]
     experts = plan.counts.size
-    bm, entry = MATRIX_GRADIENT[left.dtype.itemsize]
+    bm, entry = matrix_gradient_tiles(left.dtype, n)
     tiles_m = -(-m // bm)
     tiles_n = -(-n // entry.bn)
     (out,) = launch(
@@ -200,6 +200,7 @@ def single_rows(
         TILES=column_tiles,
         BN=entry.bn,
         BK=entry.bk,
+        STAGES=entry.tuning.stages,
         UPCAST=arithmetic(vectors.dtype)["UPCAST"],
     )
     return out

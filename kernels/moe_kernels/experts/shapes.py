@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from moe_kernels.launch import Tuning, capability
+from moe_kernels.launch import Tuning, capability, has_small_memory
 
 Eviction = Literal["", "evict_first", "evict_last"]
 
@@ -37,8 +37,8 @@ class Tiles(NamedTuple):
 # registers, spills and shared memory of each entry; no entry has been timed on a GPU yet.
 # - 128 rows take 8 warps: with 4, sm_90 spills.
 # - `up` has two accumulators (gate and up), so half as many columns as `rows`.
-# - The hidden gradient has 64 columns at 128 rows: its epilogue has z and dz beside the
-#   accumulator, and 128 columns spill 3,572 bytes on sm_90.
+# - The hidden gradient's epilogue takes half of its columns at a time. With all at once 64 columns
+#   take 255 registers on sm_90, and 128 spill 3,572 bytes.
 # - 16 rows have few FLOPs for each byte of the matrix, so they wait for memory. Their steps are
 #   128 deep.
 # - float32 tiles are small: its products run on the plain cores, not on the matrix units.
@@ -62,7 +62,7 @@ TABLE: dict[tuple[str, int, int], Tiles] = {
     ("hidden gradient", 2, 16): Tiles(64, 64, Tuning(4, 4)),
     ("hidden gradient", 2, 32): Tiles(64, 64, Tuning(4, 4)),
     ("hidden gradient", 2, 64): Tiles(64, 64, Tuning(4, 4)),
-    ("hidden gradient", 2, 128): Tiles(64, 64, Tuning(8, 4)),
+    ("hidden gradient", 2, 128): Tiles(128, 64, Tuning(8, 3)),
     ("hidden gradient", 4, 16): Tiles(32, 32, Tuning(4, 3)),
     ("hidden gradient", 4, 32): Tiles(32, 32, Tuning(4, 3)),
     ("hidden gradient", 4, 64): Tiles(32, 32, Tuning(4, 3)),
@@ -71,15 +71,27 @@ TABLE: dict[tuple[str, int, int], Tiles] = {
 
 AMPERE: dict[tuple[str, int, int], Tiles] = {
     ("up", 2, 128): Tiles(64, 64, Tuning(8, 3)),
+    ("hidden gradient", 4, 128): Tiles(64, 32, Tuning(8, 3)),
 }
 """Entries that differ below compute capability 9.0. There the accumulators share registers with the
-operands of mma.sync, and two accumulators of 128 columns spill."""
+operands of mma.sync, and two accumulators of 128 columns spill. In float32 32 columns of the hidden
+gradient spill 16 bytes, and 64 spill none."""
+
+SMALL: dict[tuple[str, int, int], Tiles] = {
+    ("up", 2, 16): Tiles(64, 128, Tuning(4, 3)),
+    ("up", 2, 128): Tiles(64, 64, Tuning(8, 3)),
+}
+"""Entries that differ where a program has 99 KiB of shared memory. Four stages of `up` at 16 rows
+are 108 KiB. Compute capability 12.0 multiplies with mma.sync, as Ampere does."""
 
 MATRIX_GRADIENT: dict[int, tuple[int, Tiles]] = {
-    2: (128, Tiles(128, 64, Tuning(8, 3))),
-    4: (64, Tiles(64, 32, Tuning(8, 3))),
+    2: (128, Tiles(256, 64, Tuning(8, 5))),
+    4: (64, Tiles(64, 32, Tuning(8, 5))),
 }
-"""Rows of a tile of the matrix, then its columns, depth and tuning, by bytes of a number."""
+"""Rows of a tile of the matrix, then its columns, depth and tuning, by bytes of a number.
+
+The address of a gathered row is itself loaded. Triton divides the stages among the loads of such a
+chain, so 5 stages are three buffers of rows, and 3 or 4 stages are two."""
 
 OPERATIONS = ("up", "rows", "hidden gradient")
 """The operations of the table."""
@@ -87,9 +99,8 @@ OPERATIONS = ("up", "rows", "hidden gradient")
 BLOCK_ROWS = (16, 32, 64, 128)
 """Rows of a block that the table has entries for."""
 
-DECODE: dict[int, Tiles] = {2: Tiles(64, 64, Tuning(4, 4)), 4: Tiles(32, 64, Tuning(4, 4))}
-"""The products of single rows, by bytes of a number. Stages have no effect yet: Triton pipelines
-loads that feed tl.dot, and these feed plain multiplications."""
+DECODE: dict[int, Tiles] = {2: Tiles(64, 32, Tuning(4, 4)), 4: Tiles(32, 32, Tuning(4, 4))}
+"""The products of single rows, by bytes of a number."""
 
 _override: ContextVar[Mapping[str, Tiles] | None] = ContextVar("override", default=None)
 
@@ -114,4 +125,14 @@ def tiles(operation: str, dtype: jnp.dtype, block_rows: int) -> Tiles:
     if chosen := (_override.get() or {}).get(operation):
         return chosen
     key = operation, jnp.dtype(dtype).itemsize, block_rows
-    return AMPERE.get(key, TABLE[key]) if capability() < 90 else TABLE[key]
+    if has_small_memory() and key in SMALL:
+        return SMALL[key]
+    if capability() < 90 and key in AMPERE:
+        return AMPERE[key]
+    return TABLE[key]
+
+
+def matrix_gradient_tiles(dtype: jnp.dtype, columns: int) -> tuple[int, Tiles]:
+    """The entry of MATRIX_GRADIENT, half as wide for a matrix that would not fill a tile."""
+    rows, entry = MATRIX_GRADIENT[jnp.dtype(dtype).itemsize]
+    return rows, entry if columns >= entry.bn else entry._replace(bn=entry.bn // 2)

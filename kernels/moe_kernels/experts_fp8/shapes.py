@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_kernels.launch import Tuning, capability
+from moe_kernels.launch import Tuning, has_small_memory
 
 
 class Tiles(NamedTuple):
@@ -26,9 +26,6 @@ TABLE: dict[tuple[str, int], Tiles] = {
     ("rows", 128): Tiles(128, Tuning(8, 4)),
 }
 
-SMALL_MEMORY = (89, 120)
-"""Ada and consumer Blackwell, with 99 KiB of shared memory a program: one stage less, and fewer
-rows, because mma.sync keeps its operands in registers."""
 SMALL: dict[tuple[str, int], Tiles] = {
     ("up", 16): Tiles(16, Tuning(4, 3)),
     ("up", 32): Tiles(32, Tuning(8, 3)),
@@ -39,6 +36,8 @@ SMALL: dict[tuple[str, int], Tiles] = {
     ("rows", 64): Tiles(64, Tuning(4, 3)),
     ("rows", 128): Tiles(128, Tuning(8, 3)),
 }
+"""Where a program has 99 KiB of shared memory: one stage less. Rows are fewer as well, because
+mma.sync keeps its operands in registers."""
 
 GROUP = 8
 """Tiles of rows of an expert that are neighbours in the order of programs (tile.locate)."""
@@ -46,7 +45,7 @@ GROUP = 8
 
 def tiles(operation: str, block_rows: int) -> Tiles:
     """The entry of the table. Raises ValueError for a block size that it does not hold."""
-    table = SMALL if capability() in SMALL_MEMORY else TABLE
+    table = SMALL if has_small_memory() else TABLE
     if (operation, block_rows) not in table:
         raise ValueError(f"blocks of {block_rows} rows: the FP8 kernels take 16, 32, 64 or 128")
     return table[operation, block_rows]

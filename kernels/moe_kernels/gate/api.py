@@ -34,6 +34,10 @@ def gate(
     groups_per_token groups with the largest sums of their `representatives` best of s + bias.
     weight = scale · s, divided by the sum of s over the chosen if `normalise`. All in float32.
 
+    Without a bias the logits choose, which have the same order as the scores. So the choice is
+    exact on every device. With a bias s + bias chooses: on a GPU two experts whose sums differ by
+    one unit in the last place may change places.
+
     The lower index wins a tie, as in jax.lax.top_k. A NaN of either sign counts as the largest: it
     is chosen, and the token's weights are NaN.
 
@@ -136,6 +140,7 @@ def _launch(logits: Array, bias: Array | None, config: GateConfig) -> GateOutput
         BEST=min(config.representatives, experts // groups),
         SIGMOID=config.function == "sigmoid",
         BIASED=bias is not None,
+        BY_LOGITS=config.chooses_by_logits(bias is not None),
         NORMALISE=config.normalise,
         SCALE=float(config.scale),
         BT=tile.tokens,

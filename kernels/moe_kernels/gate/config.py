@@ -23,3 +23,13 @@ class GateConfig(NamedTuple):
     """Groups that a token may use."""
     representatives: int = 1
     """A group's rank is the sum of this many of its best scores."""
+
+    def chooses_by_logits(self, biased: bool) -> bool:
+        """Whether experts are chosen by their logits rather than by their scores.
+
+        Scores have the order of the logits, so both choose the same in exact arithmetic. Logits
+        stay exact whatever exp rounds to. Sums of scores (groups with several representatives) and
+        a bias need the scores.
+        """
+        by_sums = self.groups_per_token < self.groups and self.representatives > 1
+        return not biased and not by_sums

@@ -93,11 +93,13 @@ def kept_groups(key, G: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, BT
 def gate_kernel(logits, bias, experts, weights, scores,
                 T: tl.constexpr, E: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
                 KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr,
-                BIASED: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
+                BIASED: tl.constexpr, BY_LOGITS: tl.constexpr,
+                NORMALISE: tl.constexpr, SCALE: tl.constexpr,
                 BT: tl.constexpr, BG: tl.constexpr, BS: tl.constexpr,
                 SLOTS: tl.constexpr):  # fmt: skip
-    """scores[t] = softmax or sigmoid of logits[t], experts[t] = the K best of scores + bias,
-    weights[t] = their scores without bias, normalised and scaled as api.gate says."""
+    """scores[t] = softmax or sigmoid of logits[t], experts[t] = the K best of scores + bias (or of
+    the logits, BY_LOGITS), weights[t] = their scores without bias, normalised and scaled as
+    api.gate says."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     real = (token < T)[:, None]
     # Column g · BS + i of the padded row is expert g · (E / G) + i.
@@ -114,7 +116,8 @@ def gate_kernel(logits, bias, experts, weights, scores,
     tl.store(scores + row + expert, score, mask=real & valid)
     if BIASED:
         score += tl.load(bias + expert, mask=valid, other=0.0)
-    key = tl.where(valid, ordered_key(score), LEAST)
+    # exp is approximate on a GPU: two logits may round to one score, which has no order.
+    key = tl.where(valid, ordered_key(value if BY_LOGITS else score), LEAST)
     if KEPT < G:
         keep = kept_groups(key, G=G, KEPT=KEPT, BEST=BEST, BT=BT, BG=BG, BS=BS)
         # -inf and not LEAST: experts of other groups come last, but still before padding.

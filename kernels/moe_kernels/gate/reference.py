@@ -16,6 +16,8 @@ def gate(
     sigmoid = config.function == "sigmoid"
     scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
     selection = scores if bias is None else scores + bias
+    if config.chooses_by_logits(bias is not None):
+        selection = logits
     experts = select(lax.stop_gradient(selection), config)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.normalise:

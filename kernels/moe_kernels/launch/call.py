@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct, lax
 
+from moe_kernels.launch.assembler import choose_assembler
 from moe_kernels.launch.interpreter import interpret
 from moe_kernels.launch.support import interpreting, lowering_for, lowering_target, require_triton
 
@@ -110,6 +111,7 @@ def _compile(
     tuning: Tuning,
     constants: dict[str, Any],
 ) -> list[Array]:
+    choose_assembler()
     import jax_triton
 
     return jax_triton.triton_call(

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -17,8 +17,14 @@ FP8_CAPABILITY = 89
 DEFAULT_CAPABILITY = 90
 """Hopper. Tile tables are read for it where no GPU and no target is given (interpreter, tests)."""
 
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-"""A100, H100 and B200. They are needed for programs that are lowered without the device."""
+EXTRA = "moe_jax[kernels]"
+"""What brings Triton and jax-triton. Only a GPU uses them, and they take a gigabyte of disk."""
+
+MULTIPROCESSORS = {80: 108, 86: 72, 89: 58, 90: 132, 100: 148, 120: 170}
+"""A100, A10, L4, H100, B200 and RTX 5090. They are needed for programs that are lowered without the
+device."""
+SMALL_MEMORY = (86, 89, 120, 121)
+"""A program has 99 KiB of shared memory there. On the others it has 163 KiB or more."""
 
 # A context variable rather than an argument: the target must reach launches that are traced deep
 # inside a model, and two threads may trace for different targets.
@@ -38,7 +44,7 @@ class UnavailableError(RuntimeError):
 
 @contextmanager
 def lowering_for(target: int) -> Iterator[None]:
-    """Compiles kernels traced inside for the compute capability `target` (80, 90, 100).
+    """Compiles kernels traced inside for the compute capability `target` (80, 86, 89, 90, ...).
 
     The program can be lowered, as by `jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))`.
     It cannot be run. The GPU need not be there.
@@ -55,6 +61,15 @@ def lowering_target() -> int | None:
     return _target.get()
 
 
+def missing_package() -> str:
+    """Which of the kernels' packages is missing, and how it gets here; empty if none is."""
+    # find_spec and not import: Triton takes seconds. torch brings Triton without jax-triton.
+    for package in ("triton", "jax_triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed (pip install '{EXTRA}'; Linux only)"
+    return ""
+
+
 def triton_support() -> Support:
     """Finds how kernels run here, without importing Triton.
 
@@ -62,21 +77,35 @@ def triton_support() -> Support:
     `interpreter` (kernels run by NumPy, for tests) needs TRITON_INTERPRET=1 before Triton is
     imported.
     """
-    # find_spec and not import: Triton exists for Linux only, and importing it takes seconds.
-    if importlib.util.find_spec("triton") is None:
-        return Support("none", "the package triton is not installed (it has wheels for Linux only)")
+    if problem := missing_package():
+        return Support("none", problem)
     # The interpreter comes before lowering: with TRITON_INTERPRET=1 Triton cannot compile at all.
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Support("interpreter", "TRITON_INTERPRET=1")
     if target := _target.get():
-        return Support("lower", f"lowering for compute capability {target / 10}")
+        return _by_capability("lower", "lowering", target)
     if jax.default_backend() != "gpu":
         return Support("none", f"the devices are {jax.default_backend()}, not NVIDIA GPUs")
     device = jax.devices()[0]
-    version = getattr(device, "compute_capability", None)
-    if version is None or float(version) * 10 < MINIMUM_CAPABILITY:
-        return Support("none", f"{device.device_kind} has compute capability {version}, below 8.0")
-    return Support("gpu", f"{device.device_kind}, compute capability {version}")
+    found = _capability_of(device)
+    if found is None:
+        version = getattr(device, "compute_capability", None)
+        return Support("none", f"{device.device_kind} ({version}) is not an NVIDIA GPU")
+    return _by_capability("gpu", device.device_kind, found)
+
+
+def _by_capability(name: Literal["gpu", "lower"], device: str, found: int) -> Support:
+    if found < MINIMUM_CAPABILITY:
+        return Support("none", f"{device}: compute capability {found / 10} is below 8.0")
+    return Support(name, f"{device}, compute capability {found / 10}")
+
+
+def _capability_of(device: Any) -> int | None:
+    """The compute capability times ten. None for a device without one, as AMD's ("gfx942")."""
+    try:
+        return round(float(getattr(device, "compute_capability", None) or "") * 10)
+    except ValueError:
+        return None
 
 
 def fp8_support() -> Support:
@@ -112,8 +141,12 @@ def capability() -> int:
     """The compute capability, times ten, that kernels are compiled for."""
     if target := _target.get():
         return target
-    device = jax.devices()[0]
-    return round(float(getattr(device, "compute_capability", None) or DEFAULT_CAPABILITY / 10) * 10)
+    return _capability_of(jax.devices()[0]) or DEFAULT_CAPABILITY
+
+
+def has_small_memory() -> bool:
+    """Whether a program has 99 KiB of shared memory on the GPU that kernels are compiled for."""
+    return capability() in SMALL_MEMORY
 
 
 def multiprocessors() -> int:

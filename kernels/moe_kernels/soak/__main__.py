@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 
 from moe_kernels.files import write_json
+from moe_kernels.launch import missing_package
 from moe_kernels.soak.case import parse_case
 from moe_kernels.soak.check import attempt
 from moe_kernels.soak.search import soak
@@ -44,6 +45,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Runs one case, or cases until the time is up."""
     options = parse(argv)
+    if problem := missing_package():
+        print(f"moe_kernels.soak runs kernels: {problem}", file=sys.stderr)
+        return 2
     # Set before the first kernel is imported: Triton reads it once.
     if options.interpret or jax.default_backend() != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"

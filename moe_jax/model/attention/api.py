@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
@@ -10,6 +9,7 @@ from moe_jax.base.errors import require
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import blockwise, cudnn, reference
 from moe_jax.model.attention.context import AttentionMask
+from moe_jax.model.dtype import compute_dtype
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": reference.attend,
@@ -75,7 +75,7 @@ def check_attention(model: ModelConfig, length: int) -> None:
         return
     key_width = c.head_dim if c.kind == "gqa" else c.nope_dim + c.rope_dim
     value_width = c.head_dim if c.kind == "gqa" else c.v_dim
-    obstacle = cudnn.obstacle(jnp.dtype(model.compute_dtype), key_width, value_width)
+    obstacle = cudnn.obstacle(compute_dtype(model), key_width, value_width)
     require(not obstacle, cudnn.refusal(obstacle))
     require(
         length % 2 == 0,

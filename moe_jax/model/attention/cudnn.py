@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from moe_jax.base.errors import require
+from moe_jax.base.machine import compute_capability
 from moe_jax.model.attention.context import AttentionMask
 
 DTYPES = ("bfloat16", "float16")
@@ -75,11 +76,3 @@ def refusal(problem: str) -> str:
         f"model.attention.implementation=cudnn cannot run: {problem}; "
         "use implementation auto or blockwise"
     )
-
-
-def compute_capability() -> float | None:
-    """Of the first device; None if it is not an NVIDIA GPU."""
-    device = jax.devices()[0]
-    if jax.default_backend() != "gpu" or "cuda" not in device.client.platform_version:
-        return None
-    return float(device.compute_capability)

@@ -1,4 +1,7 @@
-"""The axes of a sweep: one searched field each, written FIELD=SPACE on the command line."""
+"""The axes of a sweep: fields and their values, written FIELD=SPACE on the command line.
+
+FIELD+FIELD=A+X,B+Y searches fields that depend on each other: one choice sets all of them.
+"""
 
 import math
 import re
@@ -12,10 +15,10 @@ from moe_jax.config import TrainConfig, require
 
 @dataclass(frozen=True)
 class Axis:
-    """One searched field: either `choices`, or a range from `low` to `high`."""
+    """What is searched together: either `choices`, or a range of one field from `low` to `high`."""
 
     field: str
-    """Dotted name, as `optim.learning_rate`."""
+    """Dotted name, as `optim.learning_rate`, or several joined by +."""
     space: str
     """The text after the equals sign."""
     choices: tuple[str, ...] = ()
@@ -24,6 +27,19 @@ class Axis:
     high: float = 0
     log: bool = False
     """Whether the range is sampled uniformly in the logarithm."""
+
+    @property
+    def count(self) -> int | None:
+        """Number of values. None: the axis is a range of real numbers."""
+        if self.choices:
+            return len(self.choices)
+        return int(self.high) - self.low + 1 if isinstance(self.low, int) else None
+
+    def assignments(self, value: Any) -> dict[str, str]:
+        """field -> its value, for a value of the axis."""
+        fields = self.field.split("+")
+        parts = str(value).split("+") if len(fields) > 1 else [str(value)]
+        return dict(zip(fields, parts, strict=True))
 
     def distribution(self) -> Any:
         """The axis as Optuna has it."""
@@ -41,11 +57,18 @@ def parse_axis(text: str, config: TrainConfig) -> Axis:
     """Reads `FIELD=SPACE`. UserError: bad syntax, unknown field, or values of the wrong type."""
     name, _, space = text.partition("=")
     name = name.replace("-", "_")
-    require(name != "out", f"--search '{text}': the sweep gives every trial its own out folder")
+    require(
+        "out" not in name.split("+"),
+        f"--search '{text}': the sweep gives every trial its own out folder",
+    )
     require(
         name != "" and space != "", f"--search '{text}': write FIELD=A,B,… or FIELD=[int:|log:]A..B"
     )
-    cli.to_argv(type(config), {name: "true"})  # raises for an unknown field
+    fields = name.split("+")
+    for field in fields:
+        cli.to_argv(type(config), {field: "true"})  # raises for an unknown field
+    if len(fields) > 1:
+        return _parse_joint(name, space, config)
     hint = cli.types(type(config))[name]
     # `int | None` has int among its arguments, plain `int` has none.
     numeric = {hint, *get_args(hint)} & {int, float}
@@ -56,6 +79,22 @@ def parse_axis(text: str, config: TrainConfig) -> Axis:
     for choice in choices:
         cli.check(config, cli.to_argv(type(config), {name: choice}))
     return Axis(name, space, choices)
+
+
+def _parse_joint(name: str, space: str, config: TrainConfig) -> Axis:
+    """The axis of several fields, whose values are checked together."""
+    fields = name.split("+")
+    where = f"--search {name}={space}"
+    require(len(set(fields)) == len(fields), f"{where}: a field is named twice")
+    axis = Axis(name, space, tuple(dict.fromkeys(space.split(","))))
+    for choice in axis.choices:
+        count = len(choice.split("+"))
+        require(
+            count == len(fields),
+            f"{where}: '{choice}' has {count} values for {len(fields)} fields: join them by +",
+        )
+        cli.check(config, cli.to_argv(type(config), axis.assignments(choice)))
+    return axis
 
 
 def _parse_range(name: str, space: str, kind: type) -> Axis:

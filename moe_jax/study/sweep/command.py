@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ class SweepConfig:
     """A search for the settings with the lowest objective."""
 
     search: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FIELD=A,B,C (choices), FIELD=A..B (real), FIELD=int:A..B or FIELD=log:A..B. Repeatable."""
+    """FIELD=A,B,C (choices), FIELD=A..B (real), FIELD=int:A..B or FIELD=log:A..B. Repeatable.
+    FIELD+FIELD=A+X,B+Y sets fields that depend on each other together."""
     trials: int = 20
     """Number of trials. Trials that an earlier run of the command finished count."""
     out: str = ""
@@ -73,6 +75,13 @@ class Sweep:
         }
 
     @property
+    def size(self) -> int | None:
+        """Number of different trials. None: a range of real numbers has no end of them."""
+        if all(axis.count is not None for axis in self.axes):
+            return math.prod(axis.count or 0 for axis in self.axes)
+        return None
+
+    @property
     def out(self) -> Path:
         """The sweep's folder."""
         digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
@@ -81,11 +90,15 @@ class Sweep:
     @property
     def trials(self) -> int:
         """How many trials the sweep has at its end."""
-        return min(self.config.trials, QUICK_TRIALS) if self.config.quick else self.config.trials
+        wanted = min(self.config.trials, QUICK_TRIALS) if self.config.quick else self.config.trials
+        # A trial repeats bit for bit, so one that was run already says nothing new.
+        return wanted if self.size is None else min(wanted, self.size)
 
     def trial_arguments(self, params: Mapping[str, Any]) -> list[str]:
         """The options of a trial with these values of the searched fields, without --out."""
-        assignments = {name: str(value) for name, value in params.items()}
+        assignments: dict[str, str] = {}
+        for axis in self.axes:
+            assignments |= axis.assignments(params[axis.field])
         return [*self.arguments, *cli.to_argv(TrainConfig, assignments)]
 
 
@@ -109,7 +122,7 @@ def parse_sweep(
     cli.check(settings, rest)
     require(bool(config.search), "nothing to search: add --search FIELD=A,B,… or FIELD=A..B")
     axes = tuple(parse_axis(text, settings) for text in config.search)
-    fields = [axis.field for axis in axes]
+    fields = [field for axis in axes for field in axis.field.split("+")]
     for field in fields:
         require(fields.count(field) == 1, f"--search {field} is given twice: join the values")
     if config.quick and not any(word.startswith("--steps") for word in rest):

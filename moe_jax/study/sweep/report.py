@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_jax import cli
 from moe_jax.base.files import write_atomically
+from moe_jax.base.provenance import provenance
 from moe_jax.study.plots import save_figures
 from moe_jax.study.sweep.command import Sweep
 from moe_jax.study.sweep.trials import completed, finished, folder
@@ -21,13 +22,13 @@ def value_text(value: Any) -> str:
 
 def write_table(study: Any, sweep: Sweep) -> None:
     """DIR/trials.csv: a row for each finished trial."""
-    fields = [axis.field for axis in sweep.axes]
+    fields = [field for axis in sweep.axes for field in axis.field.split("+")]
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["folder", "state", sweep.config.objective, *fields, "seconds", "error"])
     for t in finished(study):
         seconds = round(t.duration.total_seconds(), 1)
-        params = [t.params.get(field) for field in fields]
+        params = [v for a in sweep.axes for v in a.assignments(t.params[a.field]).values()]
         rows.writerow(
             [folder(t), t.state.name.lower(), t.value, *params, seconds, t.user_attrs.get("error")]
         )
@@ -76,6 +77,7 @@ def summarise(study: Any, sweep: Sweep) -> dict[str, Any]:
     return {
         "experiment": f"sweep {sweep.name}",
         "question": f"Which {', '.join(a.field for a in sweep.axes)} gives the lowest {objective}?",
+        **provenance(),
         "config": asdict(sweep.config) | {"identity": sweep.identity, "best": best.params},
         "environment": result.get("environment"),
         "measurements": [

@@ -15,6 +15,8 @@ with Optuna 5.0 and do not keep a sweep's promises:
 """
 
 import fcntl
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -103,9 +105,40 @@ def claim(study: Any, sweep: Sweep) -> Claim | None:
         # 100003 is a prime, so seeds of the sweep that are close together share no sampler seeds.
         seed = (sweep.config.seed * 100_003 + started) % 2**32
         study.sampler = optuna.samplers.TPESampler(seed=seed)
-        trial = study.ask({axis.field: axis.distribution() for axis in sweep.axes})
+        trial = ask_new(study, sweep)
         trial.set_user_attr("folder", folder(trial))
         return Claim(trial, lock(sweep.out / folder(trial) / "lock"))
+
+
+REPEATS = 20
+"""Draws that a sampler may spend on settings it had before, until unused ones are searched."""
+
+
+def ask_new(study: Any, sweep: Sweep) -> Any:
+    """A trial with settings that no other one had: a run repeats bit for bit, so twice is wasted.
+
+    A sampler proposes settings again once it takes them for the best. Such a proposal is told as
+    failed and drawn again. After REPEATS of them the first unused settings of the grid are queued.
+    """
+    from optuna.trial import TrialState
+
+    space = {axis.field: axis.distribution() for axis in sweep.axes}
+    used = [trial.params for trial in [*finished(study), *running(study)]]
+    for _ in range(REPEATS):
+        trial = study.ask(space)
+        if trial.params not in used:
+            return trial
+        study.tell(trial, state=TrialState.FAIL)
+    if sweep.size is not None:  # claim asks for no more trials than there are combinations
+        study.enqueue_trial(next(params for params in grid(sweep) if params not in used))
+    return study.ask(space)
+
+
+def grid(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Every combination of values. Only for axes that have an end of them."""
+    values = [axis.choices or range(int(axis.low), int(axis.high) + 1) for axis in sweep.axes]
+    fields = [axis.field for axis in sweep.axes]
+    yield from (dict(zip(fields, row, strict=True)) for row in itertools.product(*values))
 
 
 def requeue_abandoned(study: Any, out: Path) -> None:

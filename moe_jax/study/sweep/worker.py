@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.signals import REPEATABLE, STOPPING, Stopped, keeping, stop_request
 from moe_jax.config import require
 from moe_jax.study.sweep.command import Sweep
 from moe_jax.study.sweep.report import value_text, write_table
@@ -44,7 +45,9 @@ def work(study: Any, sweep: Sweep) -> None:
                 # The other worker may be killed: then its trial is claimed here.
                 time.sleep(0.5)
                 continue
-            message = run_trial(study, sweep, claimed)
+            name = folder(claimed.trial)
+            with keeping(lambda name=name: f"{sweep.out} is kept, the next start continues {name}"):
+                message = run_trial(study, sweep, claimed)
             params = claimed.trial.params.items()
             settings = " ".join(f"{name}={value_text(value)}" for name, value in params)
             line = f"{folder(claimed.trial)}  {settings}  {message}"
@@ -64,14 +67,10 @@ def run_trial(study: Any, sweep: Sweep, claimed: Claim) -> str:
     where = sweep.out / folder(trial)
     command = [sys.executable, str(sweep.experiment.script), *sweep.trial_arguments(trial.params)]
     with claimed.folder_lock, (where / "log.txt").open("ab") as log:
-        code = subprocess.run(
-            [*command, "--out", str(where)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # The run shares the lock: should this worker be killed, the folder stays locked until
-            # the run has ended.
-            pass_fds=[claimed.folder_lock.fileno()],
-        ).returncode
+        # The run shares the lock: should this worker be killed, the folder stays locked until the
+        # run has ended.
+        lock = claimed.folder_lock.fileno()
+        code = run_process([*command, "--out", str(where)], log, lock)
         try:
             value = read_objective(where, code, sweep.config.objective)
         except UserError as error:
@@ -83,6 +82,27 @@ def run_trial(study: Any, sweep: Sweep, claimed: Claim) -> str:
             return f"{'impossible' if refused else 'failed'}: {error}"
         study.tell(trial, value)
         return f"{value:.5g}"
+
+
+def run_process(command: list[str], log: IO[bytes], lock: int) -> int:
+    """Runs `command` to its end and returns its exit code.
+
+    A signal to this worker is passed on, and the run's end is waited for: it saves first. Stopped:
+    the worker or its run was stopped. The trial stays open and continues with the next start.
+    """
+    with stop_request() as stop:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
+        passed_on = False
+        while process.poll() is None:
+            if stop.number is not None and not passed_on:
+                process.send_signal(REPEATABLE)  # Ctrl-C has reached the run already
+                passed_on = True
+            time.sleep(0.05)
+    code = process.returncode
+    for number in STOPPING:
+        if code in (128 + number, -number):
+            raise Stopped(number)
+    return code
 
 
 def read_objective(where: Path, code: int, objective: str) -> float:

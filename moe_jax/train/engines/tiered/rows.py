@@ -72,7 +72,7 @@ def row_shapes(config: TrainConfig) -> RowShapes:
         jax.ShapeDtypeStruct((hidden, width), dtype),
         jax.ShapeDtypeStruct((width, 2 * hidden), dtype),
     )
-    optimizer = make_optimizer(config.optim, config.steps)
+    optimizer = make_optimizer(config.optim, config.steps, config.continue_to)
     state = jax.eval_shape(lambda: optimizer.init(_experts_alone(_zeros(parameters))))
     return RowShapes(parameters, tuple(leaf for path, leaf in _leaves(state) if of_expert(path)))
 
@@ -111,7 +111,7 @@ def make_advance(config: TrainConfig) -> Callable[..., tuple[Matrices, Matrices]
     parameters drift by the old moments. Bias correction counts the updates of the whole model in
     both modes.
     """
-    optimizer = make_optimizer(config.optim, config.steps)
+    optimizer = make_optimizer(config.optim, config.steps, config.continue_to)
     limit = config.optim.clip_norm
 
     def one(p: Matrices, m: Matrices, g: Matrices, count: Array) -> tuple[Matrices, Matrices]:

@@ -1,0 +1,24 @@
+from types import SimpleNamespace
+
+from moe_jax.base import console
+
+
+def test_progress_without_a_terminal_is_a_line_every_fifteen_seconds(monkeypatch, capsys):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    with console.progress("tokenising", 40_000_000) as advance:
+        for _ in range(40):
+            now.seconds += 1
+            advance(1_000_000)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        "tokenising: 15.0 of 40.0 MB, 0:00:25 left",
+        "tokenising: 30.0 of 40.0 MB, 0:00:10 left",
+    ]
+
+
+def test_short_work_says_nothing(capsys):
+    with console.progress("tokenising", 10) as advance:
+        advance(10)
+    assert capsys.readouterr().err == ""

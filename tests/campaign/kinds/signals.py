@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from tests.campaign.bench import LIMIT, STEPS, Bench, losses
-from tests.campaign.checks import checkpoints, ended_well, finished, kept
+from tests.campaign.checks import checkpoints, ended_well, finished, kept, shortened
+from tests.campaign.server import Program
 
 VARIANTS = ("plain", "tiered", "student")
 SECONDS_TO_END = 20.0
@@ -57,9 +58,20 @@ def interrupt(
     assert seconds < limit, f"it lived {seconds:.0f} s after the signal"
     # Python itself ends like this before our program has begun, and at once at a second signal.
     if program.code not in (-signals[0], -(signals[1] or 0)) or least:
-        ended_well(bench, program, place, variant)
+        stopped_well(bench, program, place, variant)
     if trains and least and not signals[1] and program.code:
         saved_last(run)
+
+
+def stopped_well(bench: Bench, program: Program, place: Path, variant: str) -> None:
+    """The right result, or the exit code of the signal and a few words on what is kept."""
+    if program.code not in (130, 143):
+        ended_well(bench, program, place, variant)
+        return
+    said = program.error_output()
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert "Traceback" not in said + program.output(), f"a traceback: {shortened(lines)}"
+    assert 1 <= len(lines) <= 3, f"{len(lines)} lines: {shortened(lines)}"
 
 
 def saved_last(run: Path) -> None:

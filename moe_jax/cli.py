@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief, near_name, quote
 from moe_jax.base.provenance import commit
 from moe_jax.base.seeds import check_seeds
 from moe_jax.base.signals import handled, stopped
@@ -45,13 +45,24 @@ def types(settings: type) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`: `experts` finds `model.moe.experts`.
+    """The known name that is most like `name`: `experts` finds `model.moe.experts`, and so do its
+    misspellings. `lr` finds `optim.learning_rate`, by its initials.
 
     None if no name is similar.
     """
     known = list(known)
-    same_leaf = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
-    return next(iter(same_leaf or difflib.get_close_matches(name, known, n=1)), None)
+    leaves: dict[str, str] = {}
+    for dotted in known:
+        leaf = dotted.rpartition(".")[2]
+        leaves.setdefault(leaf, dotted)
+        if "_" in leaf:
+            leaves.setdefault("".join(word[:1] for word in leaf.split("_")), dotted)
+    given = name.rpartition(".")[2]
+    if given in leaves:
+        return leaves[given]
+    if close := difflib.get_close_matches(name, known, n=1):
+        return close[0]
+    return next((leaves[leaf] for leaf in difflib.get_close_matches(given, leaves, n=1)), None)
 
 
 def preset(presets: Mapping[str, TrainConfig], name: str) -> TrainConfig:
@@ -59,7 +70,7 @@ def preset(presets: Mapping[str, TrainConfig], name: str) -> TrainConfig:
     if name not in presets:
         close = nearest(name, presets)
         hint = f" (did you mean {close}?)" if close else ""
-        raise UserError(f"unknown preset '{name}': use one of {', '.join(presets)}{hint}")
+        raise UserError(f"unknown preset {quote(name)}: use one of {', '.join(presets)}{hint}")
     return dataclasses.replace(presets[name], preset=name)
 
 
@@ -176,8 +187,13 @@ def program(main: Callable[[list[str]], None]) -> None:
     The exit code is 130 for Ctrl-C and 143 for SIGTERM.
     """
     commit()  # now, and not when the result is written: the checkout may have changed by then
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal or a file without UTF-8 shows an escape where it lacks a character.
+            stream.reconfigure(errors="backslashreplace")
     try:
         with handled():
+            require_utf8(sys.argv[1:])
             main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -186,6 +202,16 @@ def program(main: Callable[[list[str]], None]) -> None:
         stop = stopped(interrupt)
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
+
+
+def require_utf8(argv: list[str]) -> None:
+    """UserError: an argument has bytes that are no UTF-8, which no tokenizer and no file takes."""
+    for number, word in enumerate(argv, 1):
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            data = word.encode(errors="surrogateescape")
+            raise UserError(f"argument {number} is no UTF-8: {quote(data)}") from error
 
 
 def _option(name: str, value: Any) -> list[str]:
@@ -211,7 +237,7 @@ def _options(argv: list[str], known: Mapping[str, Any]) -> list[tuple[str, list[
         elif options:
             options[-1][1].append(word)
         else:
-            raise UserError(f"unexpected '{word}': options start with --, see --help")
+            raise UserError(f"unexpected {quote(word)}: options start with --, see --help")
     return options
 
 
@@ -231,7 +257,7 @@ def _field(word: str, known: Mapping[str, Any]) -> str:
 def _unknown(name: str, known: Iterable[str]) -> str:
     close = nearest(name, known)
     hint = f"did you mean --{close.replace('_', '-')}?" if close else "see --help"
-    return f"unknown option --{name.replace('_', '-')}: {hint}"
+    return f"unknown option --{brief(name.replace('_', '-'))}: {hint}"
 
 
 def _complaint(option: list[str], hint: Any) -> str:
@@ -240,10 +266,12 @@ def _complaint(option: list[str], hint: Any) -> str:
     values = [attached, *option[1:]] if equals else option[1:]
     given = " ".join(values)
     if hint is bool:
-        return f"{flag} takes no value, but got '{given}'"
+        return f"{flag} takes no value, but got {quote(given)}"
     if not values:
         return f"{flag} needs a value: {_describe(hint)}"
-    return f"{flag}: '{given}' is not {_describe(hint)}"
+    options = get_args(hint) if get_origin(hint) is Literal else ()
+    near = near_name(given, map(str, options))
+    return f"{flag}: {quote(given)} is not {_describe(hint)}{near}"
 
 
 def _describe(hint: Any) -> str:

@@ -1,5 +1,8 @@
+import os
 import shlex
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -64,7 +67,13 @@ def test_none_is_a_value_and_the_last_of_two_counts():
         ("--steps 3 small", "--steps: '3 small' is not an int"),
         ("--model.vocabulary x", "--model.vocabulary: 'x' is not an int or None"),
         ("--optim.learning-rate fast", "--optim.learning-rate: 'fast' is not a float"),
-        ("--optim.schedule cos", "--optim.schedule: 'cos' is not one of cosine, wsd, constant"),
+        (
+            "--optim.schedule cos",
+            "--optim.schedule: 'cos' is not one of cosine, wsd, constant (did you mean cosine?)",
+        ),
+        ("--lr 1", "unknown option --lr: did you mean --optim.learning-rate?"),
+        ("--heads 1", "unknown option --heads: did you mean --model.attention.heads?"),
+        ("--shedule wsd", "unknown option --shedule: did you mean --optim.schedule?"),
         ("--steps", "--steps needs a value: an int"),
         ("--steps --seed 3", "--steps needs a value: an int"),
         (
@@ -208,6 +217,25 @@ def test_program_ends_with_a_line_and_a_code(raised, code, line, capsys):
         cli.program(main)
     assert caught.value.code == code
     assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("word", ["caf\udce9", "--out=\ud800"])
+def test_arguments_that_are_no_utf8_are_refused(word, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "tiny", word])
+    with pytest.raises(SystemExit) as caught:
+        cli.program(lambda argv: None)
+    assert caught.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: argument 2 is no UTF-8: b'")
+    assert line.count("\n") == 1
+
+
+def test_a_terminal_without_utf8_shows_escapes_and_the_run_ends_well():
+    code = "from moe_jax.cli import program; program(lambda argv: print('naïve … ‖'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == "naïve ".encode("latin-1") + rb"\u2026 \u2016" + b"\n"
 
 
 def test_program_passes_arguments_and_catches_nothing_else(monkeypatch):

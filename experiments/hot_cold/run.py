@@ -27,6 +27,7 @@ from experiments.hot_cold.rounds import fused_seconds, run_rounds, text_windows
 from experiments.hot_cold.speeds import Comparison, describe
 from experiments.hot_cold.variants import all_variants, open_files
 from experiments.hot_cold.verdict import verdict
+from moe_jax.base.paths import user_path
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.placement.save_experts import save_experts
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
     """Trains or loads, decodes, draws, writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
     out = output_folder(settings.out)
-    corpus = Path(settings.model) if settings.model else out
+    corpus = user_path(settings.model) if settings.model else out
     run = trained_model(corpus, settings.seed, settings.quick, settings.locality)
     experts = out / "experts"
     write_experts(run, experts, settings.dtype)

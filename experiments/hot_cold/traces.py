@@ -32,8 +32,12 @@ from experiments.hot_cold.replays import (
     replay_all,
     shared_between_domains,
 )
+from moe_jax.base.console import console
+from moe_jax.base.errors import require
+from moe_jax.base.paths import user_path
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
+from moe_jax.config.checks import not_negative
 from moe_jax.placement.public_traces import open_trace
 from moe_jax.placement.synthetic import fit, generate_trace
 from moe_jax.placement.trace import Trace, read_trace
@@ -44,6 +48,10 @@ from moe_jax.study.results import publish
 QUESTION = "How well does each placement policy guess which experts are needed next?"
 STRETCH = 1500
 """Characters of one domain before the next."""
+MIN_TOKENS = 10
+"""A fifth of them warms the policies up."""
+MOST_STEPS = 2_000_000
+"""Tokens times layers of a replay. A step takes 200 bytes, and a thousandth of a second."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,14 @@ class Settings:
     expert_bytes: int = 0
     """Bytes of one expert, for --trace. Unset, traffic per token is counted in experts."""
 
+    def __post_init__(self) -> None:
+        not_negative("", self, "seed", "locality", "expert_bytes")
+
 
 def recorded_trace(settings: Settings, out: Path) -> tuple[Trace, int]:
     """The trace, and the bytes of one of the model's experts (1 where they are not known)."""
     if settings.trace:
-        return open_trace(Path(settings.trace)), settings.expert_bytes or 1
+        return replayable(open_trace(user_path(settings.trace))), settings.expert_bytes or 1
     run = trained_model(out, settings.seed, settings.quick, settings.locality)
     path = out / "routing.trace"
     characters = 9_000 if settings.quick else 36_000
@@ -79,6 +90,23 @@ def recorded_trace(settings: Settings, out: Path) -> tuple[Trace, int]:
         recorded.replace(path)  # an earlier trace goes only when there is a new one
     model = run.config.model
     return read_trace(path), 3 * model.width * model.moe.expert_hidden * 4  # float32
+
+
+def replayable(trace: Trace) -> Trace:
+    """The trace, or as much of its beginning as a replay has memory for, which a line says.
+
+    UserError: it is too short to be replayed, or no token uses an expert.
+    """
+    tokens = len(trace.chosen)
+    require(tokens >= MIN_TOKENS, f"the trace has {tokens} tokens: {MIN_TOKENS} are needed")
+    most = max(MIN_TOKENS, MOST_STEPS // trace.layers)
+    if tokens > most:
+        console.print(f"the first {most} of {tokens} tokens are replayed")
+        trace = trace.part(0, most)
+    require(bool((trace.chosen < trace.experts).any()), "no token of the trace uses an expert")
+    experts = trace.layers * trace.experts
+    require(experts >= 4, f"the trace has {experts} experts in all layers: 4 are needed")
+    return trace
 
 
 def uses_per_token(trace: Trace) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from moe_jax.base.errors import UserError
 from moe_jax.base.files import write_atomically
 from moe_jax.base.machine import environment
+from moe_jax.base.paths import user_path
 from moe_jax.base.provenance import provenance
 
 
@@ -61,7 +62,7 @@ def write_result(
 
 def output_folder(out: str) -> Path:
     """The folder `out`, created if need be. UserError: it cannot be created or written."""
-    path = Path(out).expanduser()
+    path = user_path(out)
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Only a written file proves it: permissions say nothing of a read-only or full disk. It

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_jax.base.errors import require
-from moe_jax.config.checks import not_negative, positive
+from moe_jax.config.checks import known_choices, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         owner = "model.attention"
+        known_choices(owner, self)
         positive(owner, self, "heads")
         if self.kind == "gqa":
             positive(owner, self, "kv_heads", "head_dim")

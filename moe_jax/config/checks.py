@@ -8,7 +8,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from moe_jax.base.errors import UserError, require
+from moe_jax.base.errors import UserError, near_name, quote, require
+from moe_jax.config.codec import choices
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", 1)}
@@ -23,6 +24,18 @@ def _finite(owner: str, name: str, value: float) -> None:
     require(
         not abs(value) > LARGEST, f"{_dotted(owner, name)} is {value}: it must be below {LARGEST}"
     )
+
+
+def known_choices(owner: str, config: Any) -> None:
+    """UserError: a field with a Literal type has none of its values."""
+    for name, options in choices(type(config)).items():
+        value = getattr(config, name)
+        words = ", ".join(map(str, options))
+        require(
+            value in options,
+            f"{_dotted(owner, name)} is {quote(value)}: use one of {words}"
+            f"{near_name(str(value), map(str, options))}",
+        )
 
 
 def positive(owner: str, config: Any, *names: str) -> None:
@@ -83,7 +96,7 @@ def parse_bytes(name: str, text: str) -> int:
     # The pattern also accepts a lone "i" ("2i"), which is not in the table.
     if match is None or match[2] not in UNITS:
         raise UserError(
-            f"{name} '{text}' is no size: write it like 2GB, 512MB, 1.5GiB or as plain bytes"
+            f"{name} {quote(text)} is no size: write it like 2GB, 512MB, 1.5GiB or as plain bytes"
         )
     # A Fraction, because a float makes 8.2MB a byte too few.
     return int(Fraction(match[1]) * UNITS[match[2]])

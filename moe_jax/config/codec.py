@@ -6,10 +6,11 @@ no change in this file.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief, quote
 
 Settings = TypeVar("Settings")
 
@@ -52,11 +53,13 @@ def from_dict(settings: type[Settings], saved: Mapping[str, Any]) -> Settings:
 
 
 def _decode(settings: type[Settings], saved: Mapping[str, Any], prefix: str) -> Settings:
+    if not isinstance(saved, Mapping):
+        raise _outdated(f"its settings are {quote(saved)}")
     hints = get_type_hints(settings)
     values = {}
     for name, value in saved.items():
         if name not in hints:
-            raise _outdated(f"its setting {prefix}{name} no longer exists")
+            raise _outdated(f"its setting {prefix}{brief(name)} no longer exists")
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             assert isinstance(hint, type)
@@ -64,7 +67,7 @@ def _decode(settings: type[Settings], saved: Mapping[str, Any], prefix: str) -> 
         elif _fits(value, hint):
             values[name] = value
         else:
-            raise _outdated(f"its setting {prefix}{name} has the value {value!r}")
+            raise _outdated(f"its setting {prefix}{name} has the value {quote(value)}")
     try:
         return settings(**values)
     except UserError as error:
@@ -82,6 +85,17 @@ def _fits(value: Any, hint: Any) -> bool:
         return type(value) in (int, float)
     # By type(), because bool is a subclass of int.
     return type(value) is (NoneType if hint is None else hint)
+
+
+@cache
+def choices(settings: type) -> dict[str, tuple[Any, ...]]:
+    """The values that each field with a Literal type may have."""
+    hints = {name: _options(hint) for name, hint in get_type_hints(settings).items()}
+    return {name: options for name, options in hints.items() if options}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _outdated(problem: str) -> UserError:

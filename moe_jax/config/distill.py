@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from moe_jax.base.errors import require
-from moe_jax.config.checks import fraction, not_negative, positive
+from moe_jax.config.checks import fraction, known_choices, not_negative, positive
 from moe_jax.config.codec import MAY_DIFFER
 
 DivergenceKind = Literal[
@@ -70,6 +70,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         owner = "distill"
+        known_choices(owner, self)
         check_divergence(self.kind, self.mix)
         fraction(owner, self, "alpha", "on_policy", "upcycle_reinitialised")
         positive(owner, self, "temperature", "prompt", "chunk")

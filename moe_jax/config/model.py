@@ -5,7 +5,7 @@ from typing import Literal
 
 from moe_jax.base.errors import require
 from moe_jax.config.attention import AttentionConfig
-from moe_jax.config.checks import fraction_below_one, not_negative, positive
+from moe_jax.config.checks import fraction_below_one, known_choices, not_negative, positive
 from moe_jax.config.moe import MoEConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -63,6 +63,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         owner = "model"
+        known_choices(owner, self)
         positive(owner, self, "width", "layers", "unroll")
         positive(owner, self, "norm_epsilon", "rope_base", "init_std")
         not_negative(owner, self, "dense_layers", "mtp_depth", "mtp_weight")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_jax.base.errors import require
-from moe_jax.config.checks import fraction, not_negative, positive
+from moe_jax.config.checks import fraction, known_choices, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         owner = "model.moe"
+        known_choices(owner, self)
         positive(owner, self, "experts", "experts_per_token", "expert_hidden", "groups")
         positive(owner, self, "groups_per_token", "scale", "rounding_tile")
         not_negative(owner, self, "shared_experts", "bias_rate", "capacity_factor")

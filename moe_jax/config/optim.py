@@ -4,7 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_jax.base.errors import require
-from moe_jax.config.checks import fraction, fraction_below_one, not_negative, positive
+from moe_jax.config.checks import (
+    fraction,
+    fraction_below_one,
+    known_choices,
+    not_negative,
+    positive,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         owner = "optim"
+        known_choices(owner, self)
         positive(owner, self, "learning_rate", "epsilon", "accumulation", "max_skipped")
         not_negative(owner, self, "weight_decay", "clip_norm")
         fraction(owner, self, "warmup", "decay", "final")

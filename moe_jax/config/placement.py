@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_jax.base.errors import require
-from moe_jax.config.checks import byte_size, fraction, parse_bytes
+from moe_jax.config.checks import byte_size, fraction, known_choices, parse_bytes
 from moe_jax.config.codec import MAY_DIFFER
 
 OWNER = "placement"
 
+PolicyName = Literal["lru", "lfu", "decayed_lfu", "lfru", "successor"]
+"""Who stays on the device: the policies of placement/policy.py that learn as they go."""
 OnMiss = Literal["copy", "compute", "cheaper"]
 """How an expert that is in host memory is used: copied to the device, computed in host memory, or
 whichever of the two was faster for as many tokens when the store was opened."""
@@ -31,9 +33,7 @@ class PlacementConfig:
     host_budget: str = field(default="", metadata=MAY_DIFFER)
     """Host memory for experts that the device has no room for, such as 8GB. Unset, none.
     The most used ones come first. The others are on disk."""
-    policy: Literal["lru", "lfu", "decayed_lfu", "lfru", "successor"] = field(
-        default="decayed_lfu", metadata=MAY_DIFFER
-    )
+    policy: PolicyName = field(default="decayed_lfu", metadata=MAY_DIFFER)
     """Which experts stay on the device, by their use so far (placement/policy.py)."""
     mode: Literal["sparse", "exact"] = "sparse"
     """How an update treats experts that no token chose.
@@ -46,6 +46,7 @@ class PlacementConfig:
     """Folder for the experts on disk during the run. Unset, a folder inside the run's own."""
 
     def __post_init__(self) -> None:
+        known_choices(OWNER, self)
         byte_size(OWNER, self, "device_budget", "host_budget")
         require(
             self.device_budget != "" or self.host_budget == "",
@@ -82,8 +83,8 @@ class DecodePlacement:
     host_budget: str = ""
     """Host memory for experts evicted from the device, such as 8GB. Unset, none.
     The disk always holds all experts."""
-    policy: str = "successor"
-    """Which experts stay on the device: lru, lfu, decayed_lfu, lfru or successor."""
+    policy: PolicyName = "successor"
+    """Which experts stay on the device, by their use so far (placement/policy.py)."""
     look_ahead: int = -1
     """Experts that are prefetched for the next layer, as predicted by its router.
     -1 prefetches one expert for each text of the batch."""
@@ -101,6 +102,7 @@ class DecodePlacement:
     token. THIS CHANGES RESULTS."""
 
     def __post_init__(self) -> None:
+        known_choices(OWNER, self)
         byte_size(OWNER, self, "device_budget", "host_budget")
         fraction(OWNER, self, "low_bit_share")
         require(

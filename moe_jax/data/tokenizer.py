@@ -4,14 +4,16 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, quote, reading, require
 from moe_jax.data.documents import digest
 
+MOST_IDS = 1 << 24
 SPECIALS = 2
 """The last two ids of a tokenizer made here are bos and eos. No text is ever encoded as one."""
 
@@ -95,29 +97,44 @@ class Tokenizer:
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
         """The tokenizer whose `to_json` is `text`. UserError: the text is no such JSON."""
-        try:
-            fields = json.loads(text)
-            kind = fields["kind"]
-            vocabulary = fields["vocabulary"]
+        with reading("the stored tokenizer", "restore the file or train anew"):
+            fields = _stored_fields(text)
             model = fields["model"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"this is no stored tokenizer ({text[:40]!r}…): restore the file or train anew"
-            ) from error
-        loaded = tokenizers.Tokenizer.from_str(json.dumps(model)) if model else None
-        return Tokenizer(
-            kind,
-            vocabulary,
-            loaded,
-            bos=fields.get("bos"),
-            eos=fields.get("eos"),
-            silent=fields.get("silent", ()),
-        )
+            loaded = tokenizers.Tokenizer.from_str(json.dumps(model)) if model else None
+            return Tokenizer(
+                fields["kind"],
+                fields["vocabulary"],
+                loaded,
+                bos=fields.get("bos"),
+                eos=fields.get("eos"),
+                silent=fields.get("silent", ()),
+            )
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of `to_json`."""
         return digest(self.to_json())
+
+
+def _stored_fields(text: str) -> dict[str, Any]:
+    """The fields of `to_json`, each of its type and in its range."""
+    problem = f"this is no stored tokenizer ({quote(text)})"
+    try:
+        fields = json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{problem}: restore the file or train anew") from error
+    require(isinstance(fields, dict), problem)
+    vocabulary = fields.get("vocabulary")
+    # type(), because True is an int. The bound is far above any published vocabulary.
+    known = type(vocabulary) is int and 0 < vocabulary <= MOST_IDS
+    require(known and isinstance(fields.get("kind"), str), problem)
+    require(isinstance(fields.get("model", 0), dict | None), problem)
+    silent = fields.get("silent", [])
+    require(isinstance(silent, list), f"silent is {quote(silent)}: a list is needed")
+    for number in [fields.get("bos", 0), fields.get("eos", 0), *silent]:
+        inside = type(number) is int and 0 <= number < vocabulary
+        require(inside, f"{quote(number)} is none of its {vocabulary} ids")
+    return fields
 
 
 def make_tokenizer(
@@ -163,7 +180,14 @@ def _byte_strings(
     strings = [b""] * vocabulary
     values = _byte_values()
     for token, i in model.get_vocab().items():
+        require(i < vocabulary, f"token {quote(token)} has id {i}, beyond {vocabulary} ids")
         if i not in silent:
+            # Not a plain lookup: a published vocabulary may be of another kind.
+            require(
+                values.keys() >= set(token),
+                f"the tokenizer is no byte-level BPE ({quote(token)} is a token): use a model "
+                "that has one",
+            )
             strings[i] = bytes(values[character] for character in token)
     return strings
 

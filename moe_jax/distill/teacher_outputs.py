@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from moe_jax.base.initial import root_key
 from moe_jax.base.seeds import check_seed
 from moe_jax.config import require
+from moe_jax.config.checks import known_choices
 from moe_jax.distill.teacher import Teacher, lazy_forward
 from moe_jax.model.abstract import graph_of
 
@@ -39,6 +40,7 @@ class CacheConfig:
     """Windows in one file."""
 
     def __post_init__(self) -> None:
+        known_choices("cache", self)
         for name in ("count", "temperature", "batch", "shard"):
             value = getattr(self, name)
             require(value > 0, f"cache.{name} is {value}: it must be positive")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief, quote
 from moe_jax.config import ModelConfig
 from moe_jax.interop.names import Format, index_length, indices, tensor_names
 from moe_jax.model.abstract import abstract_states
@@ -103,7 +103,7 @@ def _require_shapes(tensors: Tensors, piece: Piece) -> None:
         if shape is None:
             raise UserError(f"tensor {name} is missing")
         if shape != piece.shape:
-            raise UserError(f"tensor {name} has shape {shape}, not {piece.shape}")
+            raise UserError(f"tensor {name} has shape {quote(shape)}, not {piece.shape}")
 
 
 def _require_all_used(tensors: Tensors, pieces: list[Piece]) -> None:
@@ -111,7 +111,7 @@ def _require_all_used(tensors: Tensors, pieces: list[Piece]) -> None:
     used = {name for piece in pieces for name in piece.names}
     unknown = sorted(name for name in set(tensors.shapes) - used if not tensors.ignored(name))
     if unknown:
-        raise UserError(f"tensor {unknown[0]} has no place in a plain model of this kind")
+        raise UserError(f"tensor {brief(unknown[0])} has no place in a plain model of this kind")
 
 
 def _read(tensors: Tensors, piece: Piece) -> np.ndarray:

@@ -6,7 +6,7 @@ are known.
 
 from typing import Any
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, quote
 
 
 class Fields:
@@ -30,28 +30,47 @@ class Fields:
         # True is an int in Python, and NaN fails every comparison.
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if not numeric or not 0 < value <= most:
-            raise UserError(
-                f"{self._prefix}{name} is {value!r}: it must be above 0 and at most {most:g}"
-            )
+            raise self._wrong(name, value, f"it must be above 0 and at most {most:g}")
         return value
 
     def integer(self, name: str, default: Any = None) -> int:
         """A whole number above 0 and at most a million, which bounds the model's size."""
         value = self.number(name, default)
         if value != int(value):
-            raise UserError(f"{self._prefix}{name} is {value!r}: a whole number is needed")
+            raise self._wrong(name, value, "a whole number is needed")
         return int(value)
 
     def flag(self, name: str) -> bool:
         """True or false; false by default."""
-        value = self.get(name, False)
-        if not isinstance(value, bool):
-            raise UserError(f"{self._prefix}{name} is {value!r}: true or false is needed")
+        return self._of_type(name, False, bool, "true or false")
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string."""
+        return self._of_type(name, default, str, "a text")
+
+    def object(self, name: str) -> dict[str, Any]:
+        """An object; empty by default."""
+        return self._of_type(name, {}, dict, "an object")
+
+    def entries(self, name: str) -> list[Any]:
+        """A list of numbers or strings; empty by default."""
+        value = self._of_type(name, [], list, "a list")
+        if not all(isinstance(v, int | str) for v in value):
+            raise self._wrong(name, value, "a list of numbers or texts is needed")
         return value
 
-    def list(self, name: str) -> list[Any]:
-        """A list of numbers or strings; empty by default."""
-        value = self.get(name) or []
-        if not isinstance(value, list) or not all(isinstance(v, int | str) for v in value):
-            raise UserError(f"{self._prefix}{name} is {value!r}: a list is needed")
+    def texts(self, name: str) -> list[str]:
+        """A list of strings; empty by default."""
+        value = self.entries(name)
+        if not all(isinstance(v, str) for v in value):
+            raise self._wrong(name, value, "a list of texts is needed")
         return value
+
+    def _of_type(self, name: str, default: Any, kind: type, words: str) -> Any:
+        value = self.get(name, default)
+        if not isinstance(value, kind):
+            raise self._wrong(name, value, f"{words} is needed")
+        return value
+
+    def _wrong(self, name: str, value: Any, need: str) -> UserError:
+        return UserError(f"{self._prefix}{name} is {quote(value)}: {need}")

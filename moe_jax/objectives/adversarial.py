@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.adversarial import controls, perturb
 from moe_jax.base.initial import named_key
 from moe_jax.config import ModelConfig, require
+from moe_jax.config.checks import known_choices
 from moe_jax.distill import losses as distill
 from moe_jax.distill.chunked import LazyLogits, VocabularyChunks, divergence, vocabulary_chunks
 from moe_jax.distill.divergences import Divergence
@@ -53,6 +54,7 @@ class PerturbConfig:
 
     def __post_init__(self) -> None:
         owner = "perturb"
+        known_choices(owner, self)
         require(0 <= self.alpha <= 1, f"{owner}.alpha is {self.alpha}: it must be in [0, 1]")
         for name in ("weight", "size", "steps", "swaps"):
             value = getattr(self, name)

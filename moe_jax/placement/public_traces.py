@@ -9,102 +9,163 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_jax.base.errors import UserError
-from moe_jax.config import require
-from moe_jax.placement.trace import Trace, read_trace
+from moe_jax.base.errors import UserError, brief, quote, reading, require
+from moe_jax.base.paths import file_size
+from moe_jax.placement.trace import MOST_BYTES, Trace, read_trace
 
 LIMIT = 1_000_000
 """Most tokens read of a folder, whose layers hold many more than a replay needs."""
+MOST_LINE = 32 << 20
+"""Bytes of one record. Python needs about twenty times as much for its numbers."""
+NUMBERS = MOST_BYTES // 2
+"""Most expert numbers of a trace, which has them as uint16."""
 
 
 def open_trace(path: Path, experts: int = 0) -> Trace:
     """The trace in a file or folder, whichever of the known forms it has. Other names are ours.
 
     `experts`: how many a layer has. 0 means the highest number that occurs, and one more.
-    UserError: it cannot be read as what its name says.
+    UserError: it cannot be read as what its name says, or is larger than MOST_BYTES.
     """
     readers = {".npy": _array, ".jsonl": _megatron}
-    try:
-        if path.is_dir():
-            chosen = _parquet(path)
-        elif path.suffix in readers:
-            chosen = readers[path.suffix](path)
-        else:
-            return read_trace(path)
-    except OSError as error:
-        raise UserError(f"cannot read the trace {path}: {error.strerror or error}") from error
-    require(
-        chosen.ndim == 3 and chosen.size > 0,
-        f"{path} holds an array of shape {chosen.shape}, not [tokens, layers, K]",
-    )
-    require(
-        int(chosen.min()) >= 0, f"{path} names expert {chosen.min()}: experts are numbered from 0"
-    )
-    experts = experts or int(chosen.max()) + 1
-    require(experts < 2**16, f"a trace holds up to 65535 experts, {path} names {experts - 1}")
-    label = np.zeros(len(chosen), np.int16)
-    return Trace(chosen.astype(np.uint16), label, experts, ("text",), path.name)
+    read = _parquet if path.is_dir() else readers.get(path.suffix)
+    if read is None:
+        return read_trace(path)
+    with reading(path):
+        chosen = read(path)
+        require(
+            chosen.ndim == 3 and chosen.size > 0,
+            f"holds an array of shape {quote(chosen.shape)}, not [tokens, layers, K]",
+        )
+        _require_few(chosen.size)
+        low = int(chosen.min())
+        highest = int(chosen.max())
+        require(low >= 0, f"names expert {low}: experts are numbered from 0")
+        require(highest < 2**16, f"a trace holds up to 65535 experts, this one names {highest}")
+        label = np.zeros(len(chosen), np.int16)
+        experts = experts or highest + 1
+        return Trace(chosen.astype(np.uint16), label, experts, ("text",), path.name)
+
+
+def _require_few(numbers: int) -> None:
+    require(numbers <= NUMBERS, f"holds {numbers} expert numbers: at most {NUMBERS} are read")
 
 
 def _array(path: Path) -> np.ndarray:
+    file_size(path)
     try:
-        chosen = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise UserError(f"{path} is no array that NumPy saved: {error}") from error
-    require(chosen.dtype.kind in "iu", f"{path} holds {chosen.dtype}, not expert numbers")
+        # Mapped and not loaded: a header that claims more than the file holds allocates nothing.
+        chosen = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"is no array that NumPy saved: {brief(error)}") from error
+    require(chosen.dtype.kind in "iu", f"holds {brief(chosen.dtype)}, not expert numbers")
     return chosen
 
 
 def _megatron(path: Path) -> np.ndarray:
     """Records of the decoder, tokens in the order of their steps. A step without all layers, as a
-    killed run leaves it, is passed over."""
-    steps: dict[Any, dict[int, list]] = defaultdict(dict)
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            if record.get("block", "decoder") == "decoder" and "mtp_idx" not in record:
-                steps[record["step"]][int(record["layer"])] = record["top_indices"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}, line {number} is no record of a router trace (step, layer, top_indices)"
-            ) from error
-    require(len(steps) > 0, f"{path} has no records of a decoder")
+    killed run leaves it, is passed over, and so is a last line that was cut."""
+    steps: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
+    total = 0
+    for number, record in _records(path):
+        if record.get("block", "decoder") != "decoder" or "mtp_idx" in record:
+            continue
+        step, layer = record.get("step"), record.get("layer")
+        chosen = _numbers(record.get("top_indices"))
+        if not isinstance(step, int) or not isinstance(layer, int) or chosen is None:
+            raise _no_record(number)
+        total += chosen.size
+        _require_few(total)
+        steps[step][layer] = chosen
+    require(len(steps) > 0, "has no records of a decoder")
     layers = sorted(set().union(*steps.values()))
-    whole = [step for _, step in sorted(steps.items()) if sorted(step) == layers]
+    whole = [step for _, step in sorted(steps.items()) if len(step) == len(layers)]
+    require(len(whole) > 0, "has no step with all of its layers")
+    shapes = [{array.shape for array in step.values()} for step in whole]
+    require(all(len(s) == 1 for s in shapes), "layers of one step have different tokens")
+    require(len({s.pop()[1] for s in shapes}) == 1, "steps have different numbers of experts")
+    return np.concatenate([np.stack([step[n] for n in layers], axis=1) for step in whole])
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, record), one line in memory at a time."""
+    file_size(path)
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MOST_LINE + 1):
+            number += 1
+            require(len(line) <= MOST_LINE, f"line {number} has more than {MOST_LINE >> 20} MiB")
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    return  # the last line, which a killed run leaves cut
+                raise _no_record(number) from error
+            if not isinstance(record, dict):
+                raise _no_record(number)
+            yield number, record
+
+
+def _no_record(number: int) -> UserError:
+    return UserError(f"line {number} is no record of a router trace (step, layer, top_indices)")
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """Rows of expert numbers: [tokens, K] in uint16. None: the value is something else."""
     try:
-        parts = [
-            np.stack([np.asarray(step[n], np.int64) for n in layers], axis=1) for step in whole
-        ]
-        return np.concatenate(parts)
-    except ValueError as error:
-        raise UserError(f"{path}: layers of one step have different tokens: {error}") from error
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        return None
+    if array.ndim != 2 or array.dtype.kind != "i" or not array.size > 0:
+        return None
+    low = int(array.min())
+    highest = int(array.max())
+    require(low >= 0, f"names expert {low}: experts are numbered from 0")
+    require(highest < 2**16, f"a trace holds up to 65535 experts, this one names {highest}")
+    return array.astype(np.uint16)
 
 
 def _parquet(folder: Path) -> np.ndarray:
     paths = sorted(folder.glob("layer_*.parquet"))
-    require(len(paths) > 0, f"{folder} holds no layer_NN.parquet")
+    require(len(paths) > 0, "holds no layer_NN.parquet")
     try:
-        import pyarrow as arrow
-        from pyarrow.parquet import ParquetFile
+        import pyarrow  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{folder}: reading parquet needs pip install pyarrow") from error
+        raise UserError("reading parquet needs pip install pyarrow") from error
     layers = []
     for path in paths:
-        rows: list[np.ndarray] = []
-        try:
-            for batch in ParquetFile(path).iter_batches(columns=["indices"]):
-                lists = batch.column(0)
-                rows.append(np.asarray(lists.flatten()).reshape(len(lists), -1))
-                if sum(map(len, rows)) >= LIMIT:
-                    break
-        except (arrow.ArrowInvalid, KeyError, ValueError) as error:
-            raise UserError(f"{path} has no column of expert indices: {error}") from error
-        layers.append(np.concatenate(rows)[:LIMIT])
+        with reading(path.name):
+            layers.append(_parquet_layer(path))
+        _require_few(sum(layer.size for layer in layers))
     shapes = {layer.shape for layer in layers}
-    require(len(shapes) == 1, f"the layers in {folder} are not alike: {sorted(shapes)}")
+    require(len(shapes) == 1, f"the layers are not alike: {quote(sorted(shapes))}")
     return np.stack(layers, axis=1)
+
+
+def _parquet_layer(path: Path) -> np.ndarray:
+    """[tokens, K], up to LIMIT tokens."""
+    from pyarrow.parquet import ParquetFile
+
+    file = ParquetFile(path)
+    sizes = [file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups)]
+    require(sum(sizes) <= 8 * NUMBERS, f"claims {sum(sizes)} bytes of rows")
+    require("indices" in file.schema_arrow.names, "has no column of expert indices")
+    rows: list[np.ndarray] = []
+    for batch in file.iter_batches(columns=["indices"]):
+        array = _numbers(batch.column(0).to_pylist())
+        require(array is not None, "has no column of expert indices, as many for each token")
+        assert array is not None
+        rows.append(array)
+        if sum(map(len, rows)) >= LIMIT:
+            break
+    require(len(rows) > 0, "has no rows")
+    require(
+        len({array.shape[1] for array in rows}) == 1, "tokens have different numbers of experts"
+    )
+    return np.concatenate(rows)[:LIMIT]

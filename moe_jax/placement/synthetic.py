@@ -11,9 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from moe_jax.base.errors import require
 from moe_jax.base.seeds import check_seed
-from moe_jax.config import require
 from moe_jax.placement.trace import Trace
+
+MOST_RANKS = 1 << 24
+"""Experts of all layers and domains that a generated trace may have."""
 
 
 class ZipfMarkov(NamedTuple):
@@ -37,13 +40,14 @@ def fit(trace: Trace) -> ZipfMarkov:
     exponent: least squares of log popularity over log rank, every domain and layer centred on its
     own mean. repeat: (o - c) / (1 - c), where o is the share of a token's experts that it has in
     common with the token before it in its domain, and c the same share with a token of the domain
-    drawn at random. switch: changes of domain over tokens.
+    drawn at random. switch: changes of domain over tokens. UserError: fewer than two tokens.
     """
+    require(len(trace.chosen) > 1, "a trace of one token has no neighbours to fit a process to")
     experts = trace.experts
     per_token = trace.chosen.shape[2]
     changed = trace.domain[1:] != trace.domain[:-1]
     used = np.unique(trace.domain)
-    overlap = _overlap(trace.chosen[1:], trace.chosen[:-1])[~changed].mean()
+    same_domain = _overlap(trace.chosen[1:], trace.chosen[:-1])[~changed]
     generator = np.random.default_rng(0)
     chance: list[tuple[float, int]] = []
     slopes: list[float] = []
@@ -52,7 +56,9 @@ def fit(trace: Trace) -> ZipfMarkov:
         chance.append((_overlap(own, generator.permutation(own)).mean(), len(own)))
         slopes += [_slope(own[:, layer], experts) for layer in range(trace.layers)]
     independent = float(np.average([c for c, _ in chance], weights=[n for _, n in chance]))
-    repeat = (float(overlap) - independent) / max(1e-9, 1 - independent)
+    # Where every token changes the domain, nothing tells how often an expert is kept.
+    overlap = float(same_domain.mean()) if len(same_domain) else independent
+    repeat = (overlap - independent) / max(1e-9, 1 - independent)
     return ZipfMarkov(
         trace.layers,
         experts,
@@ -68,8 +74,11 @@ def _overlap(
     one: Int[np.ndarray, "T layers K"], other: Int[np.ndarray, "T layers K"]
 ) -> np.ndarray:
     """Share of the first token's experts that the second one has too: [T]."""
-    same = one[..., :, None] == other[..., None, :]
-    return same.any(axis=-1).mean(axis=(1, 2))
+    same = np.zeros(one.shape, bool)
+    # Slot by slot, because all pairs of slots at once would take K times the memory of the trace.
+    for slot in range(other.shape[2]):
+        same |= one == other[..., slot, None]
+    return same.mean(axis=(1, 2))
 
 
 def _slope(chosen: Int[np.ndarray, "T K"], experts: int) -> float:
@@ -90,6 +99,12 @@ def generate_trace(parameters: ZipfMarkov, tokens: int, seed: int = 0) -> Trace:
     p = parameters
     require(0 < p.per_token <= p.experts, f"K={p.per_token} is not in 1 … E={p.experts}")
     require(p.layers > 0 and p.domains > 0 and tokens > 0, f"{p} with {tokens} tokens is empty")
+    rankings = p.domains * p.layers * p.experts
+    require(
+        rankings <= MOST_RANKS,
+        f"{p.domains} domains with {p.layers} layers of {p.experts} experts have {rankings} "
+        f"ranks: at most {MOST_RANKS} are drawn",
+    )
     require(0 <= p.repeat <= 1 and 0 <= p.switch <= 1, f"{p}: repeat and switch are probabilities")
     generator = np.random.default_rng(seed)
     popularity = np.arange(1, p.experts + 1) ** -p.exponent

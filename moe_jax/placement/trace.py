@@ -12,17 +12,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, quote, reading, require
 from moe_jax.base.files import disk_errors
-from moe_jax.config import require
+from moe_jax.base.paths import read_file
+from moe_jax.interop.fields import Fields
 from moe_jax.placement.place import Step
 
 VERSION = 1
 BLOCK = struct.Struct("<II")
+MOST_BYTES = 1 << 30
+"""Of a trace in memory. A million tokens of the largest published models fit."""
+MOST_EXPERTS = 1 << 20
+"""Experts of all layers together. Policies keep a few numbers for each."""
+MOST_HEADER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,22 @@ class Trace:
 
     def __post_init__(self) -> None:
         require(len(self.chosen) > 0, "the trace has no tokens")
+        _check_sizes(self.layers, self.experts, self.chosen.shape[2])
+        low = int(self.chosen.min())
+        require(low >= 0, f"the trace names expert {low}: experts are numbered from 0")
         highest = int(self.chosen.max())
         require(
             highest <= self.experts,
             f"the trace names expert {highest}, beyond its {self.experts} experts",
+        )
+        require(
+            self.domain.shape == self.chosen.shape[:1],
+            f"the trace has {len(self.domain)} domain labels for {len(self.chosen)} tokens",
+        )
+        outside = (self.domain < 0) | (self.domain >= len(self.domains))
+        require(
+            not outside.any(),
+            f"the trace names domain {self.domain[outside.argmax()]}, but has {len(self.domains)}",
         )
 
     @property
@@ -82,7 +101,8 @@ class Trace:
 class TraceWriter:
     """Appends tokens to a new trace file. Use it as a context.
 
-    What was appended before a kill can be read. UserError: the file exists, or the disk fails.
+    What was appended before a kill can be read. UserError: the file exists, the disk fails, or
+    more is appended than read_trace reads.
     """
 
     def __init__(
@@ -96,25 +116,21 @@ class TraceWriter:
         note: str = "",
     ) -> None:
         require(not path.exists(), f"{path} exists: a trace is never overwritten, remove it first")
-        require(0 < experts < 2**16, f"a trace holds up to 65535 experts, not {experts}")
-        require(len(set(domains)) == len(domains) > 0, f"domains {list(domains)} are not distinct")
+        _check_sizes(layers, experts, per_token)
+        _check_domains(domains)
         self.path = path
         self.shape = (layers, per_token)
         self.experts = experts
         self.domains = tuple(domains)
-        self._dtype = np.dtype(np.uint8 if experts < 256 else "<u2")
-        header = {
-            "version": VERSION,
-            "layers": layers,
-            "experts": experts,
-            "per_token": per_token,
-            "domains": list(domains),
-            "note": note,
-        }
+        header = _Header(layers, experts, per_token, self.domains, note)
+        self._dtype = header.dtype
+        self._token_bytes = header.token_bytes
+        self._left = MOST_BYTES
         with disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("xb")
-            self._file.write(json.dumps(header).encode() + b"\n")
+            line = json.dumps({"version": VERSION, **header._asdict()})
+            self._file.write(line.encode() + b"\n")
 
     def append(self, chosen: Int[np.ndarray, "T layers K"], domain: str | None = None) -> None:
         """Adds tokens that all belong to `domain` (without one, to the first)."""
@@ -130,6 +146,11 @@ class TraceWriter:
         )
         domain = domain or self.domains[0]
         require(domain in self.domains, f"unknown domain '{domain}': use one of {self.domains}")
+        self._left -= len(chosen) * self._token_bytes
+        require(
+            self._left >= 0,
+            f"a trace holds up to {MOST_BYTES >> 20} MiB of routing: begin another file",
+        )
         labels = np.full(len(chosen), self.domains.index(domain), "<i2")
         payload = zlib.compress(labels.tobytes() + chosen.astype(self._dtype).tobytes(), 6)
         with disk_errors(self.path.parent):
@@ -151,42 +172,109 @@ class TraceWriter:
 def read_trace(path: Path) -> Trace:
     """The trace in a file, up to the last whole block (a killed run leaves part of one).
 
-    UserError: no such file, not a trace, or a block whose checksum does not hold.
+    Every number of the file is compared with a bound before memory is allocated for it.
+
+    UserError: no such file, not a trace, a block whose checksum does not hold, or routing that
+    would take more than MOST_BYTES.
     """
-    try:
-        header, _, body = path.read_bytes().partition(b"\n")
-    except OSError as error:
-        raise UserError(f"cannot read the trace {path}: {error.strerror}") from error
-    try:
-        fields = json.loads(header)
-        shape = (fields["layers"], fields["per_token"])
-        experts = int(fields["experts"])
-        domains = tuple(fields["domains"])
-        require(fields["version"] == VERSION, f"{path} is a trace of version {fields['version']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a routing trace: its first line is no header") from error
-    dtype = np.dtype(np.uint8 if experts < 256 else "<u2")
-    chosen: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    for payload in _blocks(path, body):
-        tokens = len(payload) // (2 + shape[0] * shape[1] * dtype.itemsize)
-        labels.append(np.frombuffer(payload, "<i2", tokens))
-        chosen.append(np.frombuffer(payload, dtype, offset=2 * tokens).reshape(tokens, *shape))
-    require(len(chosen) > 0, f"{path} holds no tokens: its run ended before the first was written")
-    tokens = np.concatenate(chosen)
-    return Trace(tokens, np.concatenate(labels), experts, domains, fields.get("note", ""))
+    with reading(path, "record it again"):
+        line, _, body = read_file(path, MOST_BYTES).partition(b"\n")
+        header = _header(line)
+        chosen: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        for number, payload in enumerate(_blocks(body)):
+            tokens, rest = divmod(len(payload), header.token_bytes)
+            require(rest == 0, f"block {number} does not hold whole tokens")
+            labels.append(np.frombuffer(payload, "<i2", tokens))
+            numbers = np.frombuffer(payload, header.dtype, offset=2 * tokens)
+            chosen.append(numbers.reshape(tokens, header.layers, header.per_token))
+        require(len(chosen) > 0, "holds no tokens: its run ended before the first was written")
+        tokens = np.concatenate(chosen)
+        domain = np.concatenate(labels)
+        return Trace(tokens, domain, header.experts, header.domains, header.note)
 
 
-def _blocks(path: Path, body: bytes) -> Iterator[bytes]:
+class _Header(NamedTuple):
+    """The first line of a file."""
+
+    layers: int
+    experts: int
+    per_token: int
+    domains: tuple[str, ...]
+    note: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.experts < 256 else "<u2")
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 + self.layers * self.per_token * self.dtype.itemsize
+
+
+def _header(line: bytes) -> _Header:
+    """UserError: the line is no header of a trace, or its numbers are beyond the bounds."""
+    problem = "is not a routing trace: its first line is no header"
+    require(len(line) <= MOST_HEADER, problem)
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(problem) from error
+    require(isinstance(values, dict), problem)
+    fields = Fields(values)
+    version = fields.integer("version")
+    require(version == VERSION, f"is a trace of version {version}, not {VERSION}")
+    header = _Header(
+        layers=fields.integer("layers"),
+        experts=fields.integer("experts"),
+        per_token=fields.integer("per_token"),
+        domains=tuple(fields.texts("domains")),
+        note=fields.text("note", ""),
+    )
+    _check_sizes(header.layers, header.experts, header.per_token)
+    _check_domains(header.domains)
+    return header
+
+
+def _check_sizes(layers: int, experts: int, per_token: int) -> None:
+    require(0 < experts < 2**16, f"a trace holds up to 65535 experts, not {experts}")
+    require(
+        0 < layers * experts <= MOST_EXPERTS,
+        f"a trace holds up to {MOST_EXPERTS} experts in all layers, not {layers} times {experts}",
+    )
+    require(0 < per_token <= experts, f"a token goes to 1 … {experts} experts, not {per_token}")
+
+
+def _check_domains(domains: Sequence[str]) -> None:
+    distinct = len(set(domains)) == len(domains)
+    require(distinct and 0 < len(domains) <= 2**15, f"domains {quote(domains)} are not distinct")
+
+
+def _blocks(body: bytes) -> Iterator[bytes]:
     position = 0
     number = 0
+    left = MOST_BYTES
     while position + BLOCK.size <= len(body):
         length, checksum = BLOCK.unpack_from(body, position)
         payload = body[position + BLOCK.size : position + BLOCK.size + length]
         if len(payload) < length:
             return  # a killed run leaves part of its last block
         if zlib.crc32(payload) != checksum:
-            raise UserError(f"{path}: block {number} is damaged (its checksum does not hold)")
-        yield zlib.decompress(payload)
+            raise UserError(f"block {number} is damaged (its checksum does not hold)")
+        content = _unpacked(payload, left)
+        yield content
+        left -= len(content)
         position += BLOCK.size + length
         number += 1
+
+
+def _unpacked(payload: bytes, most: int) -> bytes:
+    """zlib's content, of at most `most` bytes: a thousand times the payload is possible."""
+    unpacker = zlib.decompressobj()
+    content = unpacker.decompress(payload, most + 1)
+    require(
+        len(content) <= most,
+        f"holds more than {MOST_BYTES >> 20} MiB of routing: record fewer tokens",
+    )
+    require(unpacker.eof, "a block ends too early")
+    return content

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Int
 
-from moe_jax.config import require
+from moe_jax.base.errors import require
 from moe_jax.model.abstract import graph_of
 from moe_jax.placement.trace import TraceWriter
 from moe_jax.runs.load import Trained
@@ -40,11 +40,13 @@ def record_routing(
         return jnp.swapaxes(stats.experts[:, 0], 0, 1)  # [layers, 1, L, K] -> [L, layers, K]
 
     written = 0
+    window = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    routed = jax.eval_shape(chosen, run.state.parameters, run.state.router, window)
     with TraceWriter(
         path,
         layers=model.moe_layers,
         experts=model.moe.experts,
-        per_token=model.moe.slots,
+        per_token=routed.shape[2],  # fewer than model.moe.slots where only training rounds
         domains=domains,
         note=f"preset {run.config.preset}, step {run.step}",
     ) as writer:

@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.base.console import say
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, require
 from moe_jax.base.initial import root_key
+from moe_jax.base.paths import user_path
 from moe_jax.config import CheckpointConfig, TrainConfig, from_dict
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.model.abstract import graph_of
@@ -81,10 +82,9 @@ def decode_until_end(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
 
 
 def run_folder(out: str | Path) -> Path:
-    """The folder of a run. UserError: there is none of this name."""
-    folder = Path(out).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"there is no folder '{out}': give the --out of a training run")
+    """The folder that an argument names, `~` expanded. UserError: there is none."""
+    folder = user_path(out)
+    require(folder.is_dir(), f"there is no folder {out}: give the --out of a training run")
     return folder
 
 

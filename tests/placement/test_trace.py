@@ -63,7 +63,7 @@ def test_damage_is_named(tmp_path):
     path.write_bytes(b"hello\n")
     with pytest.raises(UserError, match="not a routing trace"):
         read_trace(path)
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="none is missing"):
         read_trace(tmp_path / "none")
 
 

@@ -1,6 +1,6 @@
 """Our settings for the metadata of a GGUF file."""
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, quote
 from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.interop.fields import Fields
 from moe_jax.interop.gguf.header import Header
@@ -10,14 +10,14 @@ ARCHITECTURES = ("llama", "qwen3")
 
 def read_config(header: Header) -> ModelConfig:
     """Our settings for a file. UserError: another architecture, or a field is missing or absurd."""
-    architecture = header.fields.get("general.architecture")
+    architecture = Fields(header.fields).text("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"architecture {architecture!r} is not supported: use a llama or qwen3 model"
+            f"architecture {quote(architecture)} is not supported: use a llama or qwen3 model"
         )
     fields = Fields(header.fields, prefix=f"{architecture}.")
     # Llama 3 keeps its scaled frequencies as a tensor and leaves the field out.
-    scaling = fields.get("rope.scaling.type", "none")
+    scaling = fields.text("rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in header.tensors:
         raise UserError("rope scaling is not supported: use a model without it")
     embedding = header.tensors.get("token_embd.weight")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, quote, require
 
 # Types of a field's value (enum gguf_metadata_value_type).
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"} | {
@@ -28,10 +28,6 @@ ARRAY = 9
 MOST_ENTRIES = 4_000_000
 """Strings in one array. The largest vocabularies have 0.3 million tokens and twice the merges."""
 MOST_DIMENSIONS = 4
-
-
-class MalformedError(UserError):
-    """The contents of the file contradict its header or the format."""
 
 
 @dataclass(frozen=True)
@@ -66,27 +62,24 @@ class _Entry(NamedTuple):
 def read_header(path: Path) -> Header:
     """Everything before the data of the tensors.
 
-    MalformedError: the file is truncated, claims a false length, or uses a feature that GGUF 2 and
-    3 do not have. Memory: the metadata, at most about ten times the size of the file.
+    UserError, without the path: the file is truncated, claims a false length, or uses a feature
+    that GGUF 2 and 3 do not have. Memory: the metadata, at most about ten times the file's size.
     """
     with path.open("rb") as file:
-        size = path.stat().st_size
-        if size == 0:
-            raise MalformedError(f"{path}: the file is empty")  # and mmap refuses it
+        require(path.stat().st_size > 0, "the file is empty")  # and mmap refuses it
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    cursor = _Cursor(path, data)
     try:
-        return _header(cursor)
+        return _header(_Cursor(data))
     except UnicodeDecodeError as error:
-        raise cursor.fault("holds a name that is not UTF-8") from error
+        raise _fault("holds a name that is not UTF-8") from error
 
 
 def _header(cursor: "_Cursor") -> Header:
     if cursor.take(4) != b"GGUF":
-        raise cursor.fault("does not begin with GGUF: it is not a GGUF file")
+        raise _fault("does not begin with GGUF: it is not a GGUF file")
     version = cursor.number("<u4")
     if version not in (2, 3):
-        raise cursor.fault(f"has GGUF version {version}: only 2 and 3 (little-endian) are known")
+        raise _fault(f"has GGUF version {version}: only 2 and 3 (little-endian) are known")
     tensors = cursor.number("<u8")
     count = cursor.number("<u8")
     # Both counts may be absurd. Each turn of either loop takes bytes, so the end of the file is
@@ -95,12 +88,12 @@ def _header(cursor: "_Cursor") -> Header:
     for _ in range(count):
         name = cursor.string()
         if name in fields:
-            raise cursor.fault(f"has the field {name!r} twice")
+            raise _fault(f"has the field {quote(name)} twice")
         fields[name] = cursor.value(cursor.number("<u4"))
     entries = [_entry(cursor) for _ in range(tensors)]
     alignment = fields.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise cursor.fault(f"has general.alignment={alignment!r}: it must be a power of two")
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise _fault(f"has general.alignment {quote(alignment)}: it must be a power of two")
     begin = -(-cursor.position // alignment) * alignment
     return Header(fields, _tensors(cursor, entries, begin))
 
@@ -109,7 +102,7 @@ def _entry(cursor: "_Cursor") -> _Entry:
     name = cursor.string()
     dimensions = cursor.number("<u4")
     if not 1 <= dimensions <= MOST_DIMENSIONS:
-        raise cursor.fault(f"gives tensor {name!r} {dimensions} dimensions")
+        raise _fault(f"gives tensor {quote(name)} {dimensions} dimensions")
     shape = tuple(cursor.number("<u8") for _ in range(dimensions))[::-1]
     return _Entry(name, shape, kind=cursor.number("<u4"), offset=cursor.number("<u8"))
 
@@ -120,50 +113,50 @@ def _tensors(cursor: "_Cursor", entries: list[_Entry], begin: int) -> dict[str, 
     tensors: dict[str, TensorInfo] = {}
     total = 0
     for entry in entries:
-        length = _length(cursor, entry)
+        length = _length(entry)
         start = begin + entry.offset
         total += length
         # The total is bounded, too: otherwise many entries could name the same bytes, and their
         # float32 copies would be many times the file.
         if start + length > len(data) or total > len(data):
-            raise cursor.fault(
-                f"is truncated, or tensor {entry.name!r} of shape {entry.shape} lies beyond it"
+            raise _fault(
+                f"is truncated, or tensor {quote(entry.name)} of shape {entry.shape} lies beyond it"
             )
         if entry.name in tensors:
-            raise cursor.fault(f"has the tensor {entry.name!r} twice")
+            raise _fault(f"has the tensor {quote(entry.name)} twice")
         bytes_ = data[start : start + length]
         tensors[entry.name] = TensorInfo(entry.shape, entry.kind, bytes_)
     return tensors
 
 
-def _length(cursor: "_Cursor", entry: _Entry) -> int:
+def _length(entry: _Entry) -> int:
     """Bytes of a tensor. Quantised numbers come in blocks along the last axis."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if entry.kind not in GGMLQuantizationType._value2member_map_:
-        raise cursor.fault(f"has tensor {entry.name!r} of unknown type {entry.kind}")
+        raise _fault(f"has tensor {quote(entry.name)} of unknown type {entry.kind}")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
     length = math.prod(entry.shape) // block * block_bytes
     if length == 0 or entry.shape[-1] % block:
-        raise cursor.fault(f"has tensor {entry.name!r} of impossible shape {entry.shape}")
+        raise _fault(f"has tensor {quote(entry.name)} of impossible shape {entry.shape}")
     return length
+
+
+def _fault(reason: str) -> UserError:
+    return UserError(f"the file {reason}; fetch it again")
 
 
 class _Cursor:
     """A position in the file that only moves forward, and never beyond the end."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
+    def __init__(self, data: mmap.mmap) -> None:
         self.data = data
         self.position = 0
-
-    def fault(self, reason: str) -> MalformedError:
-        return MalformedError(f"{self.path} {reason}; fetch the file again")
 
     def take(self, size: int) -> bytes:
         begin = self.position
         if size > len(self.data) - begin:
-            raise self.fault(f"is truncated: {size} bytes wanted at {begin} of {len(self.data)}")
+            raise _fault(f"is truncated: {size} bytes wanted at {begin} of {len(self.data)}")
         self.position += size
         return self.data[begin : begin + size]
 
@@ -181,7 +174,7 @@ class _Cursor:
             element = self.number("<u4")
             return self.array(element, self.number("<u8"))
         if kind not in SCALARS:
-            raise self.fault(f"has a field of unknown type {kind}")
+            raise _fault(f"has a field of unknown type {kind}")
         return self.number(SCALARS[kind])
 
     def array(self, kind: int, length: int) -> Any:
@@ -191,7 +184,7 @@ class _Cursor:
         # Arrays of arrays are legal in the format. No model has them, and they could nest until
         # Python's stack ends.
         if kind != STRING:
-            raise self.fault(f"has an array of type {kind}: only numbers and strings are known")
+            raise _fault(f"has an array of type {kind}: only numbers and strings are known")
         if length > MOST_ENTRIES:
-            raise self.fault(f"has an array of {length} strings, more than {MOST_ENTRIES}")
+            raise _fault(f"has an array of {length} strings, more than {MOST_ENTRIES}")
         return [self.string() for _ in range(length)]

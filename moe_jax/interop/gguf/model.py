@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, reading
+from moe_jax.base.paths import user_path
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.interop.assemble import as_parameters, read_arrays
 from moe_jax.interop.gguf.config import read_config
-from moe_jax.interop.gguf.header import Header, MalformedError, read_header
+from moe_jax.interop.gguf.header import Header, read_header
 from moe_jax.interop.gguf.tensors import GGUFTensors
 from moe_jax.interop.gguf.tokenizer import read_tokenizer
 
@@ -36,14 +37,8 @@ def load(path: str | Path) -> tuple[ModelConfig, nnx.State, Tokenizer]:
 def read(path: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer]:
     """`load` with the parameters as NumPy arrays by dotted name."""
     file = find(path)
-    try:
+    with reading(file):
         return _read(read_header(file))
-    except MalformedError:
-        raise  # names the file already
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _read(header: Header) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer]:
@@ -57,7 +52,7 @@ def find(path: str | Path) -> Path:
     """The file that `path` names. UserError: there is none, or gguf is not installed."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading a GGUF file needs the package gguf: {GET_LIBRARY}")
-    file = Path(path).expanduser()
+    file = user_path(path)
     if str(path) == SMOLLM2 and not file.exists():
         return _installed_smollm2()
     if not file.is_file():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief
 from moe_jax.config import ModelConfig
 from moe_jax.interop.assemble import Tensors
 from moe_jax.interop.gguf.header import Header, TensorInfo
@@ -47,4 +47,6 @@ def dequantised(name: str, info: TensorInfo) -> np.ndarray:
             array = info.data.reshape(quant_shape_to_byte_shape(info.shape, kind))
         return dequantize(array, kind)
     except (NotImplementedError, ValueError) as error:
-        raise UserError(f"tensor {name} of type {kind.name} cannot be read: {error}") from error
+        raise UserError(
+            f"tensor {brief(name)} of type {kind.name} cannot be read: {brief(error)}"
+        ) from error

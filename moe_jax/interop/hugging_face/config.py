@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, quote
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.interop.fields import Fields
 
@@ -26,7 +26,7 @@ def read_config(values: dict[str, Any]) -> ModelConfig:
     absurd."""
     fields = Fields(values)
     _require_supported(fields)
-    kind = fields.get("model_type")
+    kind = fields.text("model_type")
     sparse = kind == "qwen3_moe"
     layers = fields.integer("num_hidden_layers")
     return ModelConfig(
@@ -44,14 +44,14 @@ def read_config(values: dict[str, Any]) -> ModelConfig:
 
 
 def _require_supported(fields: Fields) -> None:
-    kind = fields.get("model_type")
+    kind = fields.text("model_type")
     if kind not in MODEL_TYPES:
-        raise UserError(f"model_type {kind!r} is not supported: use llama, qwen3 or qwen3_moe")
+        raise UserError(f"model_type {quote(kind)} is not supported: use llama, qwen3 or qwen3_moe")
     for name, supported in SUPPORTED_VALUES.items():
         value = fields.get(name, supported)
         if value != supported:
-            raise UserError(f"{name}={value!r} is not supported: only {supported!r} is")
-    if set(fields.list("layer_types")) - {"full_attention"}:
+            raise UserError(f"{name}={quote(value)} is not supported: only {supported!r} is")
+    if set(fields.entries("layer_types")) - {"full_attention"}:
         raise UserError("layer_types other than full_attention are not supported")
 
 
@@ -81,19 +81,18 @@ def _experts(fields: Fields) -> MoEConfig:
 
 def _dense_layers(fields: Fields, layers: int) -> int:
     """Number of dense blocks. Ours can only come first."""
-    dense = fields.list("mlp_only_layers")
+    dense = fields.entries("mlp_only_layers")
     if dense != list(range(len(dense))) or len(dense) > layers:
-        raise UserError(f"mlp_only_layers={dense!r} is not supported: only the first blocks are")
+        raise UserError(
+            f"mlp_only_layers={quote(dense)} is not supported: only the first blocks are"
+        )
     return len(dense)
 
 
 def _rope_base(fields: Fields) -> float:
     # transformers 5 moved rope_theta into rope_parameters; version 4 has it at the top.
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"the rope's parameters are {rope!r}: an object is needed")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = Fields(fields.object("rope_parameters") or fields.object("rope_scaling"))
+    kind = rope.text("rope_type", rope.text("type", "default"))
     if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"rope scaling ({kind!r}) is not supported: use a model without it")
-    base = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
-    return Fields({"rope_theta": base}).number("rope_theta", most=1e12)
+        raise UserError(f"rope scaling ({quote(kind)}) is not supported: use a model without it")
+    return rope.number("rope_theta", fields.get("rope_theta", 10_000.0), most=1e12)

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief, quote
+from moe_jax.base.paths import read_file, user_path
 
 HUB = "hf:"
 CONFIG = "config.json"
@@ -23,7 +24,7 @@ def find(path: str | Path) -> Path:
     """
     if str(path).startswith(HUB):
         return _download(str(path).removeprefix(HUB))
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
         hint = f"{HUB}{path} for the hub's model of that name" if hub else f"{HUB}OWNER/NAME"
@@ -46,7 +47,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = brief(str(error).strip().partition("\n")[0]) or type(error).__name__
         raise UserError(
             f"cannot fetch {HUB}{name}: {reason}; where there is a network, hf download {name} "
             f"--local-dir {name.rpartition('/')[2] or 'FOLDER'}, and name that folder"
@@ -55,14 +56,11 @@ def _download(name: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. UserError: the file is missing, too long, or no object."""
-    if not path.is_file():
-        raise UserError(f"{path.name} is missing")
-    if path.stat().st_size > MOST_JSON_BYTES:
-        raise UserError(f"{path.name} has more than {MOST_JSON_BYTES >> 20} MiB")
+    data = read_file(path, MOST_JSON_BYTES)
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(data)
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else brief(error)
         raise UserError(f"{path.name} is no JSON: {reason}; fetch the file again") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path.name} holds no JSON object; fetch the file again")
@@ -83,7 +81,7 @@ def weight_files(folder: Path) -> list[str]:
     for name in names:
         # No separators and no leading dot: "../secret.safetensors" must not be opened.
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-            raise UserError(f"{INDEX} names {name!r}: no safetensors file of this folder")
+            raise UserError(f"{INDEX} names {quote(name)}: no safetensors file of this folder")
         if not (folder / name).is_file():
             raise UserError(f"{name} is missing")
     return names

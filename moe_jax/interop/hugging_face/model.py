@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import reading
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.interop.assemble import as_parameters, read_arrays
@@ -31,12 +31,8 @@ def load(path: str | Path) -> tuple[ModelConfig, nnx.State, Tokenizer]:
 def read(path: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer]:
     """`load` with the parameters as NumPy arrays by dotted name."""
     folder = find(path)
-    try:
+    with reading(folder):
         return _read(folder)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
 def _read(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer]:

@@ -1,14 +1,12 @@
 """The tensors of a folder of safetensors."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief, reading
 from moe_jax.interop.assemble import Tensors
 from moe_jax.interop.hugging_face.folder import weight_files
 
@@ -27,11 +25,11 @@ class SafeTensors(Tensors):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Any] = {}
         for file_name in weight_files(folder):
-            with _one_line_errors(file_name):
+            with reading(file_name):
                 file = safe_open(folder / file_name, framework="np")
             for name in file.keys():  # noqa: SIM118
                 if name in self.shapes:
-                    raise UserError(f"tensor {name} is in two files")
+                    raise UserError(f"tensor {brief(name)} is in two files")
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
                 self._files[name] = file
 
@@ -39,21 +37,13 @@ class SafeTensors(Tensors):
         file = self._files[name]
         dtype = file.get_slice(name).get_dtype()
         if dtype not in DTYPES:
-            raise UserError(f"tensor {name} has type {dtype}: only {', '.join(DTYPES)} are read")
-        with _one_line_errors(name):
+            raise UserError(
+                f"tensor {name} has type {brief(dtype)}: only {', '.join(DTYPES)} are read"
+            )
+        with reading(name):
             return file.get_tensor(name).astype(np.float32)
 
     def ignored(self, name: str) -> bool:
         # Old files hold the rotary frequencies, which follow from rope_theta. The head of a tied
         # model is its embedding; an untied model uses the tensor, and then nobody asks.
         return name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
-
-
-@contextmanager
-def _one_line_errors(name: str) -> Iterator[None]:
-    """Turns an error of the library into a UserError of one line."""
-    try:
-        yield
-    except SafetensorError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name} is damaged ({reason}): fetch the file again") from error

@@ -4,9 +4,8 @@ import json
 from typing import Any
 
 import tokenizers
-from tokenizers import pre_tokenizers
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief, quote
 from moe_jax.data.tokenizer import Tokenizer
 
 LOSSLESS_STEPS = ("Sequence", "Split", "Digits", "ByteLevel")
@@ -43,9 +42,10 @@ def read_tokenizer(fields: dict[str, Any], rows: int, bos: Any, eos: Any) -> Tok
         opening = eos if bos is None else bos
         tokenizer = Tokenizer(f"bpe:{vocabulary}", vocabulary, inner, opening, eos)
         same = tokenizer.decode(tokenizer.encode(PROBE)) == PROBE
+    except UserError:
+        raise
     except Exception as error:  # the library's own errors have no narrower type
-        reason = " ".join(str(error).split())
-        raise UserError(f"tokenizer.json cannot be used: {reason}") from error
+        raise UserError(f"tokenizer.json cannot be used: {brief(error)}") from error
     if not same:
         raise UserError("tokenizer.json loses parts of a text: use a model with another tokenizer")
     return tokenizer
@@ -92,8 +92,7 @@ def _special_ids(fields: dict[str, Any]) -> set[int]:
 
 
 def _vocabulary(model: dict[str, Any], special: set[int], rows: int) -> int:
-    """Number of ids. UserError: they exceed the embedding's rows, or the model's tokens are not
-    different strings of bytes."""
+    """Number of ids. UserError: they exceed the embedding's rows, or are not different."""
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(_is_id(i, MOST_IDS) for i in vocab.values()):
         raise UserError("tokenizer.json: the model's vocab does not map tokens to ids")
@@ -103,17 +102,12 @@ def _vocabulary(model: dict[str, Any], special: set[int], rows: int) -> int:
             f"tokenizer.json has {len(vocab)} tokens with ids up to {count - 1} for {rows} rows of "
             "the embedding"
         )
-    # A byte-level vocabulary writes each byte as one of 256 printable characters.
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    texts = {token for token, i in vocab.items() if i not in special}
-    if not all(alphabet.issuperset(text) for text in texts):
-        raise UserError("tokenizer.json is no byte-level BPE: use a model that has one")
     return count
 
 
 def _require_token(name: str, value: Any, vocabulary: int) -> None:
     if not _is_id(value, vocabulary):
-        raise UserError(f"{name}_token_id is {value!r}: it must be one of {vocabulary} tokens")
+        raise UserError(f"{name}_token_id is {quote(value)}: it must be one of {vocabulary} tokens")
 
 
 def _is_id(value: Any, below: int) -> bool:

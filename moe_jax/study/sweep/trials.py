@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 
 from moe_jax.base.errors import UserError
 from moe_jax.study.sweep.command import Sweep
+from moe_jax.study.sweep.journal import load_study, open_journal, stored_identity
 
 
 class Claim(NamedTuple):
@@ -58,7 +59,6 @@ def try_lock(path: Path) -> IO[bytes] | None:
 def open_study(sweep: Sweep) -> Any:
     """The Optuna study in DIR/journal.log. UserError: the folder holds a different sweep."""
     import optuna
-    from optuna.storages import JournalStorage, journal
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -66,9 +66,9 @@ def open_study(sweep: Sweep) -> Any:
     except OSError as error:
         raise UserError(f"--out '{sweep.out}' cannot be used: {error.strerror}") from None
     with lock(sweep.out / "sweep.lock"):
-        storage = JournalStorage(journal.JournalFileBackend(str(sweep.out / "journal.log")))
-        study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
-        stored = study.user_attrs.get("sweep")
+        path = sweep.out / "journal.log"
+        study = load_study(open_journal(path), path)
+        stored = stored_identity(study, sweep.identity)
         if stored is None:
             study.set_user_attr("sweep", sweep.identity)
         elif stored != sweep.identity:

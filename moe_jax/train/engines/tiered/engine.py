@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from moe_jax.base.console import say
+from moe_jax.base.paths import user_path
 from moe_jax.base.scratch import make_scratch
 from moe_jax.config import TrainConfig, require
 from moe_jax.data.tokens import TokenArray
@@ -77,7 +78,7 @@ class TieredEngine(DenseEngine):
 
     def disk_bytes(self, out: Path) -> dict[Path, int]:
         folder = self.config.placement.folder
-        return {Path(folder) if folder else out: expert_disk_bytes(self.config)}
+        return {user_path(folder) if folder else out: expert_disk_bytes(self.config)}
 
     def abstract_state(self) -> TrainState:
         return with_sharding(abstract_trunk(self.config), self._sharding)
@@ -171,7 +172,7 @@ def expert_folder(config: TrainConfig, out: Path) -> Path:
     if not config.placement.folder:
         return out / "expert-records"
     own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
-    return Path(config.placement.folder) / f"expert-records-{out.name}-{own}"
+    return user_path(config.placement.folder) / f"expert-records-{out.name}-{own}"
 
 
 def open_experts(

@@ -33,7 +33,7 @@ def decode_kernel(vectors, matrix, experts, out,
         acc = tl.zeros((BK, BN), tl.float32)
         other = tl.zeros((BK, BN), tl.float32)
         # Stages are given here, because Triton otherwise pipelines only loads that feed tl.dot.
-        for step in tl.range(0, tl.cdiv(KD, BK), num_stages=STAGES):
+        for step in tl.range(0, tl.cdiv(KD, BK), num_stages=STAGES):  # pyright: ignore
             left = k < KD - step * BK
             part = tl.load(a, mask=left, other=0.0).to(tl.float32)[:, None]
             wide = left[:, None] & inside[None, :]

@@ -87,7 +87,9 @@ def only_process(folder: Path) -> Iterator[None]:
     """Locks `folder` for this process while the block runs. UserError: another process has it."""
     # "a" leaves the file's content alone. The file stays, because removing it would let a third
     # process lock a new file of the same name. The kernel drops the lock when a process is killed.
-    with (folder / ".lock").open("a") as lock:
+    # A link is not followed: in a shared folder somebody else could have planted it.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with open(os.open(folder / ".lock", flags, 0o644), "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

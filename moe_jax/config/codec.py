@@ -103,6 +103,6 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _outdated(problem: str) -> UserError:
     return UserError(
-        f"the checkpoint is from an older version of moe_jax: {problem}. Choose another --out, "
+        f"the checkpoint is from another version of moe_jax: {problem}. Choose another --out, "
         "or use that version"
     )

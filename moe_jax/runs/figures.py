@@ -43,10 +43,12 @@ def draw_loss(lines: list[dict[str, Any]], baselines: dict[str, float]) -> Figur
     """Training loss by step, and validation bits per byte among the compressors."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    losses = [x["cross_entropy"] for x in lines]
-    draw_smoothed(left, [x["step"] for x in lines], losses, "tab:blue", "running mean")
+    trained = [x for x in lines if "cross_entropy" in x]
+    if trained:  # else metrics.jsonl was lost
+        losses = [x["cross_entropy"] for x in trained]
+        draw_smoothed(left, [x["step"] for x in trained], losses, "tab:blue", "running mean")
+        left.legend()
     left.set(xlabel="step", ylabel="cross-entropy (nats/token)", title="training")
-    left.legend()
     measured = [(x["step"], x[VALIDATION]) for x in lines if VALIDATION in x]
     right.plot(*zip(*measured, strict=True), marker="o", color="tab:blue", label="model")
     for (name, value), style in zip(baselines.items(), ("--", "-.", ":"), strict=True):

@@ -1,5 +1,6 @@
 """The report of a finished run: plots, sampled continuations and result.json."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from moe_jax.model.generate import generate
 from moe_jax.runs.baselines import BASELINE_NAMES, compression_baselines
 from moe_jax.runs.figures import draw_plots
 from moe_jax.runs.load import decode_until_end
-from moe_jax.train.checkpoint import VALIDATION
+from moe_jax.train.checkpoint import VALIDATION, evaluated_bits
 from moe_jax.train.loop import RunSummary
 from moe_jax.train.metrics import read_lines
 
@@ -32,7 +33,7 @@ def write_report(summary: RunSummary) -> None:
     samples = sample_continuations(summary)
     if jax.process_index() != 0:
         return
-    lines = list(read_lines(summary.out / "metrics.jsonl"))
+    lines = read_metrics(summary.out, summary.config.last_step)
     baselines = compression_baselines(summary.data, summary.config.data.cache)
     write_atomically(summary.out / "samples.txt", samples)
     draw_plots(lines, baselines, summary.out, summary.config.model.moe.experts)
@@ -53,6 +54,19 @@ def write_report(summary: RunSummary) -> None:
     if summary.gemm.moved:
         console.print(describe_moved(summary.gemm), markup=False)
     console.print(f"{verdict}\n{summary.out}/result.json, samples.txt, plots/", markup=False)
+
+
+def read_metrics(out: Path, last_step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. The last one is always there, if need be from the checkpoint.
+
+    A finished run can have lost the file. Its last checkpoint still has the last evaluation.
+    """
+    lines = list(read_lines(out / "metrics.jsonl"))
+    if any(line["step"] == last_step and VALIDATION in line for line in lines):
+        return lines
+    say(f"{out}/metrics.jsonl lacks step {last_step}: the report has what the checkpoint knows")
+    bits = evaluated_bits(out / "checkpoints" / str(last_step))
+    return [*lines, {"step": last_step, VALIDATION: np.nan if bits is None else bits}]
 
 
 def describe_moved(gemm: GemmRates) -> str:
@@ -92,7 +106,7 @@ def measure(
         Measurement("model_flops_per_token", summary.flops_per_token, "FLOP"),
         Measurement("peak_resident_bytes", peak_resident_bytes(), "bytes"),
         Measurement("compile_seconds", summary.compile_seconds, "s"),
-        Measurement("final_loss", lines[-1]["loss"], "nats/token", seeds=seeds),
+        Measurement("final_loss", lines[-1].get("loss"), "nats/token", seeds=seeds),
     ]
 
 

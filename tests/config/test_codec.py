@@ -112,7 +112,7 @@ def test_settings_of_an_older_version_are_one_line_that_names_them(saved, proble
     with pytest.raises(UserError) as refused:
         from_dict(Outer, saved)
     assert str(refused.value) == (
-        f"the checkpoint is from an older version of moe_jax: {problem}. Choose another --out, "
+        f"the checkpoint is from another version of moe_jax: {problem}. Choose another --out, "
         "or use that version"
     )
 
@@ -120,5 +120,7 @@ def test_settings_of_an_older_version_are_one_line_that_names_them(saved, proble
 def test_an_older_training_run_is_refused():
     saved: dict[str, Any] = dataclasses.asdict(replace(TrainConfig(), steps=3))
     saved["model"]["moe"]["top_k"] = 2
-    with pytest.raises(UserError, match=r"older version of moe_jax: its setting model\.moe\.top_k"):
+    with pytest.raises(
+        UserError, match=r"another version of moe_jax: its setting model\.moe\.top_k"
+    ):
         from_dict(TrainConfig, saved)

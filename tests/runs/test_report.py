@@ -10,7 +10,7 @@ from moe_jax.base.figures import write_figure
 from moe_jax.base.machine import GemmRates
 from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.runs.figures import draw_load, draw_loss, draw_plots, draw_router
-from moe_jax.runs.report import describe_moved, describe_verdict, measure
+from moe_jax.runs.report import describe_moved, describe_verdict, measure, read_metrics
 from tests.figures import cut_off, overlaps, shown_texts
 
 YARDSTICKS = {"gzip_bits_per_byte": 2.0, "xz_bits_per_byte": 1.5, "ngram_bits_per_byte": 2.2}
@@ -134,3 +134,15 @@ def test_a_plot_replaces_a_planted_link_and_does_not_follow_it(tmp_path):
     assert (tmp_path / "secret").read_text() == "the user's"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in tmp_path.iterdir()} == {"secret", "loss.png", "loss.tmp.png"}
+
+
+def test_a_run_that_lost_its_metrics_is_reported_from_its_checkpoint(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoints" / "12" / "metrics"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "metrics").write_text('{"validation_bits_per_byte": 1.75}')
+    lines = read_metrics(tmp_path, 12)
+    assert lines == [{"step": 12, "validation_bits_per_byte": 1.75}]
+    assert "lacks step 12" in capsys.readouterr().out
+    draw_plots(lines, YARDSTICKS, tmp_path, 4)
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"]
+    assert describe_verdict(lines, YARDSTICKS).startswith("1.750 bits per byte")

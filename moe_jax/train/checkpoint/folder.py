@@ -142,7 +142,7 @@ def remove_old(checkpoints: Path, keep: int) -> None:
     """
     steps = [checkpoints / str(step) for step in steps_in(checkpoints)]
     complete = [folder for folder in steps if is_complete(folder)]
-    bits = {folder: _bits(folder) for folder in reversed(complete)}
+    bits = {folder: evaluated_bits(folder) for folder in reversed(complete)}
     measured = {folder: value for folder, value in bits.items() if value is not None}
     best = min(measured, key=lambda folder: measured[folder], default=None)  # the newest of equals
     for folder in complete[:-keep]:
@@ -153,7 +153,7 @@ def remove_old(checkpoints: Path, keep: int) -> None:
             shutil.rmtree(removed)
 
 
-def _bits(folder: Path) -> float | None:
+def evaluated_bits(folder: Path) -> float | None:
     """Bits per byte, infinite if the checkpoint was not evaluated. None: they are unreadable."""
     try:
         return float(json.loads((folder / METRICS).read_bytes())[VALIDATION])

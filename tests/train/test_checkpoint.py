@@ -356,7 +356,7 @@ VERSIONS = {
     "its setting fame no longer exists": lambda extra: extra["config"].update(fame=1),
     "without tokenizer": lambda extra: extra.pop("tokenizer"),
     "without data_state": lambda extra: extra.pop("data_state"),
-    "wrote its config": lambda extra: extra.update(config=3),
+    "its settings are 3": lambda extra: extra.update(config=3),
 }
 
 

@@ -22,7 +22,8 @@ LARGEST = 3.4e38
 def _finite(owner: str, name: str, value: float) -> None:
     # NaN passes, and is refused by the comparison that follows, with its own words.
     require(
-        not abs(value) > LARGEST, f"{_dotted(owner, name)} is {value}: it must be below {LARGEST}"
+        not abs(value) > LARGEST,
+        f"{_dotted(owner, name)} is {quote(value)}: it must be below {LARGEST}",
     )
 
 
@@ -43,7 +44,7 @@ def positive(owner: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _finite(owner, name, value)
-        require(value > 0, f"{_dotted(owner, name)} is {value}: it must be positive")
+        require(value > 0, f"{_dotted(owner, name)} is {quote(value)}: it must be positive")
 
 
 def not_negative(owner: str, config: Any, *names: str) -> None:
@@ -51,21 +52,24 @@ def not_negative(owner: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _finite(owner, name, value)
-        require(value >= 0, f"{_dotted(owner, name)} is {value}: it must not be negative")
+        require(value >= 0, f"{_dotted(owner, name)} is {quote(value)}: it must not be negative")
 
 
 def fraction(owner: str, config: Any, *names: str) -> None:
     """UserError: one of these fields is outside [0, 1]."""
     for name in names:
         value = getattr(config, name)
-        require(0 <= value <= 1, f"{_dotted(owner, name)} is {value}: it must lie between 0 and 1")
+        require(
+            0 <= value <= 1,
+            f"{_dotted(owner, name)} is {quote(value)}: it must lie between 0 and 1",
+        )
 
 
 def fraction_below_one(owner: str, config: Any, *names: str) -> None:
     """UserError: one of these fields is outside [0, 1)."""
     for name in names:
         value = getattr(config, name)
-        require(0 <= value < 1, f"{_dotted(owner, name)} is {value}: it must lie in [0, 1)")
+        require(0 <= value < 1, f"{_dotted(owner, name)} is {quote(value)}: it must lie in [0, 1)")
 
 
 def strict_fraction(owner: str, config: Any, *names: str) -> None:
@@ -74,7 +78,7 @@ def strict_fraction(owner: str, config: Any, *names: str) -> None:
         value = getattr(config, name)
         require(
             0 < value < 1,
-            f"{_dotted(owner, name)} is {value}: it must lie strictly between 0 and 1",
+            f"{_dotted(owner, name)} is {quote(value)}: it must lie strictly between 0 and 1",
         )
 
 

@@ -60,7 +60,9 @@ def test_errors_of_the_disk_reach_the_checkpoint_library(shared: Bench):
         pytest.skip("there is no C compiler")
     with shared.trial_folder("full") as place:
         log = place / "calls"
-        faults = Faults(f"{place}/run/checkpoints/*", "write", errno=errno.ENOSPC, log=str(log))
+        faults = Faults(
+            f"{place}/run/checkpoints/*value/*", "write", errno=errno.ENOSPC, log=str(log)
+        )
         options = shared.options("tiered", place)
         program = shared.start(place, options, faults).wait(LIMIT)
         assert program.code != 0

@@ -22,7 +22,8 @@ LARGEST = 3.4e38
 def _finite(owner: str, name: str, value: float) -> None:
     # NaN passes, and is refused by the comparison that follows, with its own words.
     require(
-        not abs(value) > LARGEST, f"{_dotted(owner, name)} is {value}: it must be below {LARGEST}"
+        not abs(value) > LARGEST,
+        f"{_dotted(owner, name)} is {quote(value)}: it must be below {LARGEST}",
     )
 
 

@@ -58,7 +58,7 @@ def _require_few(numbers: int) -> None:
 
 
 def _array(path: Path) -> np.ndarray:
-    file_size(path)
+    _require_short_header(path)
     try:
         # Mapped and not loaded: a header that claims more than the file holds allocates nothing.
         chosen = np.lib.format.open_memmap(path, mode="r")
@@ -66,6 +66,16 @@ def _array(path: Path) -> np.ndarray:
         raise UserError(f"is no array that NumPy saved: {brief(error)}") from error
     require(chosen.dtype.kind in "iu", f"holds {brief(chosen.dtype)}, not expert numbers")
     return chosen
+
+
+def _require_short_header(path: Path) -> None:
+    """UserError: a header that is longer than the file. NumPy makes room for it before it reads."""
+    size = file_size(path)
+    with path.open("rb") as file:
+        start = file.read(12)
+    # Byte 6 is the version. From version 2 on, the length has four bytes.
+    length = int.from_bytes(start[8:12], "little") if start[6:7] > b"\x01" else 0
+    require(length <= size, f"is no array that NumPy saved: its header has {length} bytes")
 
 
 def _megatron(path: Path) -> np.ndarray:

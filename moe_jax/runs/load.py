@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError, require
+from moe_jax.base.files import patiently
 from moe_jax.base.initial import root_key
 from moe_jax.base.paths import user_path
 from moe_jax.config import CheckpointConfig, TrainConfig, from_dict
@@ -84,8 +85,13 @@ def decode_until_end(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
 def run_folder(out: str | Path) -> Path:
     """The folder that an argument names, `~` expanded. UserError: there is none."""
     folder = user_path(out)
-    require(folder.is_dir(), f"there is no folder {out}: give the --out of a training run")
+    require(_is_folder(folder), f"there is no folder '{out}': give the --out of a training run")
     return folder
+
+
+def _is_folder(path: Path) -> bool:
+    with read_errors(path):
+        return patiently(path.is_dir)
 
 
 def newest_step(out: str | Path) -> int:
@@ -104,7 +110,7 @@ def newest_step(out: str | Path) -> int:
 def load_run(out: str | Path) -> Trained:
     """The newest undamaged checkpoint of a run's folder. UserError: there is none."""
     folder = run_folder(out)
-    if not (folder / "checkpoints").is_dir():
+    if not _is_folder(folder / "checkpoints"):
         raise UserError(f"{out} holds no checkpoints: give the --out of a training run")
     # read_only, because the run may still be training.
     checkpoints = Checkpoints(folder, CheckpointConfig(), read_only=True)

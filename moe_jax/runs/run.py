@@ -14,6 +14,7 @@ from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
 from moe_jax.runs.load import newest_step
 from moe_jax.runs.report import write_report
 from moe_jax.runs.teacher import task_of
+from moe_jax.train.checkpoint.manifest import manifest_fault
 from moe_jax.train.checks import check
 from moe_jax.train.engines import engine_of
 from moe_jax.train.loop import train
@@ -70,6 +71,9 @@ def finished_verdict(config: TrainConfig, out: Path) -> str | None:
     if saved_step(out) != config.last_step:
         return None
     try:
+        # A damaged checkpoint is no end: the training goes back to the one before it.
+        if manifest_fault(out / "checkpoints" / str(config.last_step)) is not None:
+            return None
         result = json.loads((out / "result.json").read_text())
         reported = from_dict(TrainConfig, result["config"])
         return result["verdict"] if _settings(reported) == _settings(config) else None

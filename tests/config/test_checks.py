@@ -63,3 +63,13 @@ def test_sizes_in_bytes(text, size):
 def test_what_is_no_size_is_named(text):
     with pytest.raises(UserError, match=r"^--x '.*' is no size: write it like 2GB"):
         parse_bytes("--x", text)
+
+
+def test_a_huge_value_is_quoted_in_short():
+    @dataclass
+    class Settings:
+        layers: int = -(10**300)
+
+    with pytest.raises(UserError) as caught:
+        checks.positive("model", Settings(), "layers")
+    assert len(str(caught.value)) < 150

@@ -74,3 +74,10 @@ def test_damage_is_named_in_one_line(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"holds no layer_NN.parquet"):
         open_trace(tmp_path / "folder")
+
+
+def test_a_header_longer_than_its_file_is_refused_without_room_for_it(tmp_path):
+    path = tmp_path / "routing.npy"
+    path.write_bytes(b"\x93NUMPY\x02\x00" + (600 << 20).to_bytes(4, "little") + b"{}")
+    with pytest.raises(UserError, match="its header has 629145600 bytes"):
+        open_trace(path)

@@ -22,6 +22,8 @@ def quieten() -> None:
     to which tensorstore still reports, and leaves coroutines behind.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # After the first of several errors nobody asks for the others, and asyncio prints them.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     usual = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

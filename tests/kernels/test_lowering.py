@@ -35,7 +35,7 @@ print(json.dumps(counts))
 def test_the_train_step_holds_the_kernels_for_each_architecture(tmp_path):
     pytest.importorskip("jax_cuda13_plugin")
     for name in "ab":
-        (tmp_path / f"{name}.txt").write_text("experts and tokens, " * 2000)
+        (tmp_path / f"{name}.txt").write_text(f"experts and tokens, {name} " * 2000)
     settings = ["tiny", f"--data.source=files:{tmp_path}/*.txt", f"--data.cache={tmp_path}/cache"]
     settings += ["--batch=4", "--data.length=32", "--model.mtp-depth=0"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -210,7 +210,7 @@ def test_lambda_is_a_rate_that_repeats():
 def test_bad_settings(config):
     for change, message in [
         ({"alpha": 2}, "distill.alpha is 2"),
-        ({"kind": "backward"}, "'backward' is unknown"),
+        ({"kind": "backward"}, "'backward': use one of forward"),
         ({"temperature": 0}, "distill.temperature is 0"),
         ({"on_policy": -1}, "distill.on_policy is -1"),
     ]:

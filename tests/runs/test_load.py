@@ -21,7 +21,7 @@ def test_a_run_can_be_loaded_completed_and_dissected(finished_run):
 
 def test_a_folder_without_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UserError, match="there is no folder ~/absent"):
+    with pytest.raises(UserError, match="there is no folder '~/absent'"):
         load_run("~/absent")
     with pytest.raises(UserError, match="~ holds no checkpoints"):
         load_run("~")
@@ -30,5 +30,5 @@ def test_a_folder_without_a_run(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"there is no folder .*/no/such"):
+    with pytest.raises(UserError, match=r"there is no folder '.*/no/such'"):
         load_run(tmp_path / "no" / "such")

@@ -121,7 +121,7 @@ def test_the_student_learns_from_its_teacher_alone(teacher_run, tmp_path):
 
 
 def test_a_run_without_a_teacher_is_not_continued_with_one(finished_run):
-    saved = json.loads(json.dumps(asdict(finished_run)))
+    saved = {"config": json.loads(json.dumps(asdict(finished_run))), "step": 12}
     check_same_run(finished_run, saved, Path(finished_run.out))
     taught = replace(finished_run, distill=DistillConfig(teacher="x", alpha=0.5))
     with pytest.raises(UserError, match=r"distill\.alpha=1\.0, not 0\.5"):

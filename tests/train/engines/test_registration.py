@@ -43,6 +43,7 @@ def test_a_registered_engine_runs_resumes_and_loads(small_run, monkeypatch):
     config = replace(small_run, seed=7, steps=2, evaluate_every=2)
     run_training(config)
     assert CountingEngine.calls == ["start", "step", "step", "close"]
+    (Path(config.out) / "result.json").unlink()  # else nothing would be left to do
     run_training(config)
     assert CountingEngine.calls[4:] == ["resume", "close"]
     lines = list(read_lines(Path(config.out) / "metrics.jsonl"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.base.startup import ask_for_huge_pages
 
@@ -52,8 +53,9 @@ class Completion(NamedTuple):
     text: str
     traffic: Traffic
     """Counts of the store of experts."""
-    seconds: float
-    """A token, those of the prompt included."""
+    seconds: float | None
+    """A generated token, the median. Compiling and the prompt are before the first one.
+    None: a single token was generated."""
 
 
 def complete(settings: Settings) -> Completion:
@@ -63,31 +65,48 @@ def complete(settings: Settings) -> Completion:
     tokenizer = run.tokenizer
     prompt = jnp.asarray([[tokenizer.bos, *tokenizer.encode(settings.text)]], jnp.int32)
     with decoder.store:
-        begin = time.perf_counter()
+        times: list[float] = []
         tokens = decoder.generate(
             prompt,
             root_key(settings.seed),
             count=settings.tokens,
             vocabulary=tokenizer.vocabulary,
             temperature=settings.temperature,
+            on_token=lambda: times.append(time.perf_counter()),
         )
-        seconds = time.perf_counter() - begin
     text = settings.text + decode_until_end(tokenizer, tokens[0])
-    return Completion(text, decoder.store.traffic, seconds / (prompt.shape[1] + settings.tokens))
+    # The median, because what is used for the first time later on is compiled then.
+    seconds = float(np.median(np.diff(times))) if len(times) > 1 else None
+    return Completion(text, decoder.store.traffic, seconds)
+
+
+def describe(completion: Completion, budget: str) -> str:
+    """Speed, and what the store of experts did. `budget`: placement.device_budget."""
+    traffic = completion.traffic
+    megabytes = f"{traffic.peak_bytes / 1e6:.1f} MB"
+    speed = ""
+    if completion.seconds is not None:
+        speed = f"{1 / completion.seconds:.1f} tokens/s, the median token, without compilation. "
+    if not budget:
+        return (
+            f"{speed}The device has room for all experts. The text used {megabytes} of them. "
+            "--placement.device-budget gives them less room."
+        )
+    ahead = traffic.ahead / max(1, traffic.uses)
+    return (
+        f"{speed}{traffic.hit_rate:.0%} of the uses found their expert on the device, "
+        f"{ahead:.0%} more were fetched ahead. {traffic.disk_bytes / 1e6:.1f} MB came from disk, "
+        f"{traffic.host_bytes / 1e6:.1f} MB from host memory. "
+        f"At most {megabytes} of experts were on the device."
+    )
 
 
 def main(argv: list[str]) -> None:
     """Parses, writes on, reports."""
     settings = parse_settings(Settings(), argv, (__doc__ or "").splitlines()[0])
-    text, traffic, seconds = complete(settings)
-    print(text)
-    ahead = traffic.ahead / max(1, traffic.uses)
-    print(
-        f"\n{1 / seconds:.1f} tokens/s, compilation included. {traffic.hit_rate:.0%} of the "
-        f"experts were resident, {ahead:.0%} came ahead. {traffic.disk_bytes / 1e6:.1f} MB came "
-        f"from disk, {traffic.host_bytes / 1e6:.1f} MB from host memory. At most "
-        f"{traffic.peak_bytes / 1e6:.1f} MB of experts were on the device."
-    )
+    completion = complete(settings)
+    print(completion.text)
+    print(f"\n{describe(completion, settings.placement.device_budget)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ numbers. So the result is the same bit for bit, whatever is resident and in what
 arrive. (On an accelerator, experts that the host computes are rounded as the CPU rounds.)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,8 +82,11 @@ class TieredDecoder:
         vocabulary: int,
         temperature: float = 0.8,
         top_k: int = 0,
+        on_token: Callable[[], None] = lambda: None,
     ) -> Int[np.ndarray, "B count"]:
         """`count` tokens after each prompt, drawn as by model.generate.
+
+        `on_token` is called when the next token of every row is known.
 
         The prompt is read position by position. All of it at once would need most experts of a
         layer together.
@@ -100,6 +104,7 @@ class TieredDecoder:
             own = jax.random.fold_in(key, index)
             token = sample_below(own, logits, vocabulary, temperature, top_k)
             generated.append(np.asarray(token))
+            on_token()
             if index + 1 < count:  # the logits after the last token are not needed
                 logits, caches = self.step(generated[-1], length + index, caches)
         return np.stack(generated, axis=1) if generated else np.zeros((batch, 0), np.int32)

@@ -112,7 +112,16 @@ def test_the_routing_of_a_decoded_text_can_be_collected(small_model, tmp_path):
     with store(tmp_path, "lru", 6, 2) as tiers:
         decoder = TieredDecoder(small_model, parameters, router, tiers)
         decoder.routing = []
-        decoder.generate(jnp.zeros((1, 3), jnp.int32), jax.random.key(0), count=2, vocabulary=61)
+        prompt = jnp.zeros((1, 3), jnp.int32)
+        known: list[int] = []
+        decoder.generate(
+            prompt,
+            jax.random.key(0),
+            count=2,
+            vocabulary=61,
+            on_token=lambda: known.append(len(decoder.routing or [])),
+        )
+    assert known == [3 * 2, 4 * 2], "after the prompt, and after each step"
     assert [chosen.shape for chosen in decoder.routing] == [(1, 2)] * (4 * 2)
 
 

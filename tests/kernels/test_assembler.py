@@ -24,9 +24,11 @@ def layer(logits, x, gate_up, down):
 bf16 = jnp.bfloat16
 shapes = [((64, 4), jnp.float32), ((64, 64), bf16), ((4, 64, 64), bf16), ((4, 32, 64), bf16)]
 arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-with lowering_for(int(sys.argv[1])):
-    step = jax.jit(jax.grad(layer, argnums=(0, 1, 2, 3))).trace(*arrays)
-    step.lower(lowering_platforms=("cuda",))
+for arch in map(int, sys.argv[1:]):
+    jax.clear_caches()  # the architecture is no argument of what is traced
+    with lowering_for(arch):
+        step = jax.jit(jax.grad(layer, argnums=(0, 1, 2, 3))).trace(*arrays)
+        step.lower(lowering_platforms=("cuda",))
 """
 
 
@@ -63,8 +65,7 @@ def test_without_an_assembler_triton_keeps_its_own(monkeypatch):
     assert "TRITON_PTXAS_PATH" not in os.environ
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
-def test_an_older_assembler_takes_the_ptx_of_a_layer(arch, tmp_path):
+def test_an_older_assembler_takes_the_ptx_of_a_layer(tmp_path):
     pytest.importorskip("jax_cuda13_plugin")
     oldest = assembler.oldest_assembler()
     if oldest is None:
@@ -72,12 +73,13 @@ def test_an_older_assembler_takes_the_ptx_of_a_layer(arch, tmp_path):
     drop = ("TRITON_INTERPRET", *assembler.VARIABLES)
     environment = {k: v for k, v in os.environ.items() if k not in drop}
     environment |= {"JAX_TRITON_DUMP_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "c")}
-    command = [sys.executable, "-c", LAYER, str(arch)]
+    command = [sys.executable, "-c", LAYER, "80", "89", "90", "100"]
     subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     sources = list(Path(tmp_path).rglob("*.ptx"))
-    assert len({path.name for path in sources}) >= 10
+    targets = set()
     for source in sources:
         target = source.read_text().split(".target ")[1].split()[0].strip(",")
+        targets.add(target)
         output = ["-o", tmp_path / "kernel.cubin"]
         done = subprocess.run(
             [oldest.path, f"--gpu-name={target}", source, *output],
@@ -86,3 +88,4 @@ def test_an_older_assembler_takes_the_ptx_of_a_layer(arch, tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr
+    assert targets == {"sm_80", "sm_89", "sm_90a", "sm_100a"}

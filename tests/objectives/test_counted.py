@@ -55,7 +55,7 @@ OBJECTIVES = {
     ),
     "policy": (policy.policy_objective(policy.GenerativeConfig(anchor=0.5), MODEL), (TEACHER,)),
 }
-SLOW = ("smoothed", "guess", "sampled", "random", "weighted")
+SLOW = ("smoothed", "guess", "sampled", "random", "weighted", "swaps", "virtual")
 """Slow, because each has a sibling whose masks are the same lines."""
 
 

@@ -224,7 +224,7 @@ def test_the_same_seed_gives_the_same_bits(small_run):
     "moe",
     [
         MoEConfig(experts=4, gate="softmax", bias_rate=0.0, z_loss=1e-3),
-        MoEConfig(experts=4, groups=2, shared_experts=0),
+        pytest.param(MoEConfig(experts=4, groups=2, shared_experts=0), marks=pytest.mark.slow),
     ],
 )
 def test_other_gates_train(small_run, moe):

@@ -405,11 +405,12 @@ def test_a_run_in_tiers_is_resumed_bit_for_bit_and_loads_as_any_other(tiered_run
         run_training(replace(with_budget(tiered_run, ""), samples=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
         ("pwritev", errno.ENOSPC, "No space left"),
-        pytest.param("preadv", errno.EIO, "Input/output error", marks=pytest.mark.slow),
+        ("preadv", errno.EIO, "Input/output error"),
     ],
 )
 def test_a_disk_that_fails_in_mid_run_is_a_line_and_the_last_checkpoint_is_good(

@@ -205,12 +205,17 @@ def test_a_damaged_checkpoint_is_said_in_a_line_and_costs_only_time(
     ("arguments", "line"),
     [
         (["--model.moe.experts-per-token", "99"], "experts_per_token=99 exceeds experts=8"),
-        (["--model.attention.kv-heads", "3"], "heads=4 is not divisible by kv_heads=3"),
-        (["--model.moe.groups", "3"], "groups=3 does not divide experts=8"),
         (["--data.source", "files:/nowhere/*.txt"], "/nowhere/*.txt"),
         (["--out", "/proc/run"], "--out '/proc/run' cannot be written"),
-        (["--model.moe.expert", "4"], "did you mean --model.moe.experts"),
         (["--model.vocabulary", "100"], "model.vocabulary=100 is smaller than"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["--model.attention.kv-heads", "3"], "heads=4 is not divisible by kv_heads=3"),
+                (["--model.moe.groups", "3"], "groups=3 does not divide experts=8"),
+                (["--model.moe.expert", "4"], "did you mean --model.moe.experts"),
+            )
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, line):

@@ -245,6 +245,7 @@ print(json.dumps(counts))
 """
 
 
+@pytest.mark.slow  # the audit compiles these launches as well
 def test_a_jitted_gradient_holds_the_kernels_for_each_architecture():
     pytest.importorskip("jax_cuda13_plugin")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

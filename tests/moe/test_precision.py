@@ -56,6 +56,7 @@ def test_emulation_equals_the_reference_forward_and_every_gradient(name):
         np.testing.assert_allclose(found[part], array, rtol=1e-4, atol=1e-4 * rms, err_msg=part)
 
 
+@pytest.mark.slow
 def test_emulation_in_16_bits_is_that_in_float32_rounded():
     half = results(by_emulation, ROUTES["balanced"], jnp.bfloat16)
     assert half["out"].dtype == jnp.bfloat16

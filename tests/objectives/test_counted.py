@@ -55,7 +55,7 @@ OBJECTIVES = {
     ),
     "policy": (policy.policy_objective(policy.GenerativeConfig(anchor=0.5), MODEL), (TEACHER,)),
 }
-SLOW = ("smoothed", "guess", "sampled", "random", "weighted", "swaps", "virtual")
+SLOW = ("smoothed", "guess", "sampled", "random", "weighted", "swaps", "virtual", "top_k")
 """Slow, because each has a sibling whose masks are the same lines."""
 
 

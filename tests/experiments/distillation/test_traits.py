@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from experiments.distillation import arms, traits
@@ -13,6 +14,7 @@ from moe_jax.distill.teacher import Teacher
 from moe_jax.model.abstract import abstract_states, graph_of
 
 
+@pytest.mark.slow
 def test_a_cache_along_the_batches(tmp_path):
     """Each row's samples are those that the teacher draws for exactly the tokens of that row."""
     tokenizer = make_tokenizer("bytes", ())

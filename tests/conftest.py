@@ -1,9 +1,7 @@
 """Small settings that all tests share."""
 
 import os
-import shutil
 import sys
-import tempfile
 
 if "gpu" in sys.argv:  # pytest -m gpu
     os.environ["MOE_JAX_TEST_GPU"] = "1"  # also in pytest-xdist's processes, which share the GPU:
@@ -17,13 +15,6 @@ if "MOE_JAX_TEST_GPU" not in os.environ:
     # start a process of their own.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Many tests train the same small model, each with a step of its own that XLA would compile
-    # anew. pytest-xdist's processes and the programs that tests start inherit the folder.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moe_jax-compiled-")
-    os.environ["MOE_JAX_TEST_OWNS_CACHE"] = str(os.getpid())
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,12 +26,6 @@ from moe_jax.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, 
 # Two CPU devices, so that data parallelism is tested on any machine; not more, because XLA's CPU
 # collectives wait for each other's threads, and a machine with two cores starves four of them.
 jax.config.update("jax_num_cpu_devices", 2)
-
-
-def pytest_unconfigure() -> None:
-    if os.environ.get("MOE_JAX_TEST_OWNS_CACHE") == str(os.getpid()):
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-
 
 GQA = AttentionConfig(kind="gqa", heads=4, kv_heads=2, head_dim=8)
 MLA = AttentionConfig(kind="mla", heads=3, q_rank=10, kv_rank=12, nope_dim=8, rope_dim=4, v_dim=6)

@@ -80,8 +80,12 @@ def test_against_the_reference_by_dtype(dtype):
 
 @pytest.mark.parametrize(
     "sizes",
-    [(16, 32, 32, 4), (33, 57, 23, 6), (150, 130, 70, 3), (300, 16, 136, 2)],
-    ids=["whole tiles", "no powers of two", "several tiles", "128 rows a block"],
+    [
+        pytest.param((16, 32, 32, 4), id="whole tiles"),
+        pytest.param((33, 57, 23, 6), id="no powers of two"),
+        pytest.param((150, 130, 70, 3), id="several tiles", marks=pytest.mark.slow),
+        pytest.param((300, 16, 136, 2), id="128 rows a block"),
+    ],
 )
 def test_against_the_reference_by_size(sizes):
     check(sizes, some_experts(sizes[0], 2, sizes[3]))

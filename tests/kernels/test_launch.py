@@ -68,6 +68,7 @@ def test_lowering_for_a_card_that_is_too_old():
     assert "7.5 is below 8.0" in support.reason
 
 
+@pytest.mark.slow
 def test_kernels_that_do_not_wait_for_each_other_are_interpreted_one_at_a_time(monkeypatch):
     monkeypatch.undo()
     # Before the first import of Triton, which reads the variable once.

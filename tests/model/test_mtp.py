@@ -4,6 +4,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from moe_jax.model.transformer import Transformer
@@ -60,6 +61,7 @@ def test_position_i_of_depth_k_sees_tokens_up_to_i_plus_k(small_model):
                 assert differs[first], "the newest allowed token is seen"
 
 
+@pytest.mark.slow  # tests/model/test_learning.py sees the gradients of all modules
 def test_the_loss_trains_the_modules_and_the_shared_table(small_model):
     config = replace(small_model, mtp_depth=1, tied_embedding=False)
     graph, parameters, router = nnx.split(

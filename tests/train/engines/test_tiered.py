@@ -378,6 +378,7 @@ def train_until(config, step):
             run_training(config)
 
 
+@pytest.mark.slow  # tests/test_campaign.py kills and continues one by default
 def test_a_run_in_tiers_is_resumed_bit_for_bit_and_loads_as_any_other(tiered_run, tmp_path):
     run_training(tiered_run)
     lines = list(read_lines(Path(tiered_run.out) / "metrics.jsonl"))

@@ -64,13 +64,21 @@ def finish(settings: list[str], out: Path) -> str:
     return printed
 
 
-def kill_when(settings: list[str], out: Path, moment: Callable[[Path], bool]) -> None:
+def start_until(
+    settings: list[str], out: Path, moment: Callable[[Path], bool]
+) -> subprocess.Popen[str]:
+    """A run that has just reached the moment."""
     process = start(settings, out)
     deadline = time.monotonic() + TIMEOUT
     while not moment(out):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.0005)
+    return process
+
+
+def kill_when(settings: list[str], out: Path, moment: Callable[[Path], bool]) -> None:
+    process = start_until(settings, out, moment)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -99,12 +107,7 @@ def writing(step: int) -> Callable[[Path], bool]:
 
 def stop(settings: list[str], out: Path, moment: Callable[[Path], bool], number: int) -> str:
     """Sends the signal at the moment. Returns what the run printed until it ended by itself."""
-    process = start(settings, out)
-    deadline = time.monotonic() + TIMEOUT
-    while not moment(out):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
+    process = start_until(settings, out, moment)
     os.kill(process.pid, number)
     printed, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + number, printed

@@ -55,11 +55,11 @@ def quote(value: Any) -> str:
     return brief(text)
 
 
-def brief(text: object) -> str:
-    """A foreign name, or the message of another library: one line of MOST_QUOTED characters."""
+def brief(text: object, most: int = MOST_QUOTED) -> str:
+    """A foreign name, or the message of another library: one line of at most `most` characters."""
     # Cut first, so that a long text costs nothing. White space only makes it shorter.
-    line = _printable(" ".join(str(text)[: 4 * MOST_QUOTED].split()))
-    return line if len(line) <= MOST_QUOTED else f"{line[: MOST_QUOTED - 1]}…"
+    line = _printable(" ".join(str(text)[: 4 * most].split()))
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def _printable(text: str) -> str:

@@ -1,5 +1,7 @@
 """Paths as a person writes them, and files whose size is known before they are read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moe_jax.base.errors import UserError, quote, require
@@ -35,3 +37,13 @@ def file_size(path: Path) -> int:
     require(path.exists(), f"{path.name} is missing")
     require(path.is_file(), f"{path.name} is no regular file")
     return path.stat().st_size
+
+
+@contextmanager
+def readable(path: Path, remedy: str, kind: str = "") -> Iterator[Path]:
+    """Turns an operating-system error inside the block into one line: kind, path, error, remedy."""
+    try:
+        yield path
+    except OSError as error:
+        name = f"{kind} {path}" if kind else str(path)
+        raise UserError(f"cannot read {name}: {error.strerror or error} ({remedy})") from error

@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_jax.base.errors import UserError
 from moe_jax.base.files import sync, write_atomically
+from moe_jax.base.paths import user_path
 from moe_jax.base.scratch import is_scratch, make_scratch, mark_scratch, remove_scratch
 from moe_jax.data.documents import digest
 
@@ -35,9 +36,9 @@ a start stays quick."""
 def cache_folder(setting: str) -> Path:
     """The folder that --data.cache names. Unset, $XDG_CACHE_HOME/moe_jax or ~/.cache/moe_jax."""
     if setting:
-        return Path(setting).expanduser()
+        return user_path(setting)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "moe_jax"
+    return user_path(base) / "moe_jax"
 
 
 @contextmanager

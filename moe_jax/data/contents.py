@@ -3,18 +3,20 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_jax.base.errors import UserError
+from moe_jax.base import paths
 from moe_jax.data.cache import HashIndex
 from moe_jax.data.encodings import utf8_blocks
 
 SETTLED_SECONDS = 2
 """Age from which a file's time stamps are trusted. A younger file may change again within one tick
 of its file system's clock, which leaves the time stamps as they are."""
+
+readable = partial(paths.readable, remedy="make it readable, or leave it out of data.source")
+"""A block that reads a file of the corpus. An error names the file."""
 
 
 class Content(NamedTuple):
@@ -50,15 +52,3 @@ def read_content(path: Path) -> Content:
             size += len(block)
             binary = binary or b"\0" in block
     return Content(state.hexdigest(), size, binary)
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[Path]:
-    """Turns an operating-system error inside the block into a UserError that names the file."""
-    try:
-        yield path
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror} (make it readable, or leave it out of "
-            "data.source)"
-        ) from error

@@ -8,7 +8,6 @@ Each shard is written atomically, so a killed build continues with the first tha
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.base.errors import UserError
 from moe_jax.base.files import write_atomically
+from moe_jax.base.paths import readable
 from moe_jax.config import require
 from moe_jax.data.batches import Windows
 from moe_jax.data.documents import digest
@@ -26,6 +25,11 @@ from moe_jax.distill.teacher import Teacher, require_same_tokens
 from moe_jax.distill.teacher_outputs import CacheConfig, make_outputs
 
 CHECKSUM_BYTES = 16
+_readable = partial(
+    readable,
+    kind="the teacher's cache",
+    remedy="mend the disk, or name another folder with --data.cache",
+)
 Row = dict[str, np.ndarray]
 
 
@@ -136,18 +140,6 @@ class TeacherCache:
         # process has about a thousand.
         with _readable(self.path(shard)) as path:
             return np.fromfile(path, self.dtype, count, offset=begin * self.dtype.itemsize)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[Path]:
-    """Turns an operating-system error inside the block into a UserError that names the file."""
-    try:
-        yield path
-    except OSError as error:
-        raise UserError(
-            f"cannot read the teacher's cache {path}: {error.strerror or error} (mend the disk, or "
-            "name another folder with --data.cache)"
-        ) from error
 
 
 def build_cache(

@@ -9,6 +9,7 @@ import jax
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError, require
 from moe_jax.base.files import disk_errors, only_process
+from moe_jax.base.paths import user_path
 from moe_jax.base.signals import keeping
 from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
 from moe_jax.runs.load import newest_step
@@ -31,7 +32,7 @@ def run_training(config: TrainConfig) -> Path:
         f"{jax.process_count()} processes were started (jax.distributed): training has one process "
         "with all devices of a machine, start it once",
     )
-    folder = Path(config.out).expanduser()
+    folder = user_path(config.out)
     with keeping(lambda: what_is_kept(folder, config.last_step)):
         # The task first: a teacher's tokenizer decides the vocabulary that the engine needs.
         task = task_of(config)
@@ -71,12 +72,13 @@ def finished_verdict(config: TrainConfig, out: Path) -> str | None:
     if saved_step(out) != config.last_step:
         return None
     try:
-        # A damaged checkpoint is no end: the training goes back to the one before it.
-        if manifest_fault(out / "checkpoints" / str(config.last_step)) is not None:
-            return None
         result = json.loads((out / "result.json").read_text())
-        reported = from_dict(TrainConfig, result["config"])
-        return result["verdict"] if _settings(reported) == _settings(config) else None
+        if _settings(from_dict(TrainConfig, result["config"])) != _settings(config):
+            return None
+        # A damaged checkpoint is no end: the training goes back to the one before it. Last, because
+        # the whole checkpoint is read.
+        damaged = manifest_fault(out / "checkpoints" / str(config.last_step)) is not None
+        return None if damaged else result["verdict"]
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None  # no report, or not one of this version: it is written again
 

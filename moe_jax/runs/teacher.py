@@ -1,10 +1,10 @@
 """The teacher that a run names: a run of ours, a GGUF file, or a folder of safetensors."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
+from moe_jax.base.paths import user_path
 from moe_jax.config import TrainConfig, require
 from moe_jax.distill.teacher import Teacher
 from moe_jax.interop.gguf import GET_SMOLLM2, SMOLLM2
@@ -22,7 +22,7 @@ def find_teacher(name: str) -> Teacher:
 
     UserError: there is no such teacher.
     """
-    place = Path(name).expanduser()
+    place = user_path(name)
     if (place / "checkpoints").is_dir():
         run = load_run(place)
         teacher = Teacher(run.config.model, run.state.parameters, run.state.router, run.tokenizer)

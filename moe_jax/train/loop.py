@@ -214,10 +214,10 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     last = config.last_step
     first = int(run.state.step)
     path = run.out / "metrics.jsonl"
-    before = elapsed_until(read_lines(path), first)
-    speed = Speedometer(config.batch * config.data.length, last, before=before)
     # A kill may leave lines of updates that no checkpoint has. They are done again.
     lines = MetricsFile(path, resume_after=first)
+    before = elapsed_until(read_lines(path), first)
+    speed = Speedometer(config.batch * config.data.length, last, before=before)
     with Display(last) as display:
 
         def finish(step: int, metrics: Metrics, save: bool) -> None:

@@ -15,6 +15,9 @@ from moe_jax.base.files import write_atomically
 from moe_jax.moe.layer import RouterStats
 from moe_jax.train.state import Metrics
 
+NumberedLine = tuple[int, dict[str, Any] | None, bytes]
+"""(number from 1, the line as an object, its bytes). None in place of a damaged line."""
+
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics file, without those that cannot be read.
@@ -28,8 +31,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             say(f"{path}: line {number} is damaged and left out")
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None, bytes]]:
-    """(number from 1, the line as an object, its bytes). None in place of a damaged line."""
+def _numbered_lines(path: Path) -> Iterator[NumberedLine]:
+    """The lines of a file in order."""
     if not path.exists():
         return
     # Bytes, because a damaged line need not be UTF-8.
@@ -59,8 +62,9 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resume_after: int) -> None:
-        _set_damaged_aside(path)
-        lines = (line for _, line, _ in _numbered_lines(path) if line is not None)
+        numbered = list(_numbered_lines(path))
+        _set_damaged_aside(path, numbered)
+        lines = (line for _, line, _ in numbered if line is not None)
         kept = [line for line in lines if line["step"] <= resume_after]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
@@ -79,13 +83,9 @@ class MetricsFile:
         self._file.close()
 
 
-def _set_damaged_aside(path: Path) -> None:
+def _set_damaged_aside(path: Path, numbered: list[NumberedLine]) -> None:
     """Adds the damaged lines to PATH.damaged, and says so. The last line may be cut off."""
-    damaged = [
-        (number, raw)
-        for number, line, raw in _numbered_lines(path)
-        if line is None and raw.endswith(b"\n")
-    ]
+    damaged = [(n, raw) for n, line, raw in numbered if line is None and raw.endswith(b"\n")]
     if not damaged:
         return
     aside = path.with_name(f"{path.name}.damaged")

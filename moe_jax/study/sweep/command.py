@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from moe_jax import cli
+from moe_jax.base.paths import user_path
 from moe_jax.base.seeds import check_seed
 from moe_jax.config import TrainConfig, require
 from moe_jax.study.sweep.axes import Axis, parse_axis
@@ -85,7 +86,7 @@ class Sweep:
     def out(self) -> Path:
         """The sweep's folder."""
         digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
-        return Path(self.config.out or f"runs/sweep-{digest}").expanduser()
+        return user_path(self.config.out or f"runs/sweep-{digest}")
 
     @property
     def trials(self) -> int:

@@ -8,9 +8,11 @@ from typing import Any
 import orbax.checkpoint as ocp
 import tensorstore
 
-from moe_jax.base.errors import UserError, require
+from moe_jax.base.errors import UserError, brief, require
 from moe_jax.base.files import disk_fault
 
+MOST_WORDS = 160
+"""Characters of an error of these libraries, whose text has many lines."""
 SCHEMES = ("gs", "s3", "az", "hf")
 """Orbax takes /s3/… for an object store."""
 
@@ -64,11 +66,6 @@ def require_plain_path(folder: Path) -> None:
         raise UserError(f"{name!a:.200} is no UTF-8, which tensorstore wants{remedy}") from None
 
 
-def first_words(error: Exception) -> str:
-    """The beginning of an error of these libraries, whose text has many lines."""
-    return " ".join(str(error).split())[:160]
-
-
 def require_arrays(folder: Path, count: int) -> None:
     """Opens every array in the folder and reads its last element.
 
@@ -85,4 +82,6 @@ def require_arrays(folder: Path, count: int) -> None:
         except ValueError as error:
             if disk_fault(error) is not None:
                 raise
-            raise UserError(f"{path.parent} does not open again: {first_words(error)}") from error
+            raise UserError(
+                f"{path.parent} does not open again: {brief(error, MOST_WORDS)}"
+            ) from error

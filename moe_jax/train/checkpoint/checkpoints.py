@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import jax
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief
 from moe_jax.base.files import ANSWERS, disk_errors, disk_fault, patiently, sync
 from moe_jax.base.scratch import make_scratch, remove_scratch
 from moe_jax.config import CheckpointConfig
 from moe_jax.train.checkpoint.arrays import (
-    first_words,
+    MOST_WORDS,
     make_checkpointer,
     require_arrays,
     require_plain_path,
@@ -200,7 +200,7 @@ class Checkpoints:
             with read_errors(folder):
                 return patiently(read)
         except (ValueError, *ANSWERS) as error:
-            return Passed(step, "unusable", f"its arrays do not load: {first_words(error)}")
+            return Passed(step, "unusable", f"its arrays do not load: {brief(error, MOST_WORDS)}")
 
     def _set_aside(self) -> None:
         for passed in self._passed:

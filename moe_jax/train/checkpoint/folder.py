@@ -108,8 +108,6 @@ def _problem(extra: Any) -> str | None:
         from_dict(TrainConfig, extra["config"])
     except UserError as error:
         return str(error)
-    except AttributeError:
-        return f"another version of moe_jax wrote its config: {remedy}"
     return None
 
 

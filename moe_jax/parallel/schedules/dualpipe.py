@@ -22,7 +22,8 @@ def dualpipe(stages: int, microbatches: int, chunks: int = 2) -> PipelineSchedul
     require(stages % 2 == 0, f"dualpipe needs an even number of stages, not {stages}")
     require_microbatches("dualpipe", microbatches, 2 * stages, stages)
     require(
-        microbatches % 2 == 0, f"dualpipe needs an even number of micro-batches, not {microbatches}"
+        microbatches % 2 == 0,
+        f"dualpipe needs an even number of micro-batches, not {microbatches}",
     )
     half = microbatches // 2
     down = straight(stages)
@@ -59,34 +60,44 @@ def _eight_steps(writer: OrderWriter, rank: int, middle: int, count: int, near: 
     """
     far = 1 - near
     to_middle = middle - rank - 1
-    for _ in range(2 * to_middle):  # 1
-        writer.forward(near)
-    for _ in range(rank + 1):  # 2
-        writer.forward(near)
-        writer.forward(far)
-    for _ in range(to_middle):  # 3
-        writer.backward_input(far)
-        writer.weight()
-        writer.forward(far)
-    for number in range(count - 2 * middle + rank + 1):  # 4
+    _fill(writer, near, far, to_middle, rank + 1)
+    for number in range(count - 2 * middle + rank + 1):  # step 4
         if number == 0 and to_middle == 0:
-            # The middle has no other work yet: a pair would make the next device wait for longer.
+            # Its neighbours wait for this output. A pair would end later than a forward alone.
             writer.forward(near)
             writer.backward(far)
         else:
             writer.overlapped(near, far)
         writer.overlapped(far, near)
-    for _ in range(to_middle):  # 5
+    for _ in range(to_middle):  # step 5
         writer.backward(far)
         writer.overlapped(far, near)
-    for number in range(2 * (rank + 1)):  # 6
+    _drain(writer, near, far, to_middle, rank + 1)
+    return writer.finish()  # step 8
+
+
+def _fill(writer: OrderWriter, near: int, far: int, to_middle: int, to_end: int) -> None:
+    """Steps 1 to 3."""
+    for _ in range(2 * to_middle):
+        writer.forward(near)
+    for _ in range(to_end):
+        writer.forward(near)
+        writer.forward(far)
+    for _ in range(to_middle):
+        writer.backward_input(far)
+        writer.weight()
+        writer.forward(far)
+
+
+def _drain(writer: OrderWriter, near: int, far: int, to_middle: int, to_end: int) -> None:
+    """Steps 6 and 7."""
+    for number in range(2 * to_end):
         chunk = near if number % 2 else far
-        # The second half sends its gradients as soon as it can. Its weights fill the bubbles.
-        if number < rank + 1:
+        # The second half of them leaves the weights for the gaps that come.
+        if number < to_end:
             writer.backward(chunk)
         else:
             writer.backward_input(chunk)
-    for _ in range(to_middle):  # 7
+    for _ in range(to_middle):
         writer.weight()
         writer.backward_input(near)
-    return writer.finish()  # 8

@@ -12,6 +12,7 @@ The words, as everywhere in this folder:
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 from moe_jax.base.errors import UserError, require
@@ -114,7 +115,7 @@ class PipelineSchedule:
         return {place: number for path in self.paths for number, place in enumerate(path)}
 
     def path_of(self, microbatch: int) -> Path:
-        """The path of a micro-batch: with two, the first half of the micro-batches has the first."""
+        """The path of a micro-batch. With two paths, each has one half of the micro-batches."""
         return self.paths[microbatch * len(self.paths) // self.microbatches]
 
     def layers_of_piece(self, layers: int) -> int:
@@ -128,7 +129,7 @@ class PipelineSchedule:
 
 
 def _crossings(path: Path) -> int:
-    return sum(here.device != there.device for here, there in zip(path, path[1:], strict=False))
+    return sum(here.device != there.device for here, there in pairwise(path))
 
 
 def straight(devices: int, chunks: int = 1) -> Path:

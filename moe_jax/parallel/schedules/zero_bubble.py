@@ -56,7 +56,7 @@ def zb_v(stages: int, microbatches: int, chunks: int = 2) -> PipelineSchedule:
 
 
 def _v_order(rank: int, stages: int, microbatches: int) -> Order:
-    """Enough forwards that the first backward finds its device free, then six operations in turn."""
+    """Forwards until the first gradient can arrive, then six operations in turn."""
     writer = OrderWriter((0, 0), microbatches)
     for _ in range(2 * (stages - rank) - 1):
         writer.forward(0)

@@ -1,5 +1,6 @@
 """The time, bubble and activations of a pipeline schedule, from the costs of its operations."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,10 +72,10 @@ def simulate(
     lockstep: devices go from tick to tick together, as in one program over all devices. A tick
         takes as long as its slowest device, and `communication` once.
 
-    UserError: costs that are negative or all 0, or a sequence of another length.
+    UserError: costs that are negative, infinite or all 0, or a sequence of another length.
     """
     costs = _Costs(schedule, forward, backward_input, backward_weight, overlapped)
-    require(communication >= 0, f"communication is {communication}: it must not be negative")
+    _require_time("communication is", communication)
     if lockstep:
         timeline = _in_lockstep(schedule, costs, communication)
     else:
@@ -127,7 +128,7 @@ class _Costs:
         everything = sum(self.forward) + sum(self.backward_input) + sum(self.backward_weight)
         require(everything > 0, "all costs are 0: at least one must be positive")
         if overlapped is not None:
-            require(overlapped >= 0, f"overlapped is {overlapped}: it must not be negative")
+            _require_time("overlapped is", overlapped)
             self.gain = overlapped * schedule.stages / everything
 
     def of_step(self, device: int, step: Step) -> float:
@@ -155,8 +156,13 @@ def _of_pieces(schedule: PipelineSchedule, name: str, cost: Cost) -> tuple[float
         costs = tuple(cost)
     else:
         costs = (cost * schedule.piece_size,) * schedule.pieces
-    require(min(costs) >= 0, f"{name} is {min(costs)}: a cost must not be negative")
+    for one in costs:
+        _require_time(f"{name} has a cost of", one)
     return costs
+
+
+def _require_time(words: str, value: float) -> None:
+    require(0 <= value < math.inf, f"{words} {value}: it must be finite and not negative")
 
 
 def _in_lockstep(schedule: PipelineSchedule, costs: _Costs, communication: float) -> Timeline:

@@ -39,7 +39,7 @@ class Published:
     weights: int
     """Stages whose weights a device holds."""
     needs: str
-    """The costs for which the bubble is exact."""
+    """For what the bubble is exact (docs/pipeline.md says what it is elsewhere)."""
     source: str
 
 
@@ -60,8 +60,8 @@ def _h2(P: int, v: int, c: Costs) -> float:
 
 
 EQUAL = "F = Bi = W"
-WEIGHTS_SHORT = "W ≤ F and W ≤ Bi"
-DUAL_COSTS = "F = Bi = W, 2 ≤ F&B/F ≤ 3"
+WEIGHTS_SHORT = "W ≤ F, W ≤ Bi and M ≥ P"
+DUAL_COSTS = "F = Bi = W and 2F ≤ F&B ≤ 3F"
 
 PUBLISHED: dict[str, Published] = {
     "gpipe": Published(

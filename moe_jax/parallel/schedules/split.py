@@ -19,8 +19,10 @@ def split_backwards(schedule: PipelineSchedule) -> PipelineSchedule:
 
 
 def _parts(step: Step) -> tuple[Step, ...]:
-    if len(step) > 1 or step[0].kind != Kind.BACKWARD:
+    first = step[0]
+    if len(step) > 1 or first.kind != Kind.BACKWARD:
         return (step,)
-    return tuple(
-        (step[0]._replace(kind=kind),) for kind in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+    return (
+        (first._replace(kind=Kind.BACKWARD_INPUT),),
+        (first._replace(kind=Kind.BACKWARD_WEIGHT),),
     )

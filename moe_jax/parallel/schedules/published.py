@@ -40,7 +40,25 @@ class Published:
     """Stages whose weights a device holds."""
     needs: str
     """For what the bubble is exact (docs/pipeline.md says what it is elsewhere)."""
+    exact: Callable[[int, int, Costs], bool]
+    """Whether (P, M, costs) are what `needs` says."""
     source: str
+
+
+def _any_costs(P: int, M: int, c: Costs) -> bool:
+    return True
+
+
+def _short_weights(P: int, M: int, c: Costs) -> bool:
+    return c.backward_weight <= min(c.forward, c.backward_input) and M >= P
+
+
+def _equal_costs(P: int, M: int, c: Costs) -> bool:
+    return c.forward == c.backward_input == c.backward_weight
+
+
+def _dual_costs(P: int, M: int, c: Costs) -> bool:
+    return _equal_costs(P, M, c) and 2 * c.forward <= c.overlapped <= 3 * c.forward
 
 
 def _one_way(P: int, v: int, c: Costs) -> float:
@@ -70,7 +88,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: M,
         peak_text="M",
         weights=1,
-        needs="any",
+        needs="nothing",
+        exact=_any_costs,
         source="arXiv:1811.06965",
     ),
     "1f1b": Published(
@@ -79,7 +98,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: min(P, M),
         peak_text="P",
         weights=1,
-        needs="any",
+        needs="nothing",
+        exact=_any_costs,
         source="arXiv:2006.09503",
     ),
     "interleaved": Published(
@@ -88,7 +108,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: min(M, P * (1 + (P - 1) / (P * v))),
         peak_text="P(1+(P-1)/(Pv))",
         weights=1,
-        needs="any",
+        needs="nothing",
+        exact=_any_costs,
         source="arXiv:2104.04473",
     ),
     "zb-h1": Published(
@@ -98,6 +119,7 @@ PUBLISHED: dict[str, Published] = {
         peak_text="P",
         weights=1,
         needs=WEIGHTS_SHORT,
+        exact=_short_weights,
         source=ZERO_BUBBLE,
     ),
     "zb-h2": Published(
@@ -107,6 +129,7 @@ PUBLISHED: dict[str, Published] = {
         peak_text="2P-1",
         weights=1,
         needs=WEIGHTS_SHORT,
+        exact=_short_weights,
         source=ZERO_BUBBLE,
     ),
     "zb-v": Published(
@@ -116,6 +139,7 @@ PUBLISHED: dict[str, Published] = {
         peak_text="P",
         weights=1,
         needs=EQUAL,
+        exact=_equal_costs,
         source=ZERO_BUBBLE,
     ),
     "dualpipe": Published(
@@ -125,6 +149,7 @@ PUBLISHED: dict[str, Published] = {
         peak_text="P+1",
         weights=2,
         needs=DUAL_COSTS,
+        exact=_dual_costs,
         source=DUALPIPE,
     ),
     "dualpipev": Published(
@@ -134,6 +159,7 @@ PUBLISHED: dict[str, Published] = {
         peak_text="P+1",
         weights=2,
         needs=DUAL_COSTS,
+        exact=_dual_costs,
         source=DUALPIPE,
     ),
 }

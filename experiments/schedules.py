@@ -25,6 +25,7 @@ from moe_jax.study.plots import save_figures
 
 QUESTION = "What does each pipeline schedule cost, and does it cost what its paper says?"
 CLOSED_FORM = "closed form"
+UNEXPLAINED = "UNEXPLAINED"
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ class Row:
     free: Simulation
     """Every device goes on as soon as it can."""
     lockstep: Simulation
-    """All devices go from tick to tick together, with backwards in two parts."""
+    """All devices go from tick to tick together. Backwards are whole or split, as it is faster."""
     published: Published
     bubble: float
     """The closed form's."""
     peak: float
     """The closed form's."""
-    exact: bool
-    """Whether the costs are those for which the closed form of the bubble is meant."""
+    reason: str
+    """Why the closed form of the bubble is not meant for these costs, or nothing."""
 
     def agrees(self) -> bool:
         """Whether the simulation has the closed form's bubble and peak."""
@@ -86,12 +87,32 @@ class Row:
         return same and abs(max(self.free.peak_activations) - self.peak) < 1e-9
 
 
-def simulate_row(name: str, settings: Settings) -> Row:
-    """UserError: the schedule cannot have these numbers of stages and micro-batches."""
+def chunks_of(name: str, settings: Settings) -> int:
+    """Pieces of a stage. Only `interleaved` has a choice."""
+    return settings.chunks if name == "interleaved" else 1
+
+
+def built(settings: Settings) -> list[PipelineSchedule]:
+    """Those of the eight that exist for these numbers. Prints why the others do not."""
+    schedules = []
+    for name in SCHEDULES:
+        chunks = chunks_of(name, settings)
+        P = settings.stages
+        try:
+            schedules.append(
+                build(name, stages=P, microbatches=settings.microbatches, chunks=chunks)
+            )
+        except UserError as error:
+            print(f"left out: {error}")
+    require(bool(schedules), "no schedule can be built with these settings")
+    return schedules
+
+
+def simulate_row(schedule: PipelineSchedule, settings: Settings) -> Row:
+    """UserError: costs that are negative, infinite or all 0."""
     P = settings.stages
     M = settings.microbatches
-    chunks = settings.chunks if name == "interleaved" else 1
-    schedule = build(name, stages=P, microbatches=M, chunks=chunks)
+    chunks = chunks_of(schedule.name, settings)
 
     def run(one: PipelineSchedule, lockstep: bool) -> Simulation:
         return simulate(
@@ -104,29 +125,27 @@ def simulate_row(name: str, settings: Settings) -> Row:
             lockstep=lockstep,
         )
 
-    published = PUBLISHED[name]
+    published = PUBLISHED[schedule.name]
     return Row(
         schedule=schedule,
         free=run(schedule, False),
-        lockstep=run(split_backwards(schedule), True),
+        lockstep=min(
+            (run(one, True) for one in (schedule, split_backwards(schedule))),
+            key=lambda simulation: simulation.makespan,
+        ),
         published=published,
         bubble=published.bubble(P, chunks, settings.costs),
         peak=published.peak(P, M, chunks),
-        exact=published.exact(P, M, settings.costs) and settings.communication == 0,
+        reason=_reason(published, settings),
     )
 
 
-def all_rows(settings: Settings) -> list[Row]:
-    """Those of the eight that exist for these numbers. Prints why the others do not."""
-    rows = []
-    for name in SCHEDULES:
-        try:
-            rows.append(simulate_row(name, settings))
-        except UserError as error:
-            # Wrong costs would be wrong for all of them. Then there are no rows.
-            print(f"left out: {error}")
-    require(bool(rows), "no schedule can be built with these settings")
-    return rows
+def _reason(published: Published, settings: Settings) -> str:
+    if settings.communication:
+        return "the closed form has no communication"
+    if not published.exact(settings.stages, settings.microbatches, settings.costs):
+        return f"the closed form needs {published.needs}"
+    return ""
 
 
 def print_table(rows: list[Row], settings: Settings) -> None:
@@ -198,13 +217,9 @@ def verdict(rows: list[Row]) -> str:
     others = [row for row in rows if not row.agrees()]
     sentences = [f"{len(agreeing)} of {len(rows)} schedules have the published bubble and peak."]
     for row in others:
-        reason = (
-            "for no reason that is known"
-            if row.exact
-            else f"its closed form needs {row.published.needs}, and no communication"
-        )
+        numbers = f"{row.free.bubble:g}, not {row.bubble:g}"
         sentences.append(
-            f"{row.schedule.name} has a bubble of {row.free.bubble:g}, not {row.bubble:g}: {reason}."
+            f"{row.schedule.name} has a bubble of {numbers}: {row.reason or UNEXPLAINED}."
         )
     return " ".join(sentences)
 
@@ -213,7 +228,7 @@ def title(row: Row) -> str:
     """A panel's name with the three numbers that tell schedules apart."""
     peak = max(row.free.peak_activations)
     return (
-        f"{row.schedule.name}: bubble {row.free.bubble:g}, "
+        f"{row.schedule.name} on {row.schedule.devices} devices: bubble {row.free.bubble:g}, "
         f"activations {peak:g}, weights {row.schedule.weights:g}"
     )
 
@@ -248,7 +263,7 @@ def main(argv: list[str]) -> None:
     """Simulates, prints, draws, writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
     out = output_folder(settings.out)
-    rows = all_rows(settings)
+    rows = [simulate_row(schedule, settings) for schedule in built(settings)]
     print_table(rows, settings)
     figures = {row.schedule.name.replace("-", "_"): draw_one(row) for row in rows}
     save_figures({"all": draw_all(rows), **figures}, out / "plots", out.resolve().name)

@@ -14,7 +14,7 @@ COLORS = {
     Kind.BACKWARD_INPUT: ("#9adbd0", "#1d8a7a"),
     Kind.BACKWARD_WEIGHT: ("#cfdf8f", "#7a8f1c"),
 }
-"""The colours of a device's even and odd chunks. The text on them is black and white."""
+"""The colours of a device's even and odd chunks. Numbers on them are black and white."""
 WORDS = {
     Kind.FORWARD: "forward",
     Kind.BACKWARD: "whole backward",
@@ -36,8 +36,10 @@ def draw_timeline(axes: Axes, timeline: Timeline, until: float) -> None:
     axes.set_yticks(range(len(timeline)), [f"device {device}" for device in range(len(timeline))])
     axes.tick_params(labelsize=8, length=2)
     axes.set_facecolor("0.93")
-    figure = axes.figure
-    width = figure.get_figwidth() * axes.get_position().width  # pyright: ignore
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    # About what is left of a figure beside the names of the devices.
+    width = 0.93 * figure.get_figwidth()
     for device, spans in enumerate(timeline):
         for span in spans:
             _draw_step(axes, device, span, width / until)
@@ -54,8 +56,7 @@ def _draw_step(axes: Axes, device: int, span: Span, inches: float) -> None:
         box = Rectangle((start, top), width, height, facecolor=color, edgecolor="white", lw=0.6)
         axes.add_patch(box)
         text = str(operation.microbatch)
-        if width * inches > DIGIT_INCHES * (len(text) + 0.6):
-            # Not more than a panel's pair can hold, one number over the other.
+        if width * inches > DIGIT_INCHES * (len(text) + 0.4):
             axes.text(
                 start + width / 2,
                 top + height / 2,
@@ -83,7 +84,7 @@ def draw_legend(figure: Figure, timelines: list[Timeline]) -> Legend:
         if any(operation.kind == kind for operation in operations)
     ]
     if 1 in chunks:
-        patches.append(Patch(color=COLORS[Kind.FORWARD][1], label="darker: every other chunk"))
+        patches.append(Patch(color=COLORS[Kind.FORWARD][1], label="darker: odd chunks of a device"))
     patches.append(Patch(facecolor="0.93", edgecolor="0.7", label="idle"))
     return figure.legend(
         handles=patches,

@@ -58,7 +58,8 @@ def _equal_costs(P: int, M: int, c: Costs) -> bool:
 
 
 def _dual_costs(P: int, M: int, c: Costs) -> bool:
-    return _equal_costs(P, M, c) and 2 * c.forward <= c.overlapped <= 3 * c.forward
+    even = c.forward == c.backward_input >= c.backward_weight
+    return even and c.backward <= c.overlapped <= c.forward + c.backward
 
 
 def _one_way(P: int, v: int, c: Costs) -> float:
@@ -79,7 +80,7 @@ def _h2(P: int, v: int, c: Costs) -> float:
 
 EQUAL = "F = Bi = W"
 WEIGHTS_SHORT = "W ≤ F, W ≤ Bi and M ≥ P"
-DUAL_COSTS = "F = Bi = W and 2F ≤ F&B ≤ 3F"
+DUAL_COSTS = "F = Bi ≥ W and B ≤ F&B ≤ F+B"
 
 PUBLISHED: dict[str, Published] = {
     "gpipe": Published(
@@ -96,7 +97,7 @@ PUBLISHED: dict[str, Published] = {
         bubble=_one_way,
         bubble_text="(P-1)(F+B)",
         peak=lambda P, M, v: min(P, M),
-        peak_text="P",
+        peak_text="min(P,M)",
         weights=1,
         needs="nothing",
         exact=_any_costs,
@@ -116,7 +117,7 @@ PUBLISHED: dict[str, Published] = {
         bubble=_h1,
         bubble_text="(P-1)(F+Bi-W)",
         peak=lambda P, M, v: min(P, M),
-        peak_text="P",
+        peak_text="min(P,M)",
         weights=1,
         needs=WEIGHTS_SHORT,
         exact=_short_weights,

@@ -1,0 +1,283 @@
+"""What does each pipeline schedule cost, and does it cost what its paper says?
+
+    python experiments/schedules.py [--out DIR] [--stages P] [--microbatches M] [--chunks v]
+
+Builds the eight schedules, runs them in the simulator with the given costs, draws them, and prints
+bubble, activations, weights and messages beside the closed forms. Everything is simulated: nothing
+is timed here. docs/pipeline.md explains the schedules and the columns.
+"""
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax.base.errors import UserError, require
+from moe_jax.base.result import Measurement, output_folder, write_result
+from moe_jax.cli import parse_settings, program
+from moe_jax.parallel.schedules import SCHEDULES, PipelineSchedule, build
+from moe_jax.parallel.schedules.published import PUBLISHED, Costs, Published
+from moe_jax.parallel.schedules.split import split_backwards
+from moe_jax.parallel.simulate import Simulation, simulate
+from moe_jax.study.gantt import draw_legend, draw_timeline
+from moe_jax.study.plots import save_figures
+
+QUESTION = "What does each pipeline schedule cost, and does it cost what its paper says?"
+CLOSED_FORM = "closed form"
+UNEXPLAINED = "UNEXPLAINED"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Simulates and draws the eight pipeline schedules."""
+
+    out: str = "runs/schedules"
+    """Folder for result.json and plots."""
+    seed: int = 0
+    """Unused, since a simulation draws nothing."""
+    quick: bool = False
+    """No difference: it takes seconds."""
+    stages: int = 4
+    """P: parts of the model. 1/P of it is the unit of everything printed."""
+    microbatches: int = 8
+    """M: micro-batches of an update."""
+    chunks: int = 2
+    """v: pieces of a stage under `interleaved`."""
+    forward: float = 1.0
+    """F: time of a stage's forward."""
+    backward_input: float = 1.0
+    """Bi: time of a stage's gradient of the input."""
+    backward_weight: float = 1.0
+    """W: time of a stage's gradient of the weights."""
+    overlapped: float | None = None
+    """F&B: time of an overlapped forward and backward. None: F + Bi + W."""
+    communication: float = 0.0
+    """Time that a message takes. The closed forms have none."""
+
+    @property
+    def costs(self) -> Costs:
+        """The costs, as the closed forms take them."""
+        pair = self.overlapped
+        if pair is None:
+            pair = self.forward + self.backward_input + self.backward_weight
+        return Costs(self.forward, self.backward_input, self.backward_weight, pair)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A schedule, simulated in two ways, and what is published of it."""
+
+    schedule: PipelineSchedule
+    free: Simulation
+    """Every device goes on as soon as it can."""
+    lockstep: Simulation
+    """All devices go from tick to tick together. Backwards are whole or split, as it is faster."""
+    published: Published
+    bubble: float
+    """The closed form's."""
+    peak: float
+    """The closed form's."""
+    reason: str
+    """Why the closed form of the bubble is not meant for these costs, or nothing."""
+
+    def agrees(self) -> bool:
+        """Whether the simulation has the closed form's bubble and peak."""
+        same = abs(self.free.bubble - self.bubble) < 1e-6 * max(1.0, self.bubble)
+        return same and abs(max(self.free.peak_activations) - self.peak) < 1e-9
+
+
+def chunks_of(name: str, settings: Settings) -> int:
+    """Pieces of a stage. Only `interleaved` has a choice."""
+    return settings.chunks if name == "interleaved" else 1
+
+
+def built(settings: Settings) -> list[PipelineSchedule]:
+    """Those of the eight that exist for these numbers. Prints why the others do not."""
+    schedules = []
+    for name in SCHEDULES:
+        chunks = chunks_of(name, settings)
+        P = settings.stages
+        try:
+            schedules.append(
+                build(name, stages=P, microbatches=settings.microbatches, chunks=chunks)
+            )
+        except UserError as error:
+            print(f"left out: {error}")
+    require(bool(schedules), "no schedule can be built with these settings")
+    return schedules
+
+
+def simulate_row(schedule: PipelineSchedule, settings: Settings) -> Row:
+    """UserError: costs that are negative, infinite or all 0."""
+    P = settings.stages
+    M = settings.microbatches
+    chunks = chunks_of(schedule.name, settings)
+
+    def run(one: PipelineSchedule, lockstep: bool) -> Simulation:
+        return simulate(
+            one,
+            forward=settings.forward,
+            backward_input=settings.backward_input,
+            backward_weight=settings.backward_weight,
+            overlapped=settings.overlapped,
+            communication=settings.communication,
+            lockstep=lockstep,
+        )
+
+    published = PUBLISHED[schedule.name]
+    return Row(
+        schedule=schedule,
+        free=run(schedule, False),
+        lockstep=min(
+            (run(one, True) for one in (schedule, split_backwards(schedule))),
+            key=lambda simulation: simulation.makespan,
+        ),
+        published=published,
+        bubble=published.bubble(P, chunks, settings.costs),
+        peak=published.peak(P, M, chunks),
+        reason=_reason(published, settings),
+    )
+
+
+def _reason(published: Published, settings: Settings) -> str:
+    if settings.communication:
+        return "the closed form has no communication"
+    if not published.exact(settings.stages, settings.microbatches, settings.costs):
+        return f"the closed form needs {published.needs}"
+    return ""
+
+
+def print_table(rows: list[Row], settings: Settings) -> None:
+    """Simulated numbers, each with its closed form."""
+    table = Table(
+        title=f"{settings.stages} stages, {settings.microbatches} micro-batches, simulated",
+        caption="Activations and weights in stages, times in the unit of the costs. "
+        "Lockstep: all devices wait at each tick. ≠: not what the closed form says.",
+    )
+    headers = ["schedule", "devices", "bubble", "closed form", "peak", "closed form", "weights"]
+    headers += ["messages", "makespan", "busy", "busy, lockstep"]
+    for header in headers:
+        table.add_column(header, justify="left" if header == "schedule" else "right")
+    for row in rows:
+        paper = row.published
+        free = row.free
+        sign = "" if row.agrees() else "≠ "
+        table.add_row(
+            row.schedule.name,
+            str(row.schedule.devices),
+            f"{free.bubble:g}",
+            f"{sign}{row.bubble:g} = {paper.bubble_text}",
+            f"{max(free.peak_activations):g}",
+            f"{row.peak:g} = {paper.peak_text}",
+            f"{row.schedule.weights:g}",
+            str(row.schedule.messages),
+            f"{free.makespan:g}",
+            f"{free.efficiency:.1%}",
+            f"{row.lockstep.efficiency:.1%}",
+        )
+    Console(width=150).print(table)
+
+
+def measurements(rows: list[Row]) -> list[Measurement]:
+    """Every column, by the name of its schedule."""
+    found = []
+    for row in rows:
+        name = row.schedule.name
+        free = row.free
+        peak = max(free.peak_activations)
+        ratio = free.bubble / row.bubble if row.bubble else None
+        found += [
+            Measurement(f"{name}.bubble", free.bubble, "time units", CLOSED_FORM, ratio),
+            Measurement(f"{name}.bubble_closed_form", row.bubble, "time units"),
+            Measurement(
+                f"{name}.peak_activations",
+                peak,
+                "stage-micro-batches",
+                CLOSED_FORM,
+                peak / row.peak,
+            ),
+            Measurement(f"{name}.peak_closed_form", row.peak, "stage-micro-batches"),
+            Measurement(f"{name}.weights", row.schedule.weights, "stages a device"),
+            Measurement(f"{name}.messages", row.schedule.messages, "messages an update"),
+            Measurement(f"{name}.makespan", free.makespan, "time units"),
+            Measurement(f"{name}.efficiency", free.efficiency, "share of the devices' time"),
+            Measurement(
+                f"{name}.lockstep_efficiency",
+                row.lockstep.efficiency,
+                "share of the devices' time",
+            ),
+        ]
+    return found
+
+
+def verdict(rows: list[Row]) -> str:
+    """Which simulations agree with their papers, and why the others do not."""
+    agreeing = [row.schedule.name for row in rows if row.agrees()]
+    others = [row for row in rows if not row.agrees()]
+    sentences = [f"{len(agreeing)} of {len(rows)} schedules have the published bubble and peak."]
+    for row in others:
+        numbers = f"{row.free.bubble:g}, not {row.bubble:g}"
+        sentences.append(
+            f"{row.schedule.name} has a bubble of {numbers}: {row.reason or UNEXPLAINED}."
+        )
+    return " ".join(sentences)
+
+
+def title(row: Row) -> str:
+    """A panel's name with the three numbers that tell schedules apart."""
+    peak = max(row.free.peak_activations)
+    return (
+        f"{row.schedule.name} on {row.schedule.devices} devices: bubble {row.free.bubble:g}, "
+        f"activations {peak:g}, weights {row.schedule.weights:g}"
+    )
+
+
+def draw_one(row: Row) -> Figure:
+    """One schedule."""
+    figure = Figure(figsize=(12, 1.5 + 0.33 * row.schedule.devices), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(title(row))
+    draw_timeline(axes, row.free.timeline, row.free.makespan)
+    axes.set_xlabel("time, in the unit of the costs")
+    draw_legend(figure, [row.free.timeline])
+    return figure
+
+
+def draw_all(rows: list[Row]) -> Figure:
+    """All of them below each other, on one axis of time."""
+    devices = [row.schedule.devices for row in rows]
+    figure = Figure(figsize=(12, 1.2 + sum(0.55 + 0.27 * n for n in devices)), layout="constrained")
+    panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=[2 + n for n in devices])
+    until = max(row.free.makespan for row in rows)
+    for axes, row in zip(panels[:, 0], rows, strict=True):
+        draw_timeline(axes, row.free.timeline, until)
+        axes.set_title(title(row), fontsize=9, loc="left")
+    panels[-1, 0].set_xlabel("time, in the unit of the costs")
+    figure.suptitle("Pipeline schedules, simulated")
+    draw_legend(figure, [row.free.timeline for row in rows])
+    return figure
+
+
+def main(argv: list[str]) -> None:
+    """Simulates, prints, draws, writes."""
+    settings = parse_settings(Settings(), argv, QUESTION)
+    out = output_folder(settings.out)
+    rows = [simulate_row(schedule, settings) for schedule in built(settings)]
+    print_table(rows, settings)
+    figures = {row.schedule.name.replace("-", "_"): draw_one(row) for row in rows}
+    save_figures({"all": draw_all(rows), **figures}, out / "plots", out.resolve().name)
+    text = verdict(rows)
+    write_result(
+        out,
+        experiment="schedules",
+        question=QUESTION,
+        config=settings,
+        measurements=measurements(rows),
+        verdict=text,
+    )
+    print(f"{text}\n{out}/result.json, plots/")
+
+
+if __name__ == "__main__":
+    program(main)

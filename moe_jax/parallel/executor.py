@@ -1,0 +1,461 @@
+"""Any pipeline schedule as one program: a scan over the ticks of its table on every device.
+
+In a tick a device does one step of the schedule, chosen by `lax.switch`, and sends what it computed
+to its neighbours by `ppermute`, outside the switch. So compiling takes as long for many
+micro-batches as for few. What lies between the steps of a micro-batch is kept in slots, whose
+number is the schedule's peak (parallel.ticks). A device that has nothing to do computes nothing.
+
+The executor knows no model. It takes three functions (Stages), and the layers between the first and
+the last of them are its pieces. Gradients are split by parallel.split.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.parallel.schedules import Kind, PipelineSchedule
+from moe_jax.parallel.split import Saveable, Split, everything, split
+from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, Part, TickTable, tick_table
+
+PIPE = "pipe"
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The model as the executor sees it. c is the context of one micro-batch."""
+
+    first: Callable[[Tree, Tree], Array]
+    """(shared, c) -> x, the input of the first layer."""
+    layer: Callable[[Tree, Array, Tree], tuple[Array, Array, Tree]]
+    """(p, x, (own, c)) -> (y, loss, others): a layer with parameters p and constants `own`."""
+    last: Callable[[Tree, Array, Tree], tuple[Array, Tree]]
+    """(shared, y, c) -> (loss, results), from the last layer's output."""
+
+
+class Arguments(NamedTuple):
+    """The arrays of one update."""
+
+    shared: Tree
+    """Parameters of `first` and `last`."""
+    layers: Tree
+    """Parameters of all layers, with a leading layer axis."""
+    own: Tree
+    """Constants of all layers, with a leading layer axis."""
+    contexts: Tree
+    """Contexts of all micro-batches, with a leading micro-batch axis."""
+
+
+class Result(NamedTuple):
+    """Sums over all micro-batches."""
+
+    loss: Array
+    """Of `last` and of all layers."""
+    shared: Tree
+    """Gradients."""
+    layers: Tree
+    """Gradients, with a leading layer axis."""
+    others: Tree
+    """Of every layer, with a leading layer axis."""
+    results: Tree
+    """Of `last`."""
+
+
+class Buffers(NamedTuple):
+    """What a device holds from tick to tick."""
+
+    activations: Array
+    """Messages that wait for their forward, [slots, …]."""
+    gradients: Array
+    """Messages that wait for their backward, [slots, …]."""
+    saved: Tree
+    """Between a forward and its last backward, [slots, …]."""
+    pending: Tree
+    """Between a backward to the input and the one to the weights, [slots, …]."""
+    result: Result
+
+
+class Step(NamedTuple):
+    """A device's cell of parallel.ticks.Part."""
+
+    microbatch: Array
+    chunk: Array
+    inbox: Array
+    saved: Array
+    pending: Array
+
+
+class Row(NamedTuple):
+    """A device's cell of the table."""
+
+    kind: Array
+    forward: Step
+    backward: Step
+    slots: tuple[Array, ...]
+    """Of each channel: where the message that comes in is stored."""
+
+
+def make_gradient(
+    schedule: PipelineSchedule,
+    stages: Stages,
+    mesh: Mesh,
+    saveable: Saveable = everything,
+    rows: P = P(),
+) -> Callable[[Arguments], Result]:
+    """The gradient of an update by this schedule, over the axis `pipe` of the mesh.
+
+    `rows` says how the contexts are laid out behind their micro-batch axis. Over the axes that it
+    names the losses are those of the whole batch: `layer` and `last` sum them (lax.psum).
+    """
+    placement = piece_numbers(schedule)
+    manual = {PIPE, *_names(rows)}
+
+    def of_device(arguments: Arguments) -> Result:
+        axes = tuple(sorted(manual))
+        return DeviceProgram.of(schedule, stages, saveable, axes, arguments).run()
+
+    spec = Arguments(P(), P(PIPE), P(PIPE), P(None, *rows))
+    out = Result(P(), P(), P(PIPE), P(PIPE), P())
+    local = jax.shard_map(
+        of_device, mesh=mesh, in_specs=(spec,), out_specs=out, axis_names=manual
+    )
+
+    def gradient(arguments: Arguments) -> Result:
+        def placed(tree: Tree) -> Tree:
+            return jax.tree.map(lambda a: to_places(a, placement), tree)
+
+        def collected(tree: Tree) -> Tree:
+            return jax.tree.map(lambda a: from_places(a, placement), tree)
+
+        placed_arguments = arguments._replace(
+            layers=placed(arguments.layers), own=placed(arguments.own)
+        )
+        result = local(placed_arguments)
+        return result._replace(layers=collected(result.layers), others=collected(result.others))
+
+    return gradient
+
+
+def piece_numbers(schedule: PipelineSchedule) -> np.ndarray:
+    """int[G, chunks]: the number of the piece that each device has as each of its chunks."""
+    chunks = len(schedule.positions) // schedule.devices
+    numbers = np.zeros((schedule.devices, chunks), np.int32)
+    for (device, chunk), number in schedule.positions.items():
+        numbers[device, chunk] = number
+    return numbers
+
+
+def to_places(layers: Array, placement: np.ndarray) -> Array:
+    """[layers, …] in the model's order -> [G · chunks, layers of a piece, …] as devices hold them."""
+    pieces = layers.reshape(placement.max() + 1, -1, *layers.shape[1:])
+    order = placement.reshape(-1)
+    # One piece a device in order is the common case, and takes no gather.
+    return pieces if np.array_equal(order, np.arange(len(order))) else pieces[order]
+
+
+def from_places(places: Array, placement: np.ndarray) -> Array:
+    """The sum of the copies of each piece, in the model's order: the transpose of to_places."""
+    order = placement.reshape(-1)
+    if not np.array_equal(order, np.arange(len(order))):
+        empty = jnp.zeros((placement.max() + 1, *places.shape[1:]), places.dtype)
+        places = empty.at[order].add(places)
+    return places.reshape(-1, *places.shape[2:])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The layers of a piece in a scan, so that one layer is compiled for all."""
+
+    layer: Split
+
+    def forward(self, p: Tree, x: Array, own: Tree, c: Tree) -> tuple[Array, Array, Tree, Tree]:
+        """(y, loss, others of every layer, saved)"""
+
+        def step(x: Array, layer: tuple[Tree, Tree]) -> tuple[Array, Tree]:
+            (y, loss, others), saved = self.layer.forward(layer[0], x, (layer[1], c))
+            return y, (loss, others, saved)
+
+        y, (losses, others, saved) = lax.scan(step, x, (p, own))
+        return y, losses.sum(), others, saved
+
+    def backward_input(
+        self, p: Tree, own: Tree, c: Tree, saved: Tree, dy: Array
+    ) -> tuple[Array, Tree]:
+        """(dx, kept)"""
+
+        def step(dy: Array, layer: tuple[Tree, Tree, Tree]) -> tuple[Array, Tree]:
+            p, own, saved = layer
+            return self.layer.backward_input(p, (own, c), saved, dy)
+
+        return lax.scan(step, dy, (p, own, saved), reverse=True)
+
+    def backward_weight(self, p: Tree, own: Tree, c: Tree, saved: Tree, kept: Tree) -> Tree:
+        """dp of every layer"""
+
+        def step(_: None, layer: tuple[Tree, Tree, Tree, Tree]) -> tuple[None, Tree]:
+            p, own, saved, kept = layer
+            return None, self.layer.backward_weight(p, (own, c), saved, kept)
+
+        return lax.scan(step, None, (p, own, saved, kept))[1]
+
+
+class Outbox(NamedTuple):
+    """What a device sends at the end of a tick: an output, and the gradient of an input."""
+
+    activation: Array
+    gradient: Array
+
+
+@dataclass(frozen=True)
+class DeviceProgram:
+    """The work of one device. It runs inside jax.shard_map over `axes`."""
+
+    table: TickTable
+    placement: np.ndarray
+    """piece_numbers of the schedule."""
+    stages: Stages
+    axes: tuple[str, ...]
+    arguments: Arguments
+    """Layers and their constants are [chunks, layers of a piece, …] here."""
+    piece: Piece
+    x: Any
+    """Shape of a message."""
+
+    @classmethod
+    def of(
+        cls,
+        schedule: PipelineSchedule,
+        stages: Stages,
+        saveable: Saveable,
+        axes: tuple[str, ...],
+        arguments: Arguments,
+    ) -> "DeviceProgram":
+        """Marks all arguments as the device's own, and splits the gradient of a layer."""
+        # Gradients then stay local until the end, where they are summed once, and all branches of
+        # the switch have results of one type.
+        arguments = own_copies(arguments, axes)
+        c = _at(arguments.contexts, 0)
+        x = jax.eval_shape(lambda a, c: own_copies(stages.first(a, c), axes), arguments.shared, c)
+        p, own = (_at(_at(tree, 0), 0) for tree in (arguments.layers, arguments.own))
+
+        def layer(p: Tree, x: Array, c: Tree) -> tuple[Array, Array, Tree]:
+            y, loss, others = stages.layer(p, x, c)
+            return own_copies(y, axes), loss, others
+
+        piece = Piece(split(layer, p, x, (own, c), saveable))
+        table = tick_table(schedule)
+        return cls(table, piece_numbers(schedule), stages, axes, arguments, piece, x)
+
+    def run(self) -> Result:
+        """All ticks, then the sums over devices."""
+        rows = jax.tree.map(lambda a: a[:, lax.axis_index(PIPE)], _rows(self.table))
+        buffers = own_copies(self._empty(), self.axes)
+        buffers, _ = lax.scan(lambda b, row: (self._tick(b, row), None), buffers, rows)
+        return self._summed(buffers.result)
+
+    def _tick(self, buffers: Buffers, row: Row) -> Buffers:
+        kinds = np.unique(self.table.kinds)  # kinds that the schedule never uses are not compiled
+        branch = jnp.asarray(np.searchsorted(kinds, np.arange(OVERLAPPED + 1)))[row.kind]
+        branches = [self._branch(kind) for kind in kinds]
+        buffers, outbox = lax.switch(branch, branches, buffers, row)
+        for channel, slot in zip(self.table.channels, row.slots, strict=True):
+            buffers = self._receive(buffers, channel, slot, getattr(outbox, channel.payload))
+        return buffers
+
+    def _branch(self, kind: int) -> Callable[[Buffers, Row], tuple[Buffers, Outbox]]:
+        """(buffers, row) -> (buffers, messages)"""
+
+        def branch(buffers: Buffers, row: Row) -> tuple[Buffers, Outbox]:
+            y = dx = jnp.zeros(self.x.shape, self.x.dtype)
+            if kind in (Kind.FORWARD, OVERLAPPED):
+                buffers, y = self._forward(buffers, row.forward)
+            if kind in (Kind.BACKWARD, OVERLAPPED):
+                buffers, dx, kept = self._backward_input(buffers, row.backward)
+                buffers = self._backward_weight(buffers, row.backward, kept)
+            if kind == Kind.BACKWARD_INPUT:
+                buffers, dx, kept = self._backward_input(buffers, row.backward)
+                pending = _put(buffers.pending, row.backward.pending, kept)
+                buffers = buffers._replace(pending=pending)
+            if kind == Kind.BACKWARD_WEIGHT:
+                kept = _at(buffers.pending, row.backward.pending)
+                buffers = self._backward_weight(buffers, row.backward, kept)
+            return own_copies((buffers, Outbox(y, dx)), self.axes)
+
+        return branch
+
+    def _forward(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array]:
+        p, own, c = self._inputs(step)
+        # Only the first piece's forward has no message.
+        x = lax.cond(
+            step.inbox == NONE,
+            lambda: own_copies(self.stages.first(self.arguments.shared, c), self.axes),
+            lambda: _at(buffers.activations, step.inbox),
+        )
+        y, loss, others, saved = self.piece.forward(p, x, own, c)
+        result = buffers.result
+        result = result._replace(
+            loss=result.loss + loss, others=_add_at(result.others, step.chunk, others)
+        )
+        saved = _put(buffers.saved, step.saved, (saved, y))
+        return buffers._replace(saved=saved, result=result), y
+
+    def _backward_input(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array, Tree]:
+        p, own, c = self._inputs(step)
+        saved, y = _at(buffers.saved, step.saved)
+        # Only the last piece's backward has no message. Only then is y the model's output.
+        dy, result = lax.cond(
+            step.inbox == NONE,
+            lambda result: self._last(result, y, c),
+            lambda result: (_at(buffers.gradients, step.inbox), result),
+            buffers.result,
+        )
+        dx, kept = self.piece.backward_input(p, own, c, saved, dy)
+        first = self._is_first(step)
+        result = lax.cond(first, lambda r: self._pull_first(r, dx, c), lambda r: r, result)
+        return buffers._replace(result=result), dx, kept
+
+    def _last(self, result: Result, y: Array, c: Tree) -> tuple[Array, Result]:
+        def last(shared: Tree, y: Array) -> tuple[Array, Tree]:
+            return self.stages.last(shared, y, c)
+
+        gradient = jax.value_and_grad(last, argnums=(0, 1), has_aux=True)
+        (loss, results), (shared, dy) = gradient(self.arguments.shared, y)
+        result = result._replace(
+            loss=result.loss + loss,
+            shared=_sum(result.shared, shared),
+            results=_sum(result.results, results),
+        )
+        return own_copies((dy, result), self.axes)
+
+    def _pull_first(self, result: Result, dx: Array, c: Tree) -> Result:
+        def first(shared: Tree) -> Array:
+            return own_copies(self.stages.first(shared, c), self.axes)
+
+        (shared,) = jax.vjp(first, self.arguments.shared)[1](dx)
+        return own_copies(result._replace(shared=_sum(result.shared, shared)), self.axes)
+
+    def _backward_weight(self, buffers: Buffers, step: Step, kept: Tree) -> Buffers:
+        p, own, c = self._inputs(step)
+        saved, _ = _at(buffers.saved, step.saved)
+        gradient = self.piece.backward_weight(p, own, c, saved, kept)
+        result = buffers.result
+        layers = _add_at(result.layers, step.chunk, gradient)
+        return buffers._replace(result=result._replace(layers=layers))
+
+    def _inputs(self, step: Step) -> tuple[Tree, Tree, Tree]:
+        """Parameters and constants of the chunk, and the context of the micro-batch."""
+        a = self.arguments
+        return _at(a.layers, step.chunk), _at(a.own, step.chunk), _at(a.contexts, step.microbatch)
+
+    def _receive(self, buffers: Buffers, channel: Channel, slot: Array, sent: Array) -> Buffers:
+        devices = self.table.kinds.shape[1]
+        if channel.hop:
+            pairs = [(device, (device + channel.hop) % devices) for device in range(devices)]
+            sent = lax.ppermute(sent, PIPE, pairs)
+        name = f"{channel.payload}s"
+        box = getattr(buffers, name)
+        # A device that receives nothing writes what is there.
+        value = jnp.where(slot == NONE, _at(box, jnp.maximum(slot, 0)), sent)
+        return buffers._replace(**{name: _put(box, jnp.maximum(slot, 0), value)})
+
+    def _is_first(self, step: Step) -> Array:
+        """Whether the chunk is the model's first piece."""
+        return jnp.asarray(self.placement == 0)[lax.axis_index(PIPE), step.chunk]
+
+    def _empty(self) -> Buffers:
+        """Slots and sums of zeros."""
+        a = self.arguments
+        zeros = jnp.zeros((), jnp.int32)
+        p, own, c = self._inputs(Step(*[zeros] * 5))
+        shapes = jax.eval_shape(self.piece.forward, p, self.x, own, c)
+        y, loss, others, saved = shapes
+        kept = jax.eval_shape(self.piece.backward_input, p, own, c, saved, y)[1]
+        results = jax.eval_shape(self.stages.last, a.shared, y, c)[1]
+        slots = self.table.slots
+        chunks = self.placement.shape[1]
+        return Buffers(
+            activations=_zeros(y, slots.activation),
+            gradients=_zeros(y, slots.gradient),
+            saved=_zeros((saved, y), slots.saved),
+            pending=_zeros(kept, slots.pending),
+            result=Result(
+                loss=_zeros(loss),
+                shared=_zeros(a.shared),
+                layers=_zeros(a.layers),
+                others=_zeros(others, chunks),
+                results=_zeros(results),
+            ),
+        )
+
+    def _summed(self, result: Result) -> Result:
+        """Over the devices of the pipeline, and gradients over the shares of the batch as well."""
+        shares = tuple(axis for axis in self.axes if axis != PIPE)
+
+        def equal(tree: Tree) -> Tree:
+            # Sums over the batch are on all of its devices already. pmax says so to the compiler.
+            return jax.tree.map(lambda a: lax.pmax(a, shares), tree) if shares else tree
+
+        return Result(
+            loss=lax.psum(equal(result.loss), PIPE),
+            shared=lax.psum(result.shared, self.axes),
+            layers=lax.psum(result.layers, shares) if shares else result.layers,
+            others=equal(result.others),
+            results=lax.psum(equal(result.results), PIPE),
+        )
+
+
+def own_copies(tree: Tree, axes: tuple[str, ...]) -> Tree:
+    """The tree with every leaf marked as the device's own over `axes` (lax.pcast)."""
+
+    def own(leaf: Array) -> Array:
+        missing = tuple(axis for axis in axes if axis not in jax.typeof(leaf).manual_axis_type.varying)
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(own, tree)
+
+
+def _rows(table: TickTable) -> Row:
+    """The table as arrays [ticks, G]."""
+
+    def step(part: Part) -> Step:
+        return Step(*(jnp.asarray(getattr(part, name)) for name in Step._fields))
+
+    slots = tuple(jnp.asarray(channel.slots) for channel in table.channels)
+    return Row(jnp.asarray(table.kinds), step(table.forward), step(table.backward), slots)
+
+
+def _at(tree: Tree, index: Array | int) -> Tree:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
+
+
+def _put(tree: Tree, index: Array, values: Tree) -> Tree:
+    return jax.tree.map(
+        lambda a, value: lax.dynamic_update_index_in_dim(a, value, index, 0), tree, values
+    )
+
+
+def _add_at(tree: Tree, index: Array, values: Tree) -> Tree:
+    return jax.tree.map(lambda a, value: a.at[index].add(value), tree, values)
+
+
+def _sum(tree: Tree, values: Tree) -> Tree:
+    return jax.tree.map(jnp.add, tree, values)
+
+
+def _zeros(shapes: Tree, *leading: int) -> Tree:
+    # At least one slot, so that a schedule without messages needs no case of its own.
+    leading = tuple(max(1, number) for number in leading)
+    return jax.tree.map(lambda a: jnp.zeros((*leading, *a.shape), a.dtype), shapes)
+
+
+def _names(spec: P) -> set[str]:
+    """The mesh axes of a PartitionSpec."""
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    return {name for entry in entries for name in entry if name is not None}

@@ -11,6 +11,7 @@ the last of them are its pieces. Gradients are split by parallel.split.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -261,34 +262,32 @@ class DeviceProgram:
         return self._summed(buffers.result)
 
     def _tick(self, buffers: Buffers, row: Row) -> Buffers:
-        kinds = np.unique(self.table.kinds)  # kinds that the schedule never uses are not compiled
-        branch = jnp.asarray(np.searchsorted(kinds, np.arange(OVERLAPPED + 1)))[row.kind]
-        branches = [self._branch(kind) for kind in kinds]
-        buffers, outbox = lax.switch(branch, branches, buffers, row)
+        empty = jnp.zeros(self.x.shape, self.x.dtype)
+        carry = own_copies((buffers, Outbox(empty, empty)), self.axes)
+        for kind in np.unique(self.table.kinds):  # what the schedule never does is not compiled
+            if kind != IDLE:
+                carry = _when(row.kind == kind, partial(self._do, kind, row), carry)
+        buffers, outbox = carry
         for channel, slot in zip(self.table.channels, row.slots, strict=True):
             buffers = self._receive(buffers, channel, slot, getattr(outbox, channel.payload))
         return buffers
 
-    def _branch(self, kind: int) -> Callable[[Buffers, Row], tuple[Buffers, Outbox]]:
-        """(buffers, row) -> (buffers, messages)"""
-
-        def branch(buffers: Buffers, row: Row) -> tuple[Buffers, Outbox]:
-            y = dx = jnp.zeros(self.x.shape, self.x.dtype)
-            if kind in (Kind.FORWARD, OVERLAPPED):
-                buffers, y = self._forward(buffers, row.forward)
-            if kind in (Kind.BACKWARD, OVERLAPPED):
-                buffers, dx, kept = self._backward_input(buffers, row.backward)
-                buffers = self._backward_weight(buffers, row.backward, kept)
-            if kind == Kind.BACKWARD_INPUT:
-                buffers, dx, kept = self._backward_input(buffers, row.backward)
-                pending = _put(buffers.pending, row.backward.pending, kept)
-                buffers = buffers._replace(pending=pending)
-            if kind == Kind.BACKWARD_WEIGHT:
-                kept = _at(buffers.pending, row.backward.pending)
-                buffers = self._backward_weight(buffers, row.backward, kept)
-            return own_copies((buffers, Outbox(y, dx)), self.axes)
-
-        return branch
+    def _do(self, kind: int, row: Row, carry: tuple[Buffers, Outbox]) -> tuple[Buffers, Outbox]:
+        """One step of a kind."""
+        buffers, (y, dx) = carry
+        if kind in (Kind.FORWARD, OVERLAPPED):
+            buffers, y = self._forward(buffers, row.forward)
+        if kind in (Kind.BACKWARD, OVERLAPPED):
+            buffers, dx, kept = self._backward_input(buffers, row.backward)
+            buffers = self._backward_weight(buffers, row.backward, kept)
+        if kind == Kind.BACKWARD_INPUT:
+            buffers, dx, kept = self._backward_input(buffers, row.backward)
+            pending = _put(buffers.pending, row.backward.pending, kept)
+            buffers = buffers._replace(pending=pending)
+        if kind == Kind.BACKWARD_WEIGHT:
+            kept = _at(buffers.pending, row.backward.pending)
+            buffers = self._backward_weight(buffers, row.backward, kept)
+        return own_copies((buffers, Outbox(y, dx)), self.axes)
 
     def _forward(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array]:
         p, own, c = self._inputs(step)
@@ -309,16 +308,13 @@ class DeviceProgram:
     def _backward_input(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array, Tree]:
         p, own, c = self._inputs(step)
         saved, y = _at(buffers.saved, step.saved)
+        dy = _at(buffers.gradients, jnp.maximum(step.inbox, 0))
         # Only the last piece's backward has no message. Only then is y the model's output.
-        dy, result = lax.cond(
-            step.inbox == NONE,
-            lambda result: self._last(result, y, c),
-            lambda result: (_at(buffers.gradients, step.inbox), result),
-            buffers.result,
+        dy, result = _when(
+            step.inbox == NONE, lambda carry: self._last(carry[1], y, c), (dy, buffers.result)
         )
         dx, kept = self.piece.backward_input(p, own, c, saved, dy)
-        first = self._is_first(step)
-        result = lax.cond(first, lambda r: self._pull_first(r, dx, c), lambda r: r, result)
+        result = _when(self._is_first(step), lambda r: self._pull_first(r, dx, c), result)
         return buffers._replace(result=result), dx, kept
 
     def _last(self, result: Result, y: Array, c: Tree) -> tuple[Array, Result]:
@@ -409,6 +405,19 @@ class DeviceProgram:
             others=equal(result.others),
             results=lax.psum(equal(result.results), PIPE),
         )
+
+
+def _when(predicate: Array, function: Callable[[Tree], Tree], carry: Tree) -> Tree:
+    """function(carry) if the predicate holds, else carry.
+
+    A loop of at most one turn, and not lax.cond: XLA updates the carry of a loop in place, and
+    would copy all slots and sums of gradients in each branch of a conditional.
+    """
+
+    def turn(state: tuple[Array, Tree]) -> tuple[Array, Tree]:
+        return jnp.zeros_like(state[0]), function(state[1])
+
+    return lax.while_loop(lambda state: state[0], turn, (predicate, carry))[1]
 
 
 def own_copies(tree: Tree, axes: tuple[str, ...]) -> Tree:

@@ -1,5 +1,8 @@
 """The linear map that every projection is."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -15,9 +18,49 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, *, std: float, dtype: jnp.dtype, key: Array
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        std: float,
+        dtype: jnp.dtype,
+        gradient: str = "float32",
+        key: Array,
     ) -> None:
+        """`gradient`: see ModelConfig.gradient_dtype."""
         self.weight = normal_parameter(key, (inputs, outputs), std, dtype)
+        self.gradient = gradient
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        return x @ self.weight[...].astype(x.dtype)
+        return product(x, self.weight[...], self.gradient)
+
+
+# The derivative is JAX's own but for the type of the weight's gradient. JAX rounds it to the type
+# of x, and XLA then sums it over devices in that type.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(
+    x: Float[Array, "*batch inputs"], weight: Float[Array, "inputs *outputs"], gradient: str
+) -> Float[Array, "*batch *outputs"]:
+    """x W, computed in the dtype of x.
+
+    The gradient of W is summed over rows, and over devices, in the dtype `gradient`. "compute" is
+    the dtype of x.
+    """
+    return jnp.tensordot(x, weight.astype(x.dtype), axes=1)
+
+
+def _forward(x: Array, weight: Array, gradient: str) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, weight, gradient), (x, weight)
+
+
+def _backward(gradient: str, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    batch = tuple(range(x.ndim - 1))
+    outputs = (tuple(range(x.ndim - 1, d_out.ndim)), tuple(range(1, weight.ndim)))
+    d_x = jnp.tensordot(d_out, weight.astype(x.dtype), axes=outputs)
+    wide = x.dtype if gradient == "compute" else jnp.dtype(gradient)
+    d_weight = jnp.tensordot(x, d_out, axes=(batch, batch), preferred_element_type=wide)
+    return d_x, d_weight.astype(weight.dtype)
+
+
+product.defvjp(_forward, _backward)

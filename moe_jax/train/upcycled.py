@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from moe_jax.config import ModelConfig, TrainConfig, fields, require
 from moe_jax.distill.teacher import Teacher
 from moe_jax.distill.upcycle import UpcycleConfig, sparse_config, upcycle
+from moe_jax.parallel.rules import replicated
 from moe_jax.train.state import TrainState
 
 SAME = (
@@ -83,6 +85,8 @@ def upcycled_state(config: TrainConfig, teacher: Teacher, state: TrainState) -> 
     how = upcycle_config(config, teacher.model)
     # Beside the student, which may live on several devices; the teacher was loaded on one.
     where = jax.tree.leaves(state.parameters)[0].sharding
+    if isinstance(where, NamedSharding):
+        where = replicated(where.mesh)
     _, parameters, router = upcycle(teacher.model, jax.device_put(teacher.parameters, where), how)
 
     def placed(new: Any, like: jax.Array) -> jax.Array:

@@ -13,8 +13,8 @@ from moe_jax.parallel.rules import place
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """The layout of every array of a state, by the letters of its parameter (parallel.rules).
 
-    Moments of an optimizer lie as their parameters. Arrays without a name, such as counters, are
-    whole on every device. UserError: a large array would be.
+    Moments of an optimizer lie as their parameters. Vectors and numbers are whole on every device.
+    UserError: a large array would be.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec_of(mesh, path, leaf.shape)), tree
@@ -23,12 +23,9 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 def spec_of(mesh: Mesh, path: tuple[Any, ...], shape: tuple[int, ...]) -> P:
     """The layout of one array. The leading axis of stacked layers is never split."""
-    name = dotted(path)
-    if not name:
+    if len(shape) < 2:
         return P()
+    name = dotted(path)
     letters = kind_of(name).axes.split()
     stacked = len(shape) - len(letters)
-    # Some optimizers keep a scalar in place of a moment that they do not need.
-    if stacked < 0:
-        return P()
     return P(*[None] * stacked, *place(letters, shape[stacked:], dict(mesh.shape), name))

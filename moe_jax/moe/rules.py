@@ -35,7 +35,9 @@ class RoutingContext(NamedTuple):
         """Whether a token belongs to a document. None: all do."""
         return None if self.documents is None else self.documents.reshape(-1) != 0
 
-    def draw_noise(self, config: MoEConfig, shape: tuple[int, ...]) -> Float[Array, "*shape"] | None:
+    def draw_noise(
+        self, config: MoEConfig, shape: tuple[int, ...]
+    ) -> Float[Array, "*shape"] | None:
         """The draws for tokens of this shape. None where the rule has no noise."""
         if self.key is None or config.rule != "noisy_top_k":
             return None

@@ -6,7 +6,6 @@ Exchange between devices lies above the mixture: no implementation of the expert
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
@@ -15,8 +14,8 @@ from moe_jax.base.errors import require
 from moe_jax.config import MoEConfig
 from moe_jax.moe.layer import Choice, Gate, Layer, RouterStats, choose, mix, moe_layer
 from moe_jax.moe.rules import RoutingContext
-from moe_jax.parallel.gather import gather
-from moe_jax.parallel.mesh import TENSOR, axis_sizes, batch_axes, manual_axes
+from moe_jax.parallel.gather import gather, sum_dtype
+from moe_jax.parallel.mesh import TENSOR, axis_sizes, batch_axes, free_axes, manual_axes
 from moe_jax.parallel.rules import place
 
 GATE_UP = ("E", "D", "2F")
@@ -38,8 +37,7 @@ def over_data(
     """
     sizes = axis_sizes()
     rows = batch_axes()
-    axes = (*rows, *[TENSOR] * (TENSOR in sizes))
-    if not axes:
+    if not rows and TENSOR not in sizes:
         out, choice = moe_layer(x, layer, config, context)
         return out, choice.stats
     hidden = layer.down.shape[1]
@@ -68,7 +66,7 @@ def over_data(
         local,
         in_specs=(P(rows), P(), specs, P()),
         out_specs=(P(rows), P()),
-        axis_names=set(axes),
+        axis_names=free_axes(),
     )
     noise = context.draw_noise(config, x.shape[:-1])
     batch = (x, context.tokens, context.documents, noise)
@@ -90,7 +88,7 @@ def _mix_gathered(
 
     On the tensor axis each device has its hidden units of every expert, and outputs are summed.
     """
-    wide = jnp.dtype(x.dtype if gradient == "compute" else gradient)
+    wide = sum_dtype(x.dtype, gradient)
     gate_up = gather(experts[0], specs[0], x.dtype, wide)
     down = gather(experts[1], specs[1], x.dtype, wide, keep=(TENSOR,))
     weights = choice.routing.weights

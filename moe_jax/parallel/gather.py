@@ -22,6 +22,11 @@ class _Way(NamedTuple):
     gradient: jnp.dtype
 
 
+def sum_dtype(compute: jnp.dtype, gradient: str) -> jnp.dtype:
+    """The dtype in which a gradient is summed (ModelConfig.gradient_dtype)."""
+    return compute if gradient == "compute" else jnp.promote_types(compute, gradient)
+
+
 def gather(
     part: Array, spec: P, dtype: jnp.dtype, gradient: jnp.dtype, keep: tuple[str, ...] = ()
 ) -> Array:

@@ -42,6 +42,16 @@ def axis_sizes() -> dict[str, int]:
     return _axes(AxisType.Auto)
 
 
+def free_axes() -> set[str]:
+    """All axes of the mesh in force, those of size 1 too, without those of a shard_map around.
+
+    A shard_map should take all of them. Within one of some axes alone JAX 0.10 cannot trace
+    jnp.searchsorted.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto}
+
+
 def batch_axes() -> tuple[str, ...]:
     """The axes above 1 over which the partitioner splits the rows of a batch here."""
     return tuple(axis for axis in BATCH if axis in axis_sizes())

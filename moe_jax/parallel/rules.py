@@ -12,14 +12,15 @@ from moe_jax.base.errors import require
 from moe_jax.parallel.mesh import BATCH, TENSOR
 
 PLACES: dict[str, tuple[str, ...]] = {
-    "expert": ("E", "D", "R", "V", "H·A", "F", "2D"),
     TENSOR: ("F", "H·A", "V", "D"),
+    "expert": ("E", "D", "R", "V", "H·A", "F", "2D"),
     "fsdp": ("D", "R", "H·A", "V", "F", "2D", "E"),
 }
 """By axis of the mesh: which dimension of a parameter it splits. The first that it divides is
 taken. Letters are those of model.parameters. `data` splits no parameter.
 
-2F is never split: it is a gate half and an up half, and a device needs its columns of both."""
+An axis further up is the outer one where two split one dimension. 2F is never split: it is a gate
+half and an up half, and a device needs its columns of both."""
 TENSOR_SPLITS = ("F", "H·A", "V", "2F")
 """Parameters without one of these letters are the same on all devices of the tensor axis."""
 SMALL = 1 << 20
@@ -90,4 +91,3 @@ def device_bytes(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-

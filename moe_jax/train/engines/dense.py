@@ -12,8 +12,8 @@ from moe_jax.base.errors import UserError
 from moe_jax.base.machine import available_bytes
 from moe_jax.config import TrainConfig
 from moe_jax.data.tokens import TokenArray
-from moe_jax.objectives.base import Batch, Objective
 from moe_jax.model.layout import shardings
+from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.mesh import batch_parts, make_mesh
 from moe_jax.parallel.rules import batch_sharding, device_bytes, replicated, with_sharding
 from moe_jax.train.evaluate import make_evaluator
@@ -88,9 +88,7 @@ class DenseEngine:
         self._operands = jax.device_put(operands, shardings(self.mesh, operands))
         # The layout of the result is that of the argument, which is donated.
         results = (self._shardings(), replicated(self.mesh))
-        step = jax.jit(
-            make_step(self.config, objective), donate_argnums=0, out_shardings=results
-        )
+        step = jax.jit(make_step(self.config, objective), donate_argnums=0, out_shardings=results)
         # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
         lowered = step.lower(self.abstract_state(), batch, *self._operands)
         self._step = lowered.compile()

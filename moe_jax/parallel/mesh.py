@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,7 @@ AXES = ("pipe", *BATCH, TENSOR)
 Tree = TypeVar("Tree")
 
 
-def make_mesh(
-    config: ParallelConfig | None = None, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(config: ParallelConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of these settings over all devices of all processes, or over `devices`.
 
     `devices` may be those of a topology that is only compiled for. UserError: the axes do not fill

@@ -13,14 +13,14 @@ from moe_jax.parallel.mesh import BATCH, TENSOR
 
 PLACES: dict[str, tuple[str, ...]] = {
     TENSOR: ("F", "H·A", "V", "D"),
-    "expert": ("E", "D", "R", "V", "H·A", "F", "2D"),
-    "fsdp": ("D", "R", "H·A", "V", "F", "2D", "E"),
+    "expert": ("E", "D", "R", "V", "H·A", "F", "2D", "2F"),
+    "fsdp": ("D", "R", "H·A", "V", "F", "2D", "E", "2F"),
 }
 """By axis of the mesh: which dimension of a parameter it splits. The first that it divides is
 taken. Letters are those of model.parameters. `data` splits no parameter.
 
-An axis further up is the outer one where two split one dimension. 2F is never split: it is a gate
-half and an up half, and a device needs its columns of both."""
+An axis further up is the outer one where two split one dimension. 2F is a gate half and an up half.
+A device of the tensor axis needs the same columns of both, so that axis never splits it."""
 TENSOR_SPLITS = ("F", "H·A", "V", "2F")
 """Parameters without one of these letters are the same on all devices of the tensor axis."""
 SMALL = 1 << 20

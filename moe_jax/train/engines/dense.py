@@ -26,7 +26,7 @@ class DenseEngine:
 
     described = "without placement.device_budget"
 
-    def __init__(self, config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> None:
+    def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None) -> None:
         """Uses these devices. Unset, all of them. UserError: config.parallel does not fill them."""
         self.config = config
         self.mesh = make_mesh(config.parallel, devices)

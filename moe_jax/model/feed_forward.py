@@ -1,6 +1,7 @@
 """The dense SwiGLU feed-forward, used by dense blocks and as the shared experts of sparse ones."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         if TENSOR not in axis_sizes():
             return self.down(swiglu(self.gate_up(x)))
-        both = product(x, self.gate_up.weight[...], self.gate_up.gradient, _halves)
+        both: Any = product(x, self.gate_up.weight[...], self.gate_up.gradient, _halves)
         return self.down(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
 
 

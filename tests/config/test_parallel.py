@@ -33,8 +33,8 @@ def test_the_vocabulary_and_dense_layers_must_divide_too():
     model = replace(TINY.model, attention=attention, moe=moe, dense_hidden=384, vocabulary=4097)
     with pytest.raises(UserError, match=r"model\.vocabulary=4097: make model\.vocabulary 4098"):
         replace(TINY, model=model, parallel=ParallelConfig(tensor=3))
+    model = replace(model, vocabulary=4098, dense_hidden=385)
     with pytest.raises(UserError, match=r"model\.dense_hidden=385"):
-        model = replace(model, vocabulary=4098, dense_hidden=385)
         replace(TINY, model=model, parallel=ParallelConfig(tensor=3))
 
 

@@ -40,9 +40,7 @@ def test_a_parameter_is_split_by_its_letters(letters, shape, sizes, layout):
 def test_a_large_parameter_that_nothing_divides_is_named(monkeypatch):
     monkeypatch.setattr(rules, "SMALL", 30)
     assert place(["D", "R"], (5, 6), {"fsdp": 7}) == P(None, None)
-    message = (
-        r"parallel\.fsdp=7 divides no dimension of a\.b \(5, 8\) \(D F\), which would be whole"
-    )
+    message = r"parallel\.fsdp=7 divides no dimension of a\.b \(5, 8\) \(D F\), which"
     with pytest.raises(UserError, match=message):
         place(["D", "F"], (5, 8), {"fsdp": 7}, "a.b")
 
@@ -75,7 +73,5 @@ def test_published_models_are_split_over_all_axes(preset):
 def test_an_axis_that_is_too_long_for_a_model_is_refused_by_name():
     parameters, _ = abstract_states(PRESETS["deepseek_v3"].resolved().model)
     mesh = jax.sharding.AbstractMesh((1, 1, 2048, 1, 1), AXES)
-    with pytest.raises(
-        UserError, match=r"parallel\.fsdp=2048 divides no dimension of dense\.blocks"
-    ):
+    with pytest.raises(UserError, match=r"parallel\.fsdp=2048 divides no dimension of dense"):
         shardings(mesh, parameters)

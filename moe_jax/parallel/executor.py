@@ -31,10 +31,10 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Stages:
-    """The model as the executor sees it. c is the context of one micro-batch."""
+    """The model as the executor sees it."""
 
     first: Callable[[Tree, Tree], Array]
-    """(shared, c) -> x, the input of the first layer."""
+    """(shared, c) -> x, the input of the first layer. c is (constants, context)."""
     layer: Callable[[Tree, Array, Tree], tuple[Array, Array, Tree]]
     """(p, x, (own, c)) -> (y, loss, others): a layer with parameters p and constants `own`."""
     last: Callable[[Tree, Array, Tree], tuple[Array, Tree]]
@@ -50,8 +50,10 @@ class Arguments(NamedTuple):
     """Parameters of all layers, with a leading layer axis."""
     own: Tree
     """Constants of all layers, with a leading layer axis."""
+    constants: Tree
+    """Constants of all micro-batches, such as a teacher's parameters."""
     contexts: Tree
-    """Contexts of all micro-batches, with a leading micro-batch axis."""
+    """What each micro-batch has of its own, with a leading micro-batch axis."""
 
 
 class Result(NamedTuple):
@@ -107,25 +109,25 @@ def make_gradient(
     schedule: PipelineSchedule,
     stages: Stages,
     mesh: Mesh,
+    contexts: Tree,
     saveable: Saveable = everything,
-    rows: P = P(),
 ) -> Callable[[Arguments], Result]:
     """The gradient of an update by this schedule, over the axis `pipe` of the mesh.
 
-    `rows` says how the contexts are laid out behind their micro-batch axis. Over the axes that it
-    names the losses are those of the whole batch: `layer` and `last` sum them (lax.psum).
+    `contexts` is the layout of Arguments.contexts: a spec, or a tree of them. All axes of the mesh
+    are manual inside. Each device runs the stages on its own rows, and the losses that `layer` and
+    `last` return are sums over the whole batch, which they take themselves (lax.psum).
     """
     placement = piece_numbers(schedule)
-    manual = {PIPE, *_names(rows)}
+    axes = tuple(mesh.axis_names)
 
     def of_device(arguments: Arguments) -> Result:
-        axes = tuple(sorted(manual))
         return DeviceProgram.of(schedule, stages, saveable, axes, arguments).run()
 
-    spec = Arguments(P(), P(PIPE), P(PIPE), P(None, *rows))
+    spec = Arguments(P(), P(PIPE), P(PIPE), P(), contexts)
     out = Result(P(), P(), P(PIPE), P(PIPE), P())
     local = jax.shard_map(
-        of_device, mesh=mesh, in_specs=(spec,), out_specs=out, axis_names=manual
+        of_device, mesh=mesh, in_specs=(spec,), out_specs=out, axis_names=set(axes)
     )
 
     def gradient(arguments: Arguments) -> Result:
@@ -154,7 +156,7 @@ def piece_numbers(schedule: PipelineSchedule) -> np.ndarray:
 
 
 def to_places(layers: Array, placement: np.ndarray) -> Array:
-    """[layers, …] in the model's order -> [G · chunks, layers of a piece, …] as devices hold them."""
+    """[layers, …] of the model -> [G · chunks, layers of a piece, …] of the devices."""
     pieces = layers.reshape(placement.max() + 1, -1, *layers.shape[1:])
     order = placement.reshape(-1)
     # One piece a device in order is the common case, and takes no gather.
@@ -242,7 +244,7 @@ class DeviceProgram:
         # Gradients then stay local until the end, where they are summed once, and all branches of
         # the switch have results of one type.
         arguments = own_copies(arguments, axes)
-        c = _at(arguments.contexts, 0)
+        c = (arguments.constants, _at(arguments.contexts, 0))
         x = jax.eval_shape(lambda a, c: own_copies(stages.first(a, c), axes), arguments.shared, c)
         p, own = (_at(_at(tree, 0), 0) for tree in (arguments.layers, arguments.own))
 
@@ -348,7 +350,8 @@ class DeviceProgram:
     def _inputs(self, step: Step) -> tuple[Tree, Tree, Tree]:
         """Parameters and constants of the chunk, and the context of the micro-batch."""
         a = self.arguments
-        return _at(a.layers, step.chunk), _at(a.own, step.chunk), _at(a.contexts, step.microbatch)
+        c = (a.constants, _at(a.contexts, step.microbatch))
+        return _at(a.layers, step.chunk), _at(a.own, step.chunk), c
 
     def _receive(self, buffers: Buffers, channel: Channel, slot: Array, sent: Array) -> Buffers:
         devices = self.table.kinds.shape[1]
@@ -424,7 +427,9 @@ def own_copies(tree: Tree, axes: tuple[str, ...]) -> Tree:
     """The tree with every leaf marked as the device's own over `axes` (lax.pcast)."""
 
     def own(leaf: Array) -> Array:
-        missing = tuple(axis for axis in axes if axis not in jax.typeof(leaf).manual_axis_type.varying)
+        missing = tuple(
+            axis for axis in axes if axis not in jax.typeof(leaf).manual_axis_type.varying
+        )
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(own, tree)
@@ -462,9 +467,3 @@ def _zeros(shapes: Tree, *leading: int) -> Tree:
     # At least one slot, so that a schedule without messages needs no case of its own.
     leading = tuple(max(1, number) for number in leading)
     return jax.tree.map(lambda a: jnp.zeros((*leading, *a.shape), a.dtype), shapes)
-
-
-def _names(spec: P) -> set[str]:
-    """The mesh axes of a PartitionSpec."""
-    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
-    return {name for entry in entries for name in entry if name is not None}

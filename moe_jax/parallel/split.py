@@ -43,7 +43,7 @@ def nothing(equation: core.JaxprEqn) -> bool:
 
 
 def products_with_parameters(equation: core.JaxprEqn) -> bool:
-    """Saves products without batch axes, like the policy of that kind in jax.checkpoint_policies."""
+    """Saves products without batch axes (jax.checkpoint_policies has the same policy)."""
     if equation.primitive.name != "dot_general":
         return False
     _, (left, right) = equation.params["dimension_numbers"]
@@ -161,10 +161,10 @@ class Joint:
     @classmethod
     def of(cls, gradient: Callable[..., Any], arguments: tuple[Any, ...]) -> "Joint":
         traced, shapes = jax.make_jaxpr(gradient, return_shape=True)(*arguments)
-        leaves, tree = jax.tree.flatten(arguments)
+        leaves = jax.tree.leaves(arguments)
         closed = jax.make_jaxpr(lambda *leaves: _inlined(traced, leaves))(*leaves)
         jaxpr = closed.jaxpr
-        inputs = dict(zip("p x c dy".split(), _cut(jaxpr.invars, arguments), strict=True))
+        inputs = dict(zip(["p", "x", "c", "dy"], _cut(jaxpr.invars, arguments), strict=True))
         outputs, dx, dp = _cut(jaxpr.outvars, shapes)
         return cls(
             equations=list(jaxpr.eqns),
@@ -231,9 +231,7 @@ def _unique(variables: Iterable[core.Var]) -> list[core.Var]:
     return list(dict.fromkeys(variables))
 
 
-def _dependents(
-    equations: Iterable[core.JaxprEqn], variables: Iterable[core.Var]
-) -> set[core.Var]:
+def _dependents(equations: Iterable[core.JaxprEqn], variables: Iterable[core.Var]) -> set[core.Var]:
     """The variables, and all that are computed from them."""
     found = set(variables)
     for equation in equations:

@@ -9,7 +9,7 @@ The executor knows no model. It takes three functions (Stages), and the layers b
 the last of them are its pieces. Gradients are split by parallel.split.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -240,13 +240,16 @@ class DeviceProgram:
         axes: tuple[str, ...],
         arguments: Arguments,
     ) -> "DeviceProgram":
-        """Marks all arguments as the device's own, and splits the gradient of a layer."""
-        # Gradients then stay local until the end, where they are summed once, and all branches of
-        # the switch have results of one type.
-        arguments = own_copies(arguments, axes)
-        c = (arguments.constants, _at(arguments.contexts, 0))
+        """Marks parameters as the device's own, and splits the gradient of a layer."""
+        # Their gradients then stay local until the end, where they are summed once. What is the
+        # same on several devices keeps its type, and so do losses: the cotangent of a loss that
+        # all devices have together must not be counted by each of them.
+        arguments = arguments._replace(
+            shared=own_copies(arguments.shared, axes), layers=own_copies(arguments.layers, axes)
+        )
+        c = (arguments.constants, _at(arguments.contexts, _zero()))
         x = jax.eval_shape(lambda a, c: own_copies(stages.first(a, c), axes), arguments.shared, c)
-        p, own = (_at(_at(tree, 0), 0) for tree in (arguments.layers, arguments.own))
+        p, own = (_at(_at(tree, _zero()), 0) for tree in (arguments.layers, arguments.own))
 
         def layer(p: Tree, x: Array, c: Tree) -> tuple[Array, Array, Tree]:
             y, loss, others = stages.layer(p, x, c)
@@ -259,13 +262,11 @@ class DeviceProgram:
     def run(self) -> Result:
         """All ticks, then the sums over devices."""
         rows = jax.tree.map(lambda a: a[:, lax.axis_index(PIPE)], _rows(self.table))
-        buffers = own_copies(self._empty(), self.axes)
-        buffers, _ = lax.scan(lambda b, row: (self._tick(b, row), None), buffers, rows)
+        buffers, _ = lax.scan(lambda b, row: (self._tick(b, row), None), self._empty(), rows)
         return self._summed(buffers.result)
 
     def _tick(self, buffers: Buffers, row: Row) -> Buffers:
-        empty = jnp.zeros(self.x.shape, self.x.dtype)
-        carry = own_copies((buffers, Outbox(empty, empty)), self.axes)
+        carry = (buffers, Outbox(*[_zeros(self.x)] * 2))
         for kind in np.unique(self.table.kinds):  # what the schedule never does is not compiled
             if kind != IDLE:
                 carry = _when(row.kind == kind, partial(self._do, kind, row), carry)
@@ -289,7 +290,7 @@ class DeviceProgram:
         if kind == Kind.BACKWARD_WEIGHT:
             kept = _at(buffers.pending, row.backward.pending)
             buffers = self._backward_weight(buffers, row.backward, kept)
-        return own_copies((buffers, Outbox(y, dx)), self.axes)
+        return buffers, Outbox(y, dx)
 
     def _forward(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array]:
         p, own, c = self._inputs(step)
@@ -330,14 +331,14 @@ class DeviceProgram:
             shared=_sum(result.shared, shared),
             results=_sum(result.results, results),
         )
-        return own_copies((dy, result), self.axes)
+        return dy, result
 
     def _pull_first(self, result: Result, dx: Array, c: Tree) -> Result:
         def first(shared: Tree) -> Array:
             return own_copies(self.stages.first(shared, c), self.axes)
 
         (shared,) = jax.vjp(first, self.arguments.shared)[1](dx)
-        return own_copies(result._replace(shared=_sum(result.shared, shared)), self.axes)
+        return result._replace(shared=_sum(result.shared, shared))
 
     def _backward_weight(self, buffers: Buffers, step: Step, kept: Tree) -> Buffers:
         p, own, c = self._inputs(step)
@@ -371,12 +372,11 @@ class DeviceProgram:
     def _empty(self) -> Buffers:
         """Slots and sums of zeros."""
         a = self.arguments
-        zeros = jnp.zeros((), jnp.int32)
-        p, own, c = self._inputs(Step(*[zeros] * 5))
+        p, own, c = self._inputs(Step(*[_zero()] * 5))
         shapes = jax.eval_shape(self.piece.forward, p, self.x, own, c)
         y, loss, others, saved = shapes
         kept = jax.eval_shape(self.piece.backward_input, p, own, c, saved, y)[1]
-        results = jax.eval_shape(self.stages.last, a.shared, y, c)[1]
+        loss_of_last, results = jax.eval_shape(self.stages.last, a.shared, y, c)
         slots = self.table.slots
         chunks = self.placement.shape[1]
         return Buffers(
@@ -385,9 +385,9 @@ class DeviceProgram:
             saved=_zeros((saved, y), slots.saved),
             pending=_zeros(kept, slots.pending),
             result=Result(
-                loss=_zeros(loss),
-                shared=_zeros(a.shared),
-                layers=_zeros(a.layers),
+                loss=_zeros(loss) + _zeros(loss_of_last),
+                shared=_zeros(_shapes(a.shared)),
+                layers=_zeros(_shapes(a.layers)),
                 others=_zeros(others, chunks),
                 results=_zeros(results),
             ),
@@ -397,16 +397,20 @@ class DeviceProgram:
         """Over the devices of the pipeline, and gradients over the shares of the batch as well."""
         shares = tuple(axis for axis in self.axes if axis != PIPE)
 
-        def equal(tree: Tree) -> Tree:
-            # Sums over the batch are on all of its devices already. pmax says so to the compiler.
-            return jax.tree.map(lambda a: lax.pmax(a, shares), tree) if shares else tree
+        def equal(leaf: Array) -> Array:
+            # It is the same on all of them, and pmax says so to the type.
+            axes = tuple(axis for axis in shares if axis in _varying(leaf))
+            return lax.pmax(leaf, axes) if axes else leaf
+
+        def summed(leaf: Array) -> Array:
+            return lax.psum(equal(leaf), PIPE)
 
         return Result(
-            loss=lax.psum(equal(result.loss), PIPE),
+            loss=summed(result.loss),
             shared=lax.psum(result.shared, self.axes),
             layers=lax.psum(result.layers, shares) if shares else result.layers,
-            others=equal(result.others),
-            results=lax.psum(equal(result.results), PIPE),
+            others=jax.tree.map(equal, result.others),
+            results=jax.tree.map(summed, result.results),
         )
 
 
@@ -418,21 +422,27 @@ def _when(predicate: Array, function: Callable[[Tree], Tree], carry: Tree) -> Tr
     """
 
     def turn(state: tuple[Array, Tree]) -> tuple[Array, Tree]:
-        return jnp.zeros_like(state[0]), function(state[1])
+        old = state[1]
+        new = jax.tree.map(lambda a, like: own_copies(a, _varying(like)), function(old), old)
+        return jnp.zeros_like(state[0]), new
 
     return lax.while_loop(lambda state: state[0], turn, (predicate, carry))[1]
 
 
-def own_copies(tree: Tree, axes: tuple[str, ...]) -> Tree:
+def own_copies(tree: Tree, axes: Iterable[str]) -> Tree:
     """The tree with every leaf marked as the device's own over `axes` (lax.pcast)."""
 
     def own(leaf: Array) -> Array:
-        missing = tuple(
-            axis for axis in axes if axis not in jax.typeof(leaf).manual_axis_type.varying
-        )
+        missing = tuple(axis for axis in axes if axis not in _varying(leaf))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(own, tree)
+
+
+def _varying(array: Any) -> frozenset[str]:
+    """The mesh axes over which devices may have different values of an array, or of its shape."""
+    kind = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
+    return kind.manual_axis_type.varying
 
 
 def _rows(table: TickTable) -> Row:
@@ -463,7 +473,22 @@ def _sum(tree: Tree, values: Tree) -> Tree:
     return jax.tree.map(jnp.add, tree, values)
 
 
+def _zero() -> Array:
+    """Index 0, with the type of an index that each device of the pipeline reads from its table."""
+    return own_copies(jnp.zeros((), jnp.int32), (PIPE,))
+
+
+def _shapes(tree: Tree) -> Tree:
+    return jax.eval_shape(lambda: tree)
+
+
 def _zeros(shapes: Tree, *leading: int) -> Tree:
+    """Zeros of the same shapes and types, each device's own over the pipeline as well."""
     # At least one slot, so that a schedule without messages needs no case of its own.
     leading = tuple(max(1, number) for number in leading)
-    return jax.tree.map(lambda a: jnp.zeros((*leading, *a.shape), a.dtype), shapes)
+
+    def zeros(leaf: Any) -> Array:
+        empty = jnp.zeros((*leading, *leaf.shape), leaf.dtype)
+        return own_copies(empty, {PIPE, *_varying(leaf)})
+
+    return jax.tree.map(zeros, shapes)

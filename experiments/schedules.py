@@ -148,6 +148,26 @@ def _reason(published: Published, settings: Settings) -> str:
     return ""
 
 
+def cells(row: Row) -> list[str]:
+    """A line of the table."""
+    paper = row.published
+    free = row.free
+    sign = "" if row.agrees() else "≠ "
+    return [
+        row.schedule.name,
+        str(row.schedule.devices),
+        f"{free.bubble:g}",
+        f"{sign}{row.bubble:g} = {paper.bubble_text}",
+        f"{max(free.peak_activations):g}",
+        f"{row.peak:g} = {paper.peak_text}",
+        f"{row.schedule.weights:g}",
+        str(row.schedule.messages),
+        f"{free.makespan:g}",
+        f"{free.efficiency:.1%}",
+        f"{row.lockstep.efficiency:.1%}",
+    ]
+
+
 def print_table(rows: list[Row], settings: Settings) -> None:
     """Simulated numbers, each with its closed form."""
     table = Table(
@@ -155,27 +175,12 @@ def print_table(rows: list[Row], settings: Settings) -> None:
         caption="Activations and weights in stages, times in the unit of the costs. "
         "Lockstep: all devices wait at each tick. ≠: not what the closed form says.",
     )
-    headers = ["schedule", "devices", "bubble", "closed form", "peak", "closed form", "weights"]
-    headers += ["messages", "makespan", "busy", "busy, lockstep"]
-    for header in headers:
-        table.add_column(header, justify="left" if header == "schedule" else "right")
+    headers = ["devices", "bubble", "closed form", "peak", "closed form", "weights", "messages"]
+    table.add_column("schedule")
+    for header in [*headers, "makespan", "busy", "busy, lockstep"]:
+        table.add_column(header, justify="right")
     for row in rows:
-        paper = row.published
-        free = row.free
-        sign = "" if row.agrees() else "≠ "
-        table.add_row(
-            row.schedule.name,
-            str(row.schedule.devices),
-            f"{free.bubble:g}",
-            f"{sign}{row.bubble:g} = {paper.bubble_text}",
-            f"{max(free.peak_activations):g}",
-            f"{row.peak:g} = {paper.peak_text}",
-            f"{row.schedule.weights:g}",
-            str(row.schedule.messages),
-            f"{free.makespan:g}",
-            f"{free.efficiency:.1%}",
-            f"{row.lockstep.efficiency:.1%}",
-        )
+        table.add_row(*cells(row))
     Console(width=150).print(table)
 
 

@@ -1,11 +1,11 @@
 """Experts on devices by load: replicas of hot experts, and an even load of every device.
 
 The algorithm is DeepSeek's expert-parallelism load balancer (deepseek-ai/EPLB, DeepSeek-V3 report
-section 3.4.2), with one addition: no device gets two replicas of the same expert. Where the original
-gives none, the result is the original's, number for number.
+section 3.4.2), with one addition: no device gets two replicas of the same expert. Where this holds
+for the original's result, ours is the same, number for number.
 
-Loads are float32 as in the original, because ties depend on the rounding. An expert's load is shared
-evenly by its replicas.
+Loads are float32 as in the original, because ties depend on the rounding. The replicas of an expert
+share its load evenly.
 """
 
 import math
@@ -108,9 +108,9 @@ def device_loads(
 
 
 def imbalance(loads: Float[np.ndarray, "layers G"]) -> Float[np.ndarray, "layers"]:
-    """The highest load over the mean load of each layer: how much longer all wait for one. 1 is even.
+    """The highest load over the mean load of each layer. 1 is even, and so is a layer without load.
 
-    A layer without any load counts as even.
+    All devices wait for the one with the most. So it is how much longer a layer takes.
     """
     mean = loads.mean(-1)
     return np.where(mean > 0, loads.max(-1) / np.maximum(mean, 1e-30), 1.0)
@@ -144,7 +144,7 @@ def _check(
 def _layer(
     loads: Float[np.ndarray, "E"], replicas: int, sizes: tuple[int, int, int]
 ) -> tuple[Int[np.ndarray, "slots"], Int[np.ndarray, "slots"]]:
-    """The expert in each slot of one layer, and which of its replicas it is, as `replicate` goes."""
+    """The expert in each slot of one layer, and which of its replicas it is."""
     groups, nodes, devices = sizes
     members = np.arange(len(loads)).reshape(groups, -1)
     group_loads = loads.reshape(groups, -1).sum(-1)
@@ -185,8 +185,8 @@ def balanced_packing(
 ) -> list[list[int]]:
     """Items in packs of equally many, each pack in the order of its packing.
 
-    The heaviest item comes first, each to the lightest pack that has room, the first of equals. With
-    `labels`, a pack takes each label once. No label may have more items than there are packs.
+    The heaviest item comes first. Each goes to the lightest pack that has room, the first of equals.
+    With `labels`, a pack takes each label once. No label may have more items than there are packs.
     """
     room = len(weights) // packs
     if room == 1:
@@ -213,11 +213,11 @@ def _make_room(
     items: tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]],
     late: tuple[int, int],
 ) -> None:
-    """Packs an item whose label is in every pack that has room: another item moves there for it.
+    """Packs an item whose label is in every pack that has room: another item moves for it.
 
     A full pack without the label exists, because a label has at most as many items as there are
-    packs. It has at least one item whose label the pack with room lacks, because that pack has fewer
-    items, and one of them is the label in question.
+    packs. It has an item whose label the pack with room lacks: that pack has fewer items, and one
+    of them has the label in question.
     """
     weights, labels = items
     item, open_pack = late

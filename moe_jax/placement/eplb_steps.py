@@ -5,6 +5,7 @@ step by step: each step takes load from the device that has the most, and no mor
 to other devices than the bound says.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class PlacementUpdate(NamedTuple):
 def copies_between(
     before: Int[np.ndarray, "layers slots"], after: Int[np.ndarray, "layers slots"], devices: int
 ) -> Int[np.ndarray, "layers"]:
-    """How many experts lie on a device after, and not before. Slots of a device may change order."""
+    """How many experts a device has after and not before. The order of its slots does not count."""
 
     def new(one: Int[np.ndarray, "slots"], other: Int[np.ndarray, "slots"]) -> int:
         pairs = zip(one.reshape(devices, -1), other.reshape(devices, -1), strict=True)
@@ -104,20 +105,22 @@ class _Layer:
     def _best(self, copies: int) -> Change | None:
         """The step after which the loads are most even, or None if none makes them more so."""
         best = None
-        # A step must gain more than the rounding of sums, or two steps could undo each other.
-        lowest = self._key(()) * (1 - 1e-9)
+        lowest = self._unevenness(())
         for change in self._changes():
             if len(change) <= copies:
-                key = self._key(change)
-                if tuple(key) < tuple(lowest):
+                found = self._unevenness(change)
+                if _less(found, lowest):
                     best = change
-                    lowest = key
+                    lowest = found
         return best
 
-    def _key(self, change: Change) -> Float[np.ndarray, "2"]:
-        """(highest load, sum of squares) of the devices after a change."""
+    def _unevenness(self, change: Change) -> tuple[float, float]:
+        """(highest load, sum of squares) of the devices after a change.
+
+        The squares count where several devices have the highest load, and a step lowers only one.
+        """
         loads = self._device_loads(change)
-        return np.array([loads.max(), (loads**2).sum()])
+        return float(loads.max()), float((loads**2).sum())
 
     def _device_loads(self, change: Change) -> Float[np.ndarray, "G"]:
         slots = self.slots.copy()
@@ -154,3 +157,11 @@ class _Layer:
 
     def _slots_of(self, device: int) -> list[int]:
         return list(range(device * self.per_device, (device + 1) * self.per_device))
+
+
+def _less(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether the first is lower by more than the rounding of sums: steps must not undo another."""
+    for a, b in zip(one, other, strict=True):
+        if not math.isclose(a, b, rel_tol=1e-9):
+            return a < b
+    return False

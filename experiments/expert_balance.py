@@ -2,10 +2,11 @@
 
     python experiments/expert_balance.py [--out DIR] [--quick] [--seed N] [--trace FILE]
 
-Trains a small model with DeepSeek-V3's balance on code, prose and tables, and records the routing of
-held-out text whose domain changes now and then. The trace is cut into windows. Experts are placed on
-devices by the loads of one window (moe_jax/placement/eplb.py), and the next window is counted. The
-numbers are loads, not times: nothing runs on several devices. `--trace` takes a recorded trace.
+Trains a small model with DeepSeek-V3's balance on code, prose and tables, and records the routing
+of held-out text whose domain changes now and then. The trace is cut into windows. Experts are
+placed on devices by the loads of one window (moe_jax/placement/eplb.py), and the next window is
+counted. The numbers are loads, not times: nothing runs on several devices. `--trace` takes a
+recorded trace.
 """
 
 import tempfile
@@ -141,15 +142,18 @@ def measurements(replay: BalanceReplay, slots: float, seed: int) -> list[Measure
         Measurement(
             "eplb_worst_after", worst[1], UNIT, "eplb_worst_before", worst[1] / worst[0], [seed]
         ),
-        Measurement("eplb_copies", float(replay.copies[1:].mean()), "copies a layer and window"),
+        Measurement("eplb_copies", mean_copies(replay.copies), "copies a layer and window"),
         Measurement(
-            "eplb_bounded_copies",
-            float(replay.bounded_copies[1:].mean()),
-            "copies a layer and window",
+            "eplb_bounded_copies", mean_copies(replay.bounded_copies), "copies a layer and window"
         ),
         Measurement("eplb_slots", slots, "slots an expert"),
         Measurement("windows", len(replay.before), "windows"),
     ]
+
+
+def mean_copies(copies: np.ndarray) -> float:
+    """The mean, or 0 where a trace is so short that there is only one placement."""
+    return float(copies.mean()) if copies.size else 0.0
 
 
 def verdict(values: Mapping[str, float | int | None]) -> str:

@@ -6,6 +6,7 @@ and the next window is counted on it, as in training or serving that rebalances 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -38,9 +39,10 @@ class Devices:
 
 @dataclass(frozen=True)
 class BalanceReplay:
-    """The highest load over the mean load of the devices, and copies, of every window but the first.
+    """The highest load over the mean load of the devices, in every window but the first.
 
-    A copy is an expert that a device must get before the window begins.
+    A copy is an expert that a device must get before a window begins. The first placement counts
+    none, so copies begin with the window after it.
     """
 
     before: Float[np.ndarray, "windows layers"]
@@ -128,9 +130,7 @@ def _bounded_plans(
 
 
 def _copies(plans: list[ExpertPlacement], devices: int) -> Int[np.ndarray, "windows layers"]:
-    """Copies before each window but the first. None are counted before the second window, because
-    the first plan is where everything starts."""
+    """Copies from each plan to the next. The last plan is for a window that is not there."""
     slots = [plan.physical_to_logical for plan in plans[:-1]]
-    start = np.zeros(len(slots[0]), int)
-    pairs = zip(slots, slots[1:], strict=False)
-    return np.stack([start, *(copies_between(one, other, devices) for one, other in pairs)])
+    found = [copies_between(one, other, devices) for one, other in pairwise(slots)]
+    return np.array(found, int).reshape(-1, len(slots[0]))

@@ -185,9 +185,9 @@ def balanced_packing(
 ) -> list[list[int]]:
     """Items in packs of equally many, each pack in the order of its packing.
 
-    """Items in packs of equally many, each pack in the order of its packing.
-    With `labels`, a pack takes each label once. No label may have more items than there are packs.
     The heaviest item comes first. Each goes to the lightest pack with room, the first of equals.
+    With `labels`, a pack takes each label once. No label may have more items than there are packs.
+    """
     room = len(weights) // packs
     if room == 1:
         return [[item] for item in range(len(weights))]

@@ -1,5 +1,7 @@
 """The picture of a pipeline schedule: devices as rows, time to the right, a colour an operation."""
 
+from collections.abc import Mapping
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
@@ -24,6 +26,23 @@ WORDS = {
 FONT_SIZE = 6.5
 DIGIT_INCHES = 0.062
 """Width of a digit of this size."""
+
+
+def draw_schedules(timelines: Mapping[str, Timeline], title: str) -> Figure:
+    """A panel for each timeline under its own title, all on one axis of time."""
+    devices = [len(timeline) for timeline in timelines.values()]
+    height = 1.2 + sum(0.55 + 0.27 * count for count in devices)
+    figure = Figure(figsize=(12, height), layout="constrained")
+    ratios = [2 + count for count in devices]
+    panels = figure.subplots(len(devices), 1, squeeze=False, height_ratios=ratios)
+    until = max(span.end for t in timelines.values() for spans in t for span in spans)
+    for axes, (name, timeline) in zip(panels[:, 0], timelines.items(), strict=True):
+        draw_timeline(axes, timeline, until)
+        axes.set_title(name, fontsize=9, loc="left")
+    panels[-1, 0].set_xlabel("time, in the unit of the costs")
+    figure.suptitle(title)
+    draw_legend(figure, list(timelines.values()))
+    return figure
 
 
 def draw_timeline(axes: Axes, timeline: Timeline, until: float) -> None:

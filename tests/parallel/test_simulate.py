@@ -162,6 +162,7 @@ def test_bubble_peak_and_weights_are_the_published_ones(case):
     assert found.bubble == pytest.approx(paper.bubble(P, v, costs), abs=1e-9)
     assert max(found.peak_activations) == pytest.approx(paper.peak(P, M, v))
     assert schedule.weights == paper.weights
+    assert schedule.messages == paper.messages(P, M, v)
 
 
 # (name, P, M, v) -> bubble with F = Bi = W = 1, peak, stages on a device. Numbers, so that a wrong

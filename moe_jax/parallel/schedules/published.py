@@ -38,6 +38,9 @@ class Published:
     peak_text: str
     weights: int
     """Stages whose weights a device holds."""
+    messages: Callable[[int, int, int], int]
+    """(P, M, v) -> activations and gradients sent between devices in an update."""
+    messages_text: str
     needs: str
     """For what the bubble is exact (docs/pipeline.md says what it is elsewhere)."""
     exact: Callable[[int, int, Costs], bool]
@@ -89,6 +92,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: M,
         peak_text="M",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs="nothing",
         exact=_any_costs,
         source="arXiv:1811.06965",
@@ -99,6 +104,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: min(P, M),
         peak_text="min(P,M)",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs="nothing",
         exact=_any_costs,
         source="arXiv:2006.09503",
@@ -109,6 +116,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: min(M, P * (1 + (P - 1) / (P * v))),
         peak_text="P(1+(P-1)/(Pv))",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P * v - 1) if P > 1 else 0,
+        messages_text="2M(Pv-1)",
         needs="nothing",
         exact=_any_costs,
         source="arXiv:2104.04473",
@@ -119,6 +128,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: min(P, M),
         peak_text="min(P,M)",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs=WEIGHTS_SHORT,
         exact=_short_weights,
         source=ZERO_BUBBLE,
@@ -129,6 +140,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: 2 * P - 1,
         peak_text="2P-1",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs=WEIGHTS_SHORT,
         exact=_short_weights,
         source=ZERO_BUBBLE,
@@ -139,6 +152,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: P,
         peak_text="P",
         weights=1,
+        messages=lambda P, M, v: 4 * M * (P - 1),
+        messages_text="4M(P-1)",
         needs=EQUAL,
         exact=_equal_costs,
         source=ZERO_BUBBLE,
@@ -149,6 +164,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: P + 1,
         peak_text="P+1",
         weights=2,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs=DUAL_COSTS,
         exact=_dual_costs,
         source=DUALPIPE,
@@ -159,6 +176,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: P + 1,
         peak_text="P+1",
         weights=2,
+        messages=lambda P, M, v: 2 * M * (P - 2),
+        messages_text="2M(P-2)",
         needs=DUAL_COSTS,
         exact=_dual_costs,
         source=DUALPIPE,

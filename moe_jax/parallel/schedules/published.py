@@ -39,7 +39,8 @@ class Published:
     weights: int
     """Stages whose weights a device holds."""
     messages: Callable[[int, int, int], int]
-    """(P, M, v) -> activations and gradients sent between devices in an update."""
+    """(P, M, v) -> activations and gradients sent between devices in an update. The path of the
+    schedule gives it. The zero-bubble repository says the same relative to 1F1B: 1, 1 and 2."""
     messages_text: str
     needs: str
     """For what the bubble is exact (docs/pipeline.md says what it is elsewhere)."""

@@ -108,7 +108,7 @@ def on_devices(row, devices):
     return np.asarray(row).reshape(devices, -1).tolist()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 @given(problems())
 def test_it_is_the_original_wherever_that_has_no_replica_twice(problem):
     weights, replicas, groups, nodes, devices = problem
@@ -136,7 +136,7 @@ def check_placement(placement, experts, devices):
             assert len(set(device)) == len(device)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(problems())
 def test_placements_are_whole_and_no_device_has_an_expert_twice(problem):
     weights, _, groups, nodes, devices = problem

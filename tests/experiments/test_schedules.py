@@ -63,4 +63,4 @@ def test_the_picture_is_readable():
 def test_boxes_without_room_have_no_number():
     settings = Settings(stages=1, microbatches=130)
     figure = draw([simulate_row(build("1f1b", stages=1, microbatches=130), settings)])
-    assert "100" not in [text.get_text() for text in shown_texts(figure)]
+    assert "101" not in [text.get_text() for text in shown_texts(figure)]

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     ask_for_huge_pages()
 
 from moe_jax.cli import command_line, parse, program
-from moe_jax.config import TrainConfig
+from moe_jax.config import ParallelConfig, TrainConfig
 from moe_jax.config.presets import PRESETS
 from moe_jax.runs.run import run_training
 from moe_jax.train.loop import DivergedError
@@ -42,8 +42,9 @@ def with_quick(argv: list[str]) -> list[str]:
 
 def default_out(config: TrainConfig) -> str:
     """runs/PRESET-HASH: one folder for each set of settings."""
-    # A longer run is the same run, and so is any run at a constant learning rate.
-    same = replace(config, continue_to=0)
+    # A longer run is the same run, and so is one on other devices, and any run at a constant
+    # learning rate.
+    same = replace(config, continue_to=0, parallel=ParallelConfig())
     if config.optim.schedule == "constant":
         same = replace(same, steps=PRESETS[config.preset].steps)
     command = command_line(same, PRESETS[config.preset])

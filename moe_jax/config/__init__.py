@@ -14,6 +14,7 @@ from moe_jax.config.distill import DistillConfig
 from moe_jax.config.model import DType, ModelConfig
 from moe_jax.config.moe import MoEConfig
 from moe_jax.config.optim import OptimConfig
+from moe_jax.config.parallel import ParallelConfig
 from moe_jax.config.placement import DecodePlacement, OnMiss, PlacementConfig
 from moe_jax.config.train import TrainConfig
 
@@ -28,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "OnMiss",
     "OptimConfig",
+    "ParallelConfig",
     "PlacementConfig",
     "TrainConfig",
     "fields",

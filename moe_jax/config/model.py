@@ -52,6 +52,9 @@ class ModelConfig:
     `auto` is bfloat16 where matrix units multiply it (TPU, NVIDIA from compute capability 8.0),
     and float32 anywhere else, as on a CPU or a T4.
     float16 has no loss scale here: small gradients become 0."""
+    gradient_dtype: Literal["float32", "compute"] = "float32"
+    """Type in which the gradients of matrices are summed, over tokens and over devices.
+    `compute` is compute_dtype. With bfloat16 it halves what devices send, and rounds more."""
     output_dtype: DType = "float32"
     """Type of the logits that the model returns. The loss is always computed in float32."""
     remat: Literal["none", "dots", "full"] = "none"

@@ -39,7 +39,8 @@ class MoEConfig:
     """token_rounding: an expert's load becomes a multiple of this many rows."""
     capacity_factor: float = 0.0
     """Expert capacity: an expert computes at most ceil(factor · T K / E) tokens.
-    T counts one device's tokens, padding included. Later tokens beyond the capacity are dropped.
+    T counts one micro-batch's tokens on all devices, padding included. Later tokens beyond the
+    capacity are dropped.
     0 is dropless. With expert_choice, an expert takes exactly its capacity, and 0 means 1."""
     normalise: bool = True
     """Divide the weights of the K selected experts by their sum.

@@ -15,6 +15,7 @@ from moe_jax.config.distill import DistillConfig
 from moe_jax.config.learning import check_learning
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.optim import OptimConfig
+from moe_jax.config.parallel import ParallelConfig, check_layout
 from moe_jax.config.placement import PlacementConfig
 
 
@@ -45,6 +46,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=MAY_DIFFER)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_DIFFER)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
@@ -59,6 +61,7 @@ class TrainConfig:
         )
         self._check_teacher()
         check_learning(self)
+        check_layout(self)
 
     def _check_length(self) -> None:
         require(

@@ -33,13 +33,29 @@ class Block(nnx.Module):
 
         def feed_forward(name: str, hidden: int) -> FeedForward:
             own = named_key(key, name)
-            return FeedForward(model.width, hidden, std=std, out_std=out_std, dtype=dtype, key=own)
+            return FeedForward(
+                model.width,
+                hidden,
+                std=std,
+                out_std=out_std,
+                dtype=dtype,
+                gradient=model.gradient_dtype,
+                key=own,
+            )
 
         if not sparse:
             self.feed_forward = feed_forward("feed_forward", model.dense_hidden)
             return
         moe_key = named_key(key, "moe")
-        self.moe = MoE(model.width, model.moe, std=std, out_std=out_std, dtype=dtype, key=moe_key)
+        self.moe = MoE(
+            model.width,
+            model.moe,
+            std=std,
+            out_std=out_std,
+            dtype=dtype,
+            gradient=model.gradient_dtype,
+            key=moe_key,
+        )
         if model.moe.shared_experts:
             # Every token passes all N shared experts: they are one feed-forward N times as wide.
             hidden = model.moe.shared_experts * model.moe.expert_hidden

@@ -1,11 +1,16 @@
 """The linear map that every projection is."""
 
+from collections.abc import Callable
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
 from moe_jax.base.initial import normal_parameter
+from moe_jax.parallel.gather import sum_dtype
 
 
 class Linear(nnx.Module):
@@ -15,9 +20,66 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, *, std: float, dtype: jnp.dtype, key: Array
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        std: float,
+        dtype: jnp.dtype,
+        gradient: str = "float32",
+        key: Array,
     ) -> None:
+        """`gradient`: see ModelConfig.gradient_dtype."""
         self.weight = normal_parameter(key, (inputs, outputs), std, dtype)
+        self.gradient = gradient
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        return x @ self.weight[...].astype(x.dtype)
+        return product(x, self.weight[...], self.gradient)
+
+
+def _as_it_is(weight: Array) -> Array:
+    return weight
+
+
+# The derivative is JAX's own but for the type of the weight's gradient. JAX rounds it to the type
+# of x, and XLA then sums it over devices in that type.
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(
+    x: Float[Array, "*batch inputs"],
+    weight: Float[Array, "inputs outputs"],
+    gradient: str,
+    arrange: Callable[[Array], Array] = _as_it_is,
+) -> Array:
+    """x W [*batch, outputs], computed in the dtype of x.
+
+    The gradient of W is summed over rows, and over devices, in the dtype `gradient`. "compute" is
+    the dtype of x. `arrange` is applied to W after its cast. It may give another layout, or another
+    shape [inputs, ...], which is then that of the outputs.
+    """
+    return jnp.tensordot(x, arrange(weight.astype(x.dtype)), axes=1)
+
+
+def _forward(
+    x: Array, weight: Array, gradient: str, arrange: Callable[[Array], Array]
+) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, weight, gradient, arrange), (x, weight)
+
+
+def _backward(
+    gradient: str,
+    arrange: Callable[[Array], Array],
+    saved: tuple[Array, Array],
+    d_out: Array,
+) -> tuple[Array, Array]:
+    x, weight = saved
+    arranged = arrange(weight.astype(x.dtype))
+    batch = tuple(range(x.ndim - 1))
+    outputs = (tuple(range(x.ndim - 1, d_out.ndim)), tuple(range(1, arranged.ndim)))
+    d_x = jnp.tensordot(d_out, arranged, axes=outputs)
+    wide = sum_dtype(x.dtype, gradient)
+    d_arranged = jnp.tensordot(x, d_out, axes=(batch, batch), preferred_element_type=wide)
+    back = jax.linear_transpose(arrange, jax.ShapeDtypeStruct(weight.shape, wide))
+    return d_x, back(d_arranged)[0].astype(weight.dtype)
+
+
+product.defvjp(_forward, _backward)

@@ -36,7 +36,14 @@ class MTPModule(nnx.Module):
         self.hidden_norm = RMSNorm(width, epsilon, dtype)
         self.embedding_norm = RMSNorm(width, epsilon, dtype)
         own = named_key(key, "projection")
-        self.projection = Linear(2 * width, width, std=config.init_std, dtype=dtype, key=own)
+        self.projection = Linear(
+            2 * width,
+            width,
+            std=config.init_std,
+            dtype=dtype,
+            gradient=config.gradient_dtype,
+            key=own,
+        )
         self.block = Block(config, sparse=config.moe_layers > 0, key=named_key(key, "block"))
         self.norm = RMSNorm(width, epsilon, dtype)
 

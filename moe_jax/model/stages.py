@@ -25,6 +25,7 @@ from moe_jax.model.attention import (
 from moe_jax.model.dropout import dropout
 from moe_jax.moe.layer import Choice, RouterStats
 from moe_jax.moe.rules import RoutingContext
+from moe_jax.parallel.mesh import by_rows
 
 if TYPE_CHECKING:
     from moe_jax.model.block import Block, Stack
@@ -80,7 +81,7 @@ def begin(
     x = model.embed(context.tokens)
     if shift is not None:
         x = x + shift.astype(x.dtype)
-    return dropout(x, model.config.dropout, context.at("embedding").key)
+    return by_rows(dropout(x, model.config.dropout, context.at("embedding").key))
 
 
 class Entered(NamedTuple):
@@ -172,7 +173,8 @@ def run_stack(
         x, extended, stats = run_block(block, x, own._replace(key=key), cache)
         # Attention returns its keys and values in training, too. Stacked by the scan, they would
         # stay in memory for nothing.
-        return x, (None if cache is None else extended, stats)
+        # The carry's layout: without it the partitioner may choose to send activations.
+        return by_rows(x), (None if cache is None else extended, stats)
 
     if stack.remat != "none":
         # The scan keeps XLA from merging the recomputation with the forward pass by itself.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.parallel.mesh import sum_over_data
+from moe_jax.parallel.mesh import sum_over_batch
 
 
 def update_bias(
@@ -69,7 +69,7 @@ def expert_loss(
     """
     experts = scores.shape[-1]
     probability = weighted_mean(_normalised(scores), _all_or(counted, scores.shape[:1]))
-    load = sum_over_data(load)
+    load = sum_over_batch(load)
     # By the actual sum and not K T, because a rule may choose fewer experts than K. 1: no division
     # by zero where nothing was chosen.
     frequency = load * (experts / jnp.maximum(load.sum(), 1))
@@ -138,8 +138,8 @@ def weighted_mean(
     Values of weight 0 have no part in it, not even as NaN. Without any weight the mean is 0.
     """
     factor = weights.reshape(-1, *[1] * (values.ndim - 1))
-    total = sum_over_data(jnp.where(factor > 0, factor * values, 0).sum(axis=0))
-    return total / jnp.maximum(sum_over_data(weights.sum()), 1)
+    total = sum_over_batch(jnp.where(factor > 0, factor * values, 0).sum(axis=0))
+    return total / jnp.maximum(sum_over_batch(weights.sum()), 1)
 
 
 def _all_or(counted: Bool[Array, "*batch"] | None, shape: Sequence[int]) -> Bool[Array, "*batch"]:

@@ -12,7 +12,7 @@ from moe_jax.moe.implementation import mixture_of, uses_kernels
 from moe_jax.moe.plan import Plan, make_plan
 from moe_jax.moe.route import Routing, route
 from moe_jax.moe.rules import NO_CONTEXT, RoutingContext, expert_capacity
-from moe_jax.parallel.mesh import sum_over_data
+from moe_jax.parallel.mesh import shared_by, sum_over_batch
 
 
 class RouterStats(NamedTuple):
@@ -83,7 +83,9 @@ def choose(
     factor = config.capacity_factor
     if config.rule == "expert_choice":
         factor = factor or 1.0
-    capacity = expert_capacity(len(tokens), config, factor) if factor else None
+    # Of the whole batch's tokens, so that what is dropped does not depend on the layout.
+    tokens_of_all = len(tokens) * shared_by()
+    capacity = expert_capacity(tokens_of_all, config, factor) if factor else None
     plan = make_plan(routing.experts, config.experts, capacity, kernels=kernels)
     shape = x.shape[:-1]
     return Choice(routing, plan, router_stats(routing, plan, shape, config, context.documents))
@@ -131,8 +133,8 @@ def router_stats(
     scores = lax.stop_gradient(routing.scores)
     dropped = jnp.sum(plan.load - plan.counts)
     return RouterStats(
-        load=sum_over_data(plan.load),
-        dropped=sum_over_data(dropped),
+        load=sum_over_batch(plan.load),
+        dropped=sum_over_batch(dropped),
         entropy=balance.router_entropy(scores, counted),
         loss=loss,
         experts=routing.experts.reshape(*shape, -1),

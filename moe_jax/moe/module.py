@@ -26,11 +26,14 @@ class MoE(nnx.Module):
         std: float,
         out_std: float,
         dtype: jnp.dtype,
+        gradient: str = "float32",
         key: Array,
     ) -> None:
+        """`gradient`: see ModelConfig.gradient_dtype."""
         experts = config.experts
         hidden = config.expert_hidden
         self.config = config
+        self.gradient = gradient
 
         def normal(name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
             return normal_parameter(named_key(key, name), shape, std, dtype)
@@ -47,12 +50,8 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], context: RoutingContext = NO_CONTEXT
     ) -> tuple[Float[Array, "B L D"], layer.RouterStats]:
-        # Cast here and not inside the layer: the sum of gradients over devices is then in x's
-        # dtype, half of float32's bytes where x is bfloat16.
-        gate_up = self.gate_up[...].astype(x.dtype)
-        down = self.down[...].astype(x.dtype)
-        arrays = layer.Layer(self.gate(), gate_up, down)
-        return sharded.over_data(x, context, arrays, self.config)
+        arrays = layer.Layer(self.gate(), self.gate_up[...], self.down[...])
+        return sharded.over_data(x, context, arrays, self.config, self.gradient)
 
     def gate(self) -> layer.Gate:
         """The router's own arrays."""

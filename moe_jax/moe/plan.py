@@ -14,6 +14,8 @@ from jax import Array, lax
 from jaxtyping import Int
 from moe_kernels.schedule import block_count, choose_block_rows, schedule
 
+from moe_jax.parallel.mesh import shared_by, sum_over_earlier
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -70,12 +72,14 @@ def make_plan(
 
     An assignment to expert `num_experts` is to no expert and has no row. With a `capacity`, an
     expert keeps its first so many assignments, and its others have no row either. Without one,
-    nothing is dropped. With `kernels`, Triton kernels compute the same arrays.
+    nothing is dropped. Inside a shard_map the tokens of earlier devices take their share of the
+    capacity first. With `kernels`, Triton kernels compute the same arrays.
     """
     assignments = experts.size
     most = assignments if capacity is None else min(assignments, num_experts * capacity)
     rows = choose_block_rows(most, num_experts)
-    if kernels:
+    # The kernels know no capacity that differs between experts.
+    if kernels and (capacity is None or shared_by() == 1):
         blocks = block_count(most, num_experts, rows)
         scheduled = schedule(experts, num_experts, rows, blocks, capacity)
         return Plan(**vars(scheduled), most=most)
@@ -95,7 +99,10 @@ def _plan_in_xla(
     in_order, order = sort_with_index(flat, num_experts + 1)
     ends = jnp.searchsorted(in_order, jnp.arange(num_experts), side="right").astype(jnp.int32)
     load = jnp.diff(ends, prepend=0)
-    counts = load if capacity is None else jnp.minimum(load, capacity)
+    counts = load
+    if capacity is not None:
+        # The tokens of earlier devices come first.
+        counts = jnp.clip(capacity - sum_over_earlier(load), 0, load)
     sorted_starts = ends - load  # first place of each expert in the sorted order, drops included
     # Whole blocks for each expert. The matrix products of the kernels then need no masks.
     padded = -(-counts // rows) * rows

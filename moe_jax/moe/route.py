@@ -9,7 +9,14 @@ from jaxtyping import Bool, Float, Int
 from moe_kernels.gate import GateConfig, gate
 
 from moe_jax.config import MoEConfig
-from moe_jax.moe.rules import NO_CONTEXT, RULES, RoutingContext, representatives
+from moe_jax.moe.rules import (
+    EXPERTS_CHOOSE,
+    NO_CONTEXT,
+    RULES,
+    RoutingContext,
+    representatives,
+)
+from moe_jax.parallel.mesh import gather_rows, own_rows
 
 KERNEL_RULES = ("top_k", "noisy_top_k")
 """Rules that the gate kernel computes. The others look at many tokens at once, or at none."""
@@ -46,7 +53,10 @@ def route(
     """
     logits = logits.astype(jnp.float32)
     if spread is not None and context.key is not None:
-        logits = add_noise(logits, spread, context.key)
+        noise = context.noise
+        if noise is None:
+            noise = jax.random.normal(context.key, logits.shape)
+        logits = add_noise(logits, spread, noise.reshape(logits.shape))
     if context.counted is not None:
         # 0: not even a NaN at a token that does not count reaches the others' gradients.
         logits = jnp.where(context.counted[:, None], logits, 0.0)
@@ -75,13 +85,25 @@ def _route_in_xla(
     if context.counted is not None:
         # Under rules by which experts choose, a token that does not count takes nobody's place.
         selection = jnp.where(context.counted[:, None], selection, -jnp.inf)
-    experts = RULES[config.rule](lax.stop_gradient(selection), config, context)
+    experts = _choose(lax.stop_gradient(selection), config, context)
     # A hash looks at no score, so its experts weigh the same: scale / K each.
     if config.rule == "hash":
         weights = jnp.full_like(scores, config.scale / experts.shape[1], shape=experts.shape)
     else:
         weights = gate_weights(scores, experts, config.normalise, config.scale)
     return Routing(experts, weights, scores, logits)
+
+
+def _choose(
+    selection: Float[Array, "T E"], config: MoEConfig, context: RoutingContext
+) -> Int[Array, "T K"]:
+    """The rule's choice for this device's tokens."""
+    rule = RULES[config.rule]
+    if config.rule not in EXPERTS_CHOOSE:
+        return rule(selection, config, context)
+    # An expert compares the tokens of all devices.
+    documents = gather_rows(context.documents)
+    return own_rows(rule(gather_rows(selection), config, context._replace(documents=documents)))
 
 
 def _to_no_expert(routing: Routing, which: Bool[Array, "T"]) -> Routing:
@@ -124,7 +146,7 @@ def gate_weights(
 
 
 def add_noise(
-    logits: Float[Array, "T E"], spread: Float[Array, "T E"], key: Array
+    logits: Float[Array, "T E"], spread: Float[Array, "T E"], noise: Float[Array, "T E"]
 ) -> Float[Array, "T E"]:
     """logits + N(0, 1) · softplus(spread) (noisy top-k gating, arXiv:1701.06538, eq. 4)."""
-    return logits + jax.random.normal(key, logits.shape) * jax.nn.softplus(spread)
+    return logits + noise * jax.nn.softplus(spread)

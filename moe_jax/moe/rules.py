@@ -8,6 +8,7 @@ a choice.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
@@ -25,11 +26,22 @@ class RoutingContext(NamedTuple):
     documents: Int[Array, "B L"] | None = None
     """The number of each token's document, 0 for none (padding). Tokens of no document go to no
     expert and enter no statistic and no balance loss. None: all tokens are of one document."""
+    noise: Float[Array, "B L E"] | None = None
+    """Noisy top-k's draws. None: they are drawn from the key. Over many devices they are drawn
+    for all rows together, so that they do not depend on the layout."""
 
     @property
     def counted(self) -> Bool[Array, "T"] | None:
         """Whether a token belongs to a document. None: all do."""
         return None if self.documents is None else self.documents.reshape(-1) != 0
+
+    def draw_noise(
+        self, config: MoEConfig, shape: tuple[int, ...]
+    ) -> Float[Array, "*shape"] | None:
+        """The draws for tokens of this shape. None where the rule has no noise."""
+        if self.key is None or config.rule != "noisy_top_k":
+            return None
+        return jax.random.normal(self.key, (*shape, config.experts))
 
 
 NO_CONTEXT = RoutingContext()
@@ -109,6 +121,8 @@ RULES: dict[str, Rule] = {
     "hash": hash_tokens,
 }
 """By `model.moe.rule`. Noisy top-k differs in its logits alone (route.add_noise)."""
+EXPERTS_CHOOSE = ("expert_choice", "token_rounding")
+"""Rules by which an expert compares many tokens."""
 
 
 def expert_capacity(tokens: int, config: MoEConfig, factor: float) -> int:

@@ -1,56 +1,119 @@
-"""Devices as a mesh, and sums over its data axis."""
+"""Devices as a mesh with named axes, and sums over those axes that share the batch."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Num
 
-DATA = "data"
+from moe_jax.config import ParallelConfig
+
+BATCH = ("data", "fsdp", "expert")
+"""Axes over which the rows of a batch are split, outermost first."""
+TENSOR = "tensor"
+AXES = ("pipe", *BATCH, TENSOR)
+"""All axes. Neighbouring devices are neighbours on the last one, which sends the most."""
 Tree = TypeVar("Tree")
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh whose `data` axis holds all devices of all processes, or the first `devices`."""
-    chosen = jax.devices()[:devices]  # [:None] takes all of them
-    # Auto: the partitioner lays out everything outside map_over_data.
-    return jax.make_mesh((len(chosen),), (DATA,), axis_types=(AxisType.Auto,), devices=chosen)
+def make_mesh(config: ParallelConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of these settings over all devices of all processes, or over `devices`.
 
-
-def data_parallel() -> int:
-    """Size of the data axis of the mesh in force (jax.set_mesh). 1 where there is none."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get(DATA, 1)
-
-
-def map_over_data(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """function(batch, parameters) on each device's rows of the batch.
-
-    `function` returns a pair (arrays [B, …], summary that is equal on all devices). Gradients of
-    the parameters are summed over devices. Sorting and gathering stay local, where the partitioner
-    would replicate them. Without a mesh the result is `function` itself.
+    `devices` may be those of a topology that is only compiled for. UserError: the axes do not fill
+    them.
     """
-    if data_parallel() == 1:
-        return function
-
-    def local(batch: Any, shared: Any) -> Any:
-        # Marked as each device's own, so that a custom_vjp may return its device's part of their
-        # gradient. The transpose of the mark is the sum over devices.
-        return function(batch, jax.tree.map(lambda a: lax.pcast(a, DATA, to="varying"), shared))
-
-    return jax.shard_map(
-        local, in_specs=(P(DATA), P()), out_specs=(P(DATA), P()), axis_names={DATA}
-    )
+    chosen = jax.devices() if devices is None else list(devices)
+    sizes = (config or ParallelConfig()).sizes(len(chosen))
+    shape = tuple(sizes[axis] for axis in AXES)
+    # Auto: the partitioner lays out everything outside of shard_map.
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=chosen)
 
 
-def sum_over_data(tree: Tree) -> Tree:
-    """Inside map_over_data: the sum over all devices' shares of the batch."""
-    return tree if data_parallel() == 1 else lax.psum(tree, DATA)
+def axis_sizes() -> dict[str, int]:
+    """The axes above 1 of the mesh in force (jax.set_mesh), without those of a shard_map around."""
+    return _axes(AxisType.Auto)
 
 
-def own_key(key: Array | None) -> Array | None:
-    """Inside map_over_data: a key of this device's own, so that devices draw differently."""
-    if key is None or data_parallel() == 1:
-        return key
-    return jax.random.fold_in(key, lax.axis_index(DATA))
+def free_axes() -> set[str]:
+    """All axes of the mesh in force, those of size 1 too, without those of a shard_map around.
+
+    A shard_map should take all of them. Within one of some axes alone JAX 0.10 cannot trace
+    jnp.searchsorted.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto}
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The axes above 1 over which the partitioner splits the rows of a batch here."""
+    return tuple(axis for axis in BATCH if axis in axis_sizes())
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def manual_axes() -> dict[str, int]:
+    """Inside a shard_map: its axes above 1."""
+    return _axes(AxisType.Manual)
+
+
+def _axes(kind: AxisType) -> dict[str, int]:
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, own in sizes if own == kind and size > 1}
+
+
+def _shared_axes() -> tuple[str, ...]:
+    return tuple(axis for axis in BATCH if axis in manual_axes())
+
+
+def by_rows(x: Num[Array, "B *shape"]) -> Num[Array, "B *shape"]:
+    """x with its rows split over the batch's axes, and nothing else of it."""
+    axes = batch_axes()
+    # A few rows that do not divide are of no training batch.
+    fits = axes and len(x) % math.prod(axis_sizes()[axis] for axis in axes) == 0
+    return lax.with_sharding_constraint(x, P(axes)) if fits else x
+
+
+def sum_over_batch(tree: Tree) -> Tree:
+    """Inside a shard_map: the sum over all devices' rows. Anywhere else the tree itself."""
+    axes = _shared_axes()
+    return lax.psum(tree, axes) if axes else tree
+
+
+def sum_over_earlier(x: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
+    """Inside a shard_map: the sum over the devices whose rows come before. Anywhere else 0."""
+    axes = _shared_axes()
+    if not axes:
+        return jnp.zeros_like(x)
+    everyone = lax.all_gather(x, axes)  # [devices, ...]
+    earlier = jnp.arange(len(everyone)) < lax.axis_index(axes)
+    return jnp.where(earlier.reshape(-1, *[1] * x.ndim), everyone, 0).sum(axis=0, dtype=x.dtype)
+
+
+def gather_rows(tree: Tree) -> Tree:
+    """Inside a shard_map: the rows of all devices, in order. Anywhere else the tree itself."""
+    axes = _shared_axes()
+    return lax.all_gather(tree, axes, tiled=True) if axes else tree
+
+
+def own_rows(x: Num[Array, "B *shape"]) -> Num[Array, "B *shape"]:
+    """The inverse of gather_rows: this device's rows."""
+    axes = _shared_axes()
+    if not axes:
+        return x
+    rows = len(x) // shared_by()
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * rows, rows)
+
+
+def shared_by() -> int:
+    """Inside a shard_map: the devices that share the batch. Anywhere else 1."""
+    return math.prod(manual_axes()[axis] for axis in _shared_axes())

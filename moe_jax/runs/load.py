@@ -1,6 +1,6 @@
 """Loads the model of a finished or stopped run, to complete text or to inspect its routing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -14,7 +14,7 @@ from moe_jax.base.errors import UserError, require
 from moe_jax.base.files import patiently
 from moe_jax.base.initial import root_key
 from moe_jax.base.paths import user_path
-from moe_jax.config import CheckpointConfig, TrainConfig, from_dict
+from moe_jax.config import CheckpointConfig, ParallelConfig, TrainConfig, from_dict
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.generate import generate
@@ -118,8 +118,9 @@ def load_run(out: str | Path) -> Trained:
         extra = checkpoints.peek(say)
         if extra is None:
             raise UserError(f"{out}/checkpoints holds no complete checkpoint")
-        engine = engine_of(from_dict(TrainConfig, extra["config"]))
-        # Whatever mesh the run was trained on.
+        # On one device, whatever layout the run was trained with.
+        config = replace(from_dict(TrainConfig, extra["config"]), parallel=ParallelConfig())
+        engine = engine_of(config)
         here = SingleDeviceSharding(jax.devices()[0])
         restored = checkpoints.restore(with_sharding(engine.abstract_state(), here), say)
     finally:

@@ -12,6 +12,7 @@ from moe_jax.base.files import disk_errors, only_process
 from moe_jax.base.paths import user_path
 from moe_jax.base.signals import keeping
 from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
+from moe_jax.parallel.devices import start_devices
 from moe_jax.runs.load import newest_step
 from moe_jax.runs.report import write_report
 from moe_jax.runs.teacher import task_of
@@ -27,6 +28,7 @@ def run_training(config: TrainConfig) -> Path:
     A run that is finished and has its report is left as it is. UserError: anything that the user
     can mend. It is raised before compiling. Stopped: a signal came, and the step is saved.
     """
+    start_devices(config.parallel)
     require(
         jax.process_count() == 1,
         f"{jax.process_count()} processes were started (jax.distributed): training has one process "

@@ -15,7 +15,7 @@ from moe_jax.model.attention import check_attention
 from moe_jax.moe.implementation import implementation, missing_kernels
 from moe_jax.train.checkpoint import Extra
 from moe_jax.train.engine import Engine
-from moe_jax.train.engines import engine_of
+from moe_jax.train.engines import engine_kind
 from moe_jax.train.state import abstract_state, tree_bytes
 from moe_jax.train.task import Task
 
@@ -81,8 +81,8 @@ def check_same_run(config: TrainConfig, saved: Extra, out: Path) -> None:
     """
     old = from_dict(TrainConfig, saved["config"])
     # Budgets may change, but a checkpoint with tiers has its experts in files of their own.
-    mine = engine_of(config).described
-    its = engine_of(old).described
+    mine = engine_kind(config).described
+    its = engine_kind(old).described
     if mine != its:
         raise UserError(
             f"{out} holds a run {its}, and this one is {mine}: a run goes on as it began, choose "

@@ -195,7 +195,9 @@ def compile_step(task: Task, engine: Engine, state: TrainState, data: TokenData)
 
 def device_gemm_rate(config: TrainConfig, engine: Engine) -> float:
     """FLOP/s of a plain GEMM in the run's compute dtype on all devices, measured now."""
-    return gemm_rate(compute_dtype(config.model).name) * engine.mesh.size
+    # All CPU devices of a process share its cores.
+    devices = jax.process_count() if jax.default_backend() == "cpu" else engine.mesh.size
+    return gemm_rate(compute_dtype(config.model).name) * devices
 
 
 def first_state(task: Task, engine: Engine, out: Path, restored: Restored | None) -> TrainState:

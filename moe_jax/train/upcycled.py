@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import ModelConfig, TrainConfig, fields, require
 from moe_jax.distill.teacher import Teacher
@@ -82,7 +84,9 @@ def upcycled_state(config: TrainConfig, teacher: Teacher, state: TrainState) -> 
     """The state before the first update, with the teacher's parameters and a fresh optimizer."""
     how = upcycle_config(config, teacher.model)
     # Beside the student, which may live on several devices; the teacher was loaded on one.
-    where = jax.tree.leaves(state.parameters)[0].sharding
+    where: Any = jax.tree.leaves(state.parameters)[0].sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, P())  # whole on every device of the student's mesh
     _, parameters, router = upcycle(teacher.model, jax.device_put(teacher.parameters, where), how)
 
     def placed(new: Any, like: jax.Array) -> jax.Array:

@@ -143,7 +143,7 @@ def test_two_devices_equal_one(small_run, name, accumulation):
     state, batch = initial_state(config), with_padding(make_batch(config))
     gradient = make_gradient(config)
     alone = jax.jit(gradient)(state.parameters, state.router, batch, jax.random.key(0))
-    mesh = make_mesh(2)
+    mesh = make_mesh(devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         parameters, router = jax.device_put((state.parameters, state.router), replicated(mesh))
         spread = jax.device_put(batch, batch_sharding(mesh))
@@ -159,7 +159,7 @@ def test_noise_differs_between_devices_and_steps(small_run):
     config = replace(small_run, model=replace(small_run.model, moe=moe))
     state, batch = initial_state(config), make_batch(config)
     batch = jax.tree.map(lambda leaf: jnp.tile(leaf[:1], (len(leaf), 1)), batch)
-    mesh = make_mesh(2)
+    mesh = make_mesh(devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         state = jax.device_put(state, replicated(mesh))
         step = jax.jit(make_step(config))

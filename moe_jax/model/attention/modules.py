@@ -1,5 +1,7 @@
 """Causal self-attention inside one document: grouped-query (GQA) and multi-head latent (MLA)."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -37,10 +39,11 @@ class GroupedQueryAttention(nnx.Module):
         dtype = jnp.dtype(model.param_dtype)
         queries = c.heads * c.head_dim
         keys = c.kv_heads * c.head_dim
-        self.query = Linear(model.width, queries, std=std, dtype=dtype, key=named_key(key, "query"))
-        self.key = Linear(model.width, keys, std=std, dtype=dtype, key=named_key(key, "key"))
-        self.value = Linear(model.width, keys, std=std, dtype=dtype, key=named_key(key, "value"))
-        self.out = Linear(queries, model.width, std=out_std, dtype=dtype, key=named_key(key, "out"))
+        linear = partial(Linear, dtype=dtype, gradient=model.gradient_dtype)
+        self.query = linear(model.width, queries, std=std, key=named_key(key, "query"))
+        self.key = linear(model.width, keys, std=std, key=named_key(key, "key"))
+        self.value = linear(model.width, keys, std=std, key=named_key(key, "value"))
+        self.out = linear(queries, model.width, std=out_std, key=named_key(key, "out"))
         if c.qk_norm != "none":
             full = c.qk_norm == "full"
             epsilon = model.norm_epsilon
@@ -83,24 +86,19 @@ class LatentAttention(nnx.Module):
         width = model.width
         std = model.init_std
         dtype = jnp.dtype(model.param_dtype)
+        linear = partial(Linear, dtype=dtype, gradient=model.gradient_dtype)
         queries = c.heads * (c.nope_dim + c.rope_dim)
         if c.q_rank:
-            self.query_down = Linear(
-                width, c.q_rank, std=std, dtype=dtype, key=named_key(key, "query_down")
-            )
+            self.query_down = linear(width, c.q_rank, std=std, key=named_key(key, "query_down"))
             self.query_norm = RMSNorm(c.q_rank, model.norm_epsilon, dtype)
-        self.query_up = Linear(
-            c.q_rank or width, queries, std=std, dtype=dtype, key=named_key(key, "query_up")
-        )
-        self.kv_down = Linear(
-            width, c.kv_rank + c.rope_dim, std=std, dtype=dtype, key=named_key(key, "kv_down")
-        )
+        inputs = c.q_rank or width
+        self.query_up = linear(inputs, queries, std=std, key=named_key(key, "query_up"))
+        latent = c.kv_rank + c.rope_dim
+        self.kv_down = linear(width, latent, std=std, key=named_key(key, "kv_down"))
         self.kv_norm = RMSNorm(c.kv_rank, model.norm_epsilon, dtype)
         rebuilt = c.heads * (c.nope_dim + c.v_dim)
-        self.kv_up = Linear(c.kv_rank, rebuilt, std=std, dtype=dtype, key=named_key(key, "kv_up"))
-        self.out = Linear(
-            c.heads * c.v_dim, width, std=out_std, dtype=dtype, key=named_key(key, "out")
-        )
+        self.kv_up = linear(c.kv_rank, rebuilt, std=std, key=named_key(key, "kv_up"))
+        self.out = linear(c.heads * c.v_dim, width, std=out_std, key=named_key(key, "out"))
 
     def __call__(
         self, x: Float[Array, "B L D"], context: AttentionContext, cache: Cache | None = None

@@ -11,4 +11,9 @@ ENGINES: tuple[type[Engine], ...] = (TieredEngine, DenseEngine)
 
 def engine_of(config: TrainConfig) -> Engine:
     """The engine that these settings ask for."""
-    return next(kind for kind in ENGINES if kind.applies(config))(config)
+    return engine_kind(config)(config)
+
+
+def engine_kind(config: TrainConfig) -> type[Engine]:
+    """The class of engine_of, which needs no devices."""
+    return next(kind for kind in ENGINES if kind.applies(config))

@@ -1,40 +1,44 @@
-"""The plain engine: the whole state on every device, batches split over devices."""
+"""The plain engine: one program over a mesh, state and batches laid out by parallel.rules."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
+from moe_jax.base.machine import available_bytes
 from moe_jax.config import TrainConfig
 from moe_jax.data.tokens import TokenArray
+from moe_jax.model.layout import shardings
 from moe_jax.objectives.base import Batch, Objective
-from moe_jax.parallel.mesh import make_mesh
-from moe_jax.parallel.rules import batch_sharding, replicated, with_sharding
+from moe_jax.parallel.mesh import batch_parts, make_mesh
+from moe_jax.parallel.rules import batch_sharding, device_bytes, replicated, with_sharding
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.state import Metrics, TrainState, abstract_state, init_state, tree_bytes
 from moe_jax.train.step import make_step
 
 
 class DenseEngine:
-    """train.engine.Engine for a state that fits each device. Its step is make_step's function."""
+    """train.engine.Engine for a state that fits the devices. Its step is make_step's function."""
 
     described = "without placement.device_budget"
 
-    def __init__(self, config: TrainConfig, devices: int | None = None) -> None:
-        """Uses the first `devices` devices. Unset, all of them."""
+    def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None) -> None:
+        """Uses these devices. Unset, all of them. UserError: config.parallel does not fill them."""
         self.config = config
-        self.mesh = make_mesh(devices)
-        self._sharding = replicated(self.mesh)
+        self.mesh = make_mesh(config.parallel, devices)
 
     @staticmethod
     def applies(config: TrainConfig) -> bool:
         return True
 
     def check(self) -> None:
-        """Every micro-batch must split evenly over the devices."""
-        devices = self.mesh.size
+        """The state must have a layout, and every micro-batch must split evenly over devices."""
+        self.abstract_state()
+        devices = batch_parts(self.mesh)
         parts = self.config.optim.accumulation
         if self.config.batch // parts % devices:
             raise UserError(
@@ -43,17 +47,18 @@ class DenseEngine:
             )
 
     def memory_bytes(self) -> int:
-        return tree_bytes(abstract_state(self.config))
+        return device_bytes(self.abstract_state())
 
     def disk_bytes(self, out: Path) -> dict[Path, int]:
         return {}
 
     def abstract_state(self) -> TrainState:
-        return with_sharding(abstract_state(self.config), self._sharding)
+        state = abstract_state(self.config)
+        return with_sharding(state, shardings(self.mesh, state))
 
     def start(self, out: Path) -> TrainState:
         # Initialised with its sharding, so that it is never whole on one device first.
-        return jax.jit(lambda: init_state(self.config), out_shardings=self._sharding)()
+        return jax.jit(lambda: init_state(self.config), out_shardings=self._shardings())()
 
     def resume(self, out: Path, state: TrainState, checkpoint: Path) -> TrainState:
         return state
@@ -79,9 +84,11 @@ class DenseEngine:
         operands: tuple[Any, ...],
         validation: TokenArray,
     ) -> None:
-        # Copies on every device, like the state: operands may have been loaded on one.
-        self._operands = jax.device_put(operands, self._sharding)
-        step = jax.jit(make_step(self.config, objective), donate_argnums=0)
+        # Laid out like the state: operands may have been loaded on one device.
+        self._operands = jax.device_put(operands, shardings(self.mesh, operands))
+        # The layout of the result is that of the argument, which is donated.
+        results = (self._shardings(), replicated(self.mesh))
+        step = jax.jit(make_step(self.config, objective), donate_argnums=0, out_shardings=results)
         # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
         lowered = step.lower(self.abstract_state(), batch, *self._operands)
         self._step = lowered.compile()
@@ -100,10 +107,21 @@ class DenseEngine:
         return None
 
     def local_state(self, state: TrainState) -> TrainState | None:
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), state)  # it is replicated
+        """The parameters and router biases. Nothing that samples reads the moments."""
+        own = state._replace(optimizer=())
+        size = tree_bytes(own)
+        available = available_bytes()
+        if self.mesh.size > 1 and available is not None and size > available:
+            say(f"no samples: one device has no room for the model's {size / 1e9:,.1f} GB")
+            return None
+        whole = jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(own)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def load(self, state: TrainState, checkpoint: Path) -> TrainState:
         return state
+
+    def _shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
 
     def close(self) -> None:
         pass

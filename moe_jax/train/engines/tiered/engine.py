@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import numpy as np
 from moe_jax.base.console import say
 from moe_jax.base.paths import user_path
 from moe_jax.base.scratch import make_scratch
-from moe_jax.config import TrainConfig, require
+from moe_jax.config import ParallelConfig, TrainConfig, require
 from moe_jax.data.tokens import TokenArray
 from moe_jax.model.trunk import with_experts
 from moe_jax.objectives.base import Batch, Objective
-from moe_jax.parallel.rules import with_sharding
+from moe_jax.parallel.rules import replicated, with_sharding
 from moe_jax.placement.records.file import as_parts
 from moe_jax.placement.records.store import RecordStore, claim
 from moe_jax.train.checkpoint import EXPERTS, unfinished_folder
@@ -41,7 +42,9 @@ class TieredEngine(DenseEngine):
     described = "with placement.device_budget"
 
     def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config, devices=1)
+        # `check` refuses a layout. Before it, none may ask for devices that are not there.
+        super().__init__(replace(config, parallel=ParallelConfig()), jax.devices()[:1])
+        self.config = config
         self._experts: TieredExperts | None = None
         self._tiered_step: TieredStep | None = None
 
@@ -60,6 +63,11 @@ class TieredEngine(DenseEngine):
             config.optim.accumulation == 1,
             f"{budget} and optim.accumulation={config.optim.accumulation}: training with tiers "
             "takes the batch as a whole, set optim.accumulation to 1 and shrink batch",
+        )
+        require(
+            config.parallel.settings == "",
+            f"{budget} and {config.parallel.settings}: training with tiers uses one device, unset "
+            "one of them",
         )
         require(
             visible_devices() == 1,
@@ -81,10 +89,10 @@ class TieredEngine(DenseEngine):
         return {user_path(folder) if folder else out: expert_disk_bytes(self.config)}
 
     def abstract_state(self) -> TrainState:
-        return with_sharding(abstract_trunk(self.config), self._sharding)
+        return with_sharding(abstract_trunk(self.config), replicated(self.mesh))
 
     def start(self, out: Path) -> TrainState:
-        state = jax.jit(lambda: init_trunk(self.config), out_shardings=self._sharding)()
+        state = jax.jit(lambda: init_trunk(self.config), out_shardings=replicated(self.mesh))()
         self._experts = open_experts(self.config, out, None, 0)
         return state
 

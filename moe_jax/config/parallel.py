@@ -1,0 +1,110 @@
+"""Settings that spread a run over devices."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_jax.base.errors import require
+from moe_jax.config.checks import not_negative, positive
+
+if TYPE_CHECKING:
+    from moe_jax.config.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over devices. The product of all axes is the number of devices.
+
+    No axis changes the result of an update, up to rounding. A continued run may have other axes."""
+
+    data: int = 0
+    """Copies of the model, each with its own rows of the batch. 0: the devices that remain."""
+    fsdp: int = 1
+    """Devices that share each parameter, and have their own rows of the batch.
+    A layer's parameters are gathered when it runs."""
+    expert: int = 1
+    """Devices that share the routed experts, and have their own rows of the batch.
+    It must divide model.moe.experts. Other parameters are split over it as over fsdp."""
+    tensor: int = 1
+    """Devices that share the heads, hidden units and vocabulary, and have the same rows.
+    It must divide the query heads, the KV heads, the hidden widths and the vocabulary."""
+    pipe: int = 1
+    """Stages of a pipeline. There is no pipeline yet, so it must be 1."""
+    fake_devices: int = 0
+    """Run on the CPU as if it were this many devices. 0: use the devices that are there.
+    For trying out a layout: it makes nothing faster."""
+
+    def __post_init__(self) -> None:
+        owner = "parallel"
+        positive(owner, self, "fsdp", "expert", "tensor", "pipe")
+        not_negative(owner, self, "data", "fake_devices")
+        require(
+            self.fake_devices <= 1024,  # each has threads of its own
+            f"{owner}.fake_devices is {self.fake_devices}: it must be at most 1024",
+        )
+        require(
+            self.pipe == 1,
+            f"{owner}.pipe={self.pipe}: there is no pipeline yet, set {owner}.pipe to 1",
+        )
+
+    @property
+    def fixed(self) -> int:
+        """Devices of all axes but `data`."""
+        return math.prod((self.fsdp, self.expert, self.tensor, self.pipe))
+
+    @property
+    def settings(self) -> str:
+        """The axes above 1, as the command line spells them."""
+        names = ("data", "fsdp", "expert", "tensor", "pipe")
+        sizes = {name: getattr(self, name) for name in names}
+        return ", ".join(f"parallel.{name}={size}" for name, size in sizes.items() if size > 1)
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """The size of every axis over so many devices. UserError: they do not fill them."""
+        require(
+            devices % self.fixed == 0,
+            f"{self.settings} need a multiple of {self.fixed} devices, and there are {devices}: "
+            "make an axis smaller, or try the layout with parallel.fake_devices",
+        )
+        data = self.data or devices // self.fixed
+        require(
+            data * self.fixed == devices,
+            f"{self.settings} are {data * self.fixed} devices, and there are {devices}: leave "
+            "parallel.data unset for all that remain",
+        )
+        return {
+            "pipe": self.pipe,
+            "data": data,
+            "fsdp": self.fsdp,
+            "expert": self.expert,
+            "tensor": self.tensor,
+        }
+
+
+def check_layout(config: "TrainConfig") -> None:
+    """UserError: an axis does not divide what is split over it.
+
+    What depends on the number of devices is checked with the mesh (parallel.mesh, train.engines).
+    """
+    parallel = config.parallel
+    model = config.model
+    if model.moe_layers:
+        _divides(parallel, "expert", "model.moe.experts", model.moe.experts)
+        _divides(parallel, "tensor", "model.moe.expert_hidden", model.moe.expert_hidden)
+    if model.dense_layers:
+        _divides(parallel, "tensor", "model.dense_hidden", model.dense_hidden)
+    attention = model.attention
+    _divides(parallel, "tensor", "model.attention.heads", attention.heads)
+    if attention.kind == "gqa":
+        _divides(parallel, "tensor", "model.attention.kv_heads", attention.kv_heads)
+    if model.vocabulary is not None:
+        _divides(parallel, "tensor", "model.vocabulary", model.vocabulary)
+
+
+def _divides(parallel: ParallelConfig, axis: str, name: str, value: int) -> None:
+    size = getattr(parallel, axis)
+    require(
+        value % size == 0,
+        f"parallel.{axis}={size} does not divide {name}={value}: make {name} "
+        f"{math.ceil(value / size) * size}, or the axis smaller",
+    )

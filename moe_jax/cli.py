@@ -57,7 +57,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         leaves.setdefault(leaf, dotted)
         if "_" in leaf:
             leaves.setdefault("".join(word[:1] for word in leaf.split("_")), dotted)
-    given = name.rpartition(".")[2]
+    head, _, given = name.rpartition(".")
+    # In the config that is named, before the same word in another one.
+    own = [dotted for dotted in known if head and dotted.rpartition(".")[0] == head]
+    if close := difflib.get_close_matches(name, own, n=1):
+        return close[0]
     if given in leaves:
         return leaves[given]
     if close := difflib.get_close_matches(name, known, n=1):

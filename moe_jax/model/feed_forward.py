@@ -45,8 +45,8 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
 
 
-def _halves(gate_up: Float[Array, "D twoF"]) -> Float[Array, "D two F"]:
-    """Both halves with their columns split over the tensor axis: a device has the same of both."""
+def _halves(gate_up: Float[Array, "D twoF"]) -> Array:
+    """[D, 2, F] with F split over the tensor axis: a device has the same columns of both."""
     # In two steps, which the partitioner knows as a gather and an all-to-all.
     split = lax.with_sharding_constraint(gate_up, P(TENSOR))
     return lax.with_sharding_constraint(split.reshape(len(split), 2, -1), P(None, None, TENSOR))

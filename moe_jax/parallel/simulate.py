@@ -52,12 +52,12 @@ class Simulation:
 
 def simulate(
     schedule: PipelineSchedule,
-    *,
     forward: Cost = 1.0,
     backward_input: Cost = 1.0,
     backward_weight: Cost = 1.0,
     overlapped: float | None = None,
     communication: float = 0.0,
+    *,
     lockstep: bool = False,
 ) -> Simulation:
     """Runs a schedule with given costs.

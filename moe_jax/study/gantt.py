@@ -1,5 +1,7 @@
 """The picture of a pipeline schedule: devices as rows, time to the right, a colour an operation."""
 
+from collections.abc import Mapping
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
@@ -24,6 +26,39 @@ WORDS = {
 FONT_SIZE = 6.5
 DIGIT_INCHES = 0.062
 """Width of a digit of this size."""
+PANEL = 0.93
+"""About what is left of a figure's width beside the names of the devices."""
+
+
+def draw_schedules(timelines: Mapping[str, Timeline], title: str) -> Figure:
+    """A panel for each timeline under its own title, all on one axis of time."""
+    devices = [len(timeline) for timeline in timelines.values()]
+    height = 1.2 + sum(0.55 + 0.27 * count for count in devices)
+    until = max(span.end for t in timelines.values() for spans in t for span in spans)
+    figure = Figure(figsize=(_width(timelines, until), height), layout="constrained")
+    ratios = [2 + count for count in devices]
+    panels = figure.subplots(len(devices), 1, squeeze=False, height_ratios=ratios)
+    for axes, (name, timeline) in zip(panels[:, 0], timelines.items(), strict=True):
+        draw_timeline(axes, timeline, until)
+        axes.set_title(name, fontsize=9, loc="left")
+    panels[-1, 0].set_xlabel("time, in the unit of the costs")
+    figure.suptitle(title)
+    draw_legend(figure, list(timelines.values()))
+    return figure
+
+
+def _width(timelines: Mapping[str, Timeline], until: float) -> float:
+    """Inches: as many as the numbers in the shortest boxes need, from 12 to 30."""
+    spans = [span for timeline in timelines.values() for one in timeline for span in one]
+    shortest = min(span.end - span.start for span in spans)
+    digits = max(len(str(operation.microbatch)) for span in spans for operation in span.step)
+    needed = _number_inches(digits) * until / max(shortest, until / 1000)
+    return min(max(12.0, needed / PANEL), 30.0)
+
+
+def _number_inches(digits: int) -> float:
+    """Width of a number with a little room beside it."""
+    return DIGIT_INCHES * (digits + 0.4)
 
 
 def draw_timeline(axes: Axes, timeline: Timeline, until: float) -> None:
@@ -38,8 +73,7 @@ def draw_timeline(axes: Axes, timeline: Timeline, until: float) -> None:
     axes.set_facecolor("0.93")
     figure = axes.get_figure(root=True)
     assert figure is not None
-    # About what is left of a figure beside the names of the devices.
-    width = 0.93 * figure.get_figwidth()
+    width = PANEL * figure.get_figwidth()
     for device, spans in enumerate(timeline):
         for span in spans:
             _draw_step(axes, device, span, width / until)
@@ -56,7 +90,8 @@ def _draw_step(axes: Axes, device: int, span: Span, inches: float) -> None:
         box = Rectangle((start, top), width, height, facecolor=color, edgecolor="white", lw=0.6)
         axes.add_patch(box)
         text = str(operation.microbatch)
-        if width * inches > DIGIT_INCHES * (len(text) + 0.4):
+        # Widths are divided and multiplied again, so equal ones may differ in the last digit.
+        if width * inches * 1.001 > _number_inches(len(text)):
             axes.text(
                 start + width / 2,
                 top + height / 2,

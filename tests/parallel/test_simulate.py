@@ -119,7 +119,7 @@ def test_peak_is_what_is_alive(schedule, forward, to_weight):
     assert found.peak_activations == activations_by_events(schedule, found)
 
 
-# What each paper says, for the costs for which it says it. published.py has the sources.
+# What each paper says, for the costs for which it says it. schedules/published.py has the sources.
 @st.composite
 def published_cases(draw):
     """A schedule's name, size and costs, within what its closed form assumes."""
@@ -162,10 +162,11 @@ def test_bubble_peak_and_weights_are_the_published_ones(case):
     assert found.bubble == pytest.approx(paper.bubble(P, v, costs), abs=1e-9)
     assert max(found.peak_activations) == pytest.approx(paper.peak(P, M, v))
     assert schedule.weights == paper.weights
+    assert schedule.messages == paper.messages(P, M, v)
 
 
 # (name, P, M, v) -> bubble with F = Bi = W = 1, peak, stages on a device. Numbers, so that a wrong
-# formula in published.py is seen, too. P(1+(P-1)/(Pv)) = 5.5 for P = 4, v = 2.
+# formula in schedules/published.py is seen, too. P(1+(P-1)/(Pv)) = 5.5 for P = 4, v = 2.
 TABLE = [
     ("gpipe", (4, 8, 1), 9, 8, 1),
     ("1f1b", (4, 8, 1), 9, 4, 1),

@@ -126,7 +126,7 @@ class Machine:
         return self.weights
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(schedules())
 def test_the_table_alone_trains_every_micro_batch_once(schedule):
     weights = Machine(schedule).run()
@@ -140,7 +140,7 @@ def test_tables_of_split_backwards_run(schedule):
     assert len(Machine(split).run()) == schedule.microbatches * schedule.pieces
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(schedules())
 def test_saved_slots_are_the_peak_of_the_activations(schedule):
     """As many slots as the fullest device needs, and not one more."""

@@ -27,7 +27,7 @@ SCHEDULES: dict[str, Callable[[int, int, int], PipelineSchedule]] = {
 """Name -> function of (stages, microbatches, chunks)."""
 
 
-def build(name: str, *, stages: int, microbatches: int, chunks: int = 1) -> PipelineSchedule:
+def build(name: str, stages: int, microbatches: int, chunks: int = 1) -> PipelineSchedule:
     """The schedule `name` of a model in P `stages` with M `microbatches` in one update.
 
     `chunks` is v of `interleaved`: the pieces of a stage. zb-v, dualpipe and dualpipev have two

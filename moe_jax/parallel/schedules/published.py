@@ -38,6 +38,10 @@ class Published:
     peak_text: str
     weights: int
     """Stages whose weights a device holds."""
+    messages: Callable[[int, int, int], int]
+    """(P, M, v) -> activations and gradients sent between devices in an update. The path of the
+    schedule gives it. The zero-bubble repository says the same relative to 1F1B: 1, 1 and 2."""
+    messages_text: str
     needs: str
     """For what the bubble is exact (docs/pipeline.md says what it is elsewhere)."""
     exact: Callable[[int, int, Costs], bool]
@@ -89,6 +93,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: M,
         peak_text="M",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs="nothing",
         exact=_any_costs,
         source="arXiv:1811.06965",
@@ -99,6 +105,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: min(P, M),
         peak_text="min(P,M)",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs="nothing",
         exact=_any_costs,
         source="arXiv:2006.09503",
@@ -109,6 +117,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: min(M, P * (1 + (P - 1) / (P * v))),
         peak_text="P(1+(P-1)/(Pv))",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P * v - 1) if P > 1 else 0,
+        messages_text="2M(Pv-1)",
         needs="nothing",
         exact=_any_costs,
         source="arXiv:2104.04473",
@@ -119,6 +129,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: min(P, M),
         peak_text="min(P,M)",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs=WEIGHTS_SHORT,
         exact=_short_weights,
         source=ZERO_BUBBLE,
@@ -129,6 +141,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: 2 * P - 1,
         peak_text="2P-1",
         weights=1,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs=WEIGHTS_SHORT,
         exact=_short_weights,
         source=ZERO_BUBBLE,
@@ -139,6 +153,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: P,
         peak_text="P",
         weights=1,
+        messages=lambda P, M, v: 4 * M * (P - 1),
+        messages_text="4M(P-1)",
         needs=EQUAL,
         exact=_equal_costs,
         source=ZERO_BUBBLE,
@@ -149,6 +165,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: P + 1,
         peak_text="P+1",
         weights=2,
+        messages=lambda P, M, v: 2 * M * (P - 1),
+        messages_text="2M(P-1)",
         needs=DUAL_COSTS,
         exact=_dual_costs,
         source=DUALPIPE,
@@ -159,6 +177,8 @@ PUBLISHED: dict[str, Published] = {
         peak=lambda P, M, v: P + 1,
         peak_text="P+1",
         weights=2,
+        messages=lambda P, M, v: 2 * M * (P - 2),
+        messages_text="2M(P-2)",
         needs=DUAL_COSTS,
         exact=_dual_costs,
         source=DUALPIPE,

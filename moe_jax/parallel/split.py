@@ -258,8 +258,13 @@ def _bind(equation: core.JaxprEqn, arguments: Iterable[Any]) -> Sequence[Any]:
     return out if equation.primitive.multiple_results else [out]
 
 
+CALLS = {"jit": "jaxpr", "custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
+"""Primitives that call a function, and its name among their parameters. Derivatives are taken
+before equations are looked at, so that those with a rule of their own are calls like others."""
+
+
 def _inlined(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
-    """Evaluates with every function under jit in its place: an equation is then one operation."""
+    """Evaluates with every called function in its place: an equation is then one operation."""
     values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     values |= zip(closed.jaxpr.invars, arguments, strict=True)
 
@@ -268,10 +273,11 @@ def _inlined(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
 
     for equation in closed.jaxpr.eqns:
         own = [read(atom) for atom in equation.invars]
-        if equation.primitive is primitives.jit_p:
-            out = _inlined(equation.params["jaxpr"], own)
-        else:
+        called = CALLS.get(equation.primitive.name)
+        if called is None:
             out = _bind(equation, own)
+        else:
+            out = _inlined(equation.params[called], own)
         values |= zip(equation.outvars, out, strict=True)
     return [read(atom) for atom in closed.jaxpr.outvars]
 

@@ -1,6 +1,6 @@
 """The gradient of pipelines in float64 over simulated devices, beside micro-batches on one device.
 
-    JAX_NUM_CPU_DEVICES=8 JAX_ENABLE_X64=1 python -m tests.parallel.pipelined_layouts CASE/PIPELINE …
+    JAX_NUM_CPU_DEVICES=8 JAX_ENABLE_X64=1 python -m tests.parallel.pipelined_layouts CASE/PIPELINE
 
 A process of its own, as tests.parallel.layouts is, with the same kind of output.
 """

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from moe_kernels.launch import Launch
 from moe_kernels.predict import matrix_gradient, product
 from moe_kernels.predict.device import Device, other_seconds
-from moe_kernels.predict.layers import launch_name
 from moe_kernels.predict.matrix_gradient import MatrixTiles
 from moe_kernels.predict.product import Product
 from moe_kernels.predict.routing import Routing
@@ -174,6 +173,7 @@ def _array_bytes(launch: Launch) -> float:
 
 
 def _note(launch: Launch, row: dict[str, Any], shape: Product) -> str:
-    note = f"{launch_name(launch)} {row['registers']} registers, {shape.resident} resident"
+    kernel = launch.kernel.__name__.removesuffix("_kernel")
+    note = f"{kernel} {row['registers']} registers, {shape.resident} resident"
     note += f", {row['cp_async']} cp.async, {row['special']} special"
     return note + (f", {row['spill_bytes']} bytes SPILLED" if row["spill_bytes"] else "")

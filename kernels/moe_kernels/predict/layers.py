@@ -9,6 +9,7 @@ from jax import ShapeDtypeStruct
 
 from moe_kernels.bench.shapes import Shape
 from moe_kernels.experts import mixture
+from moe_kernels.gate import GateConfig, gate
 from moe_kernels.launch import Launch, recording
 from moe_kernels.schedule.api import choose_block_rows, schedule, schedule_shape
 
@@ -25,20 +26,25 @@ def layer_arrays(shape: Shape, dtype: str) -> tuple[Any, ...]:
     )
 
 
-def schedule_launches(shape: Shape, arch: int) -> list[Launch]:
-    """The launches of the schedule."""
+def routing_launches(shape: Shape, arch: int) -> list[Launch]:
+    """The launches of a softmax gate and of the schedule."""
     t, _, _, e, k = shape
-    chosen = ShapeDtypeStruct((t, k), jnp.int32)
-    function = partial(schedule, num_experts=e, block_rows=choose_block_rows(t * k, e))
+    rows = choose_block_rows(t * k, e)
     with recording(arch) as launches:
-        jax.eval_shape(lambda experts: function(experts), chosen)
+        # Lambdas: JAX does not trace a function twice, and the architecture is no argument.
+        jax.eval_shape(
+            lambda logits: gate(logits, config=GateConfig(k, "softmax")),
+            ShapeDtypeStruct((t, e), jnp.float32),
+        )
+        jax.eval_shape(
+            lambda chosen: schedule(chosen, e, rows), ShapeDtypeStruct((t, k), jnp.int32)
+        )
     return launches
 
 
 def forward_launches(shape: Shape, arch: int, dtype: str = "bfloat16") -> list[Launch]:
     """The launches of the experts without gradients."""
     with recording(arch) as launches:
-        # A lambda: JAX does not trace a function twice, and the architecture is no argument.
         jax.eval_shape(lambda *arrays: mixture(*arrays), *layer_arrays(shape, dtype))
     return launches
 
@@ -58,29 +64,30 @@ def train_launches(shape: Shape, arch: int, dtype: str = "bfloat16") -> list[Lau
 
 
 def launch_name(launch: Launch) -> str:
-    """A launch's job in words, for a table."""
+    """The job of a launch of forward_launches, train_launches or routing_launches.
+
+    The four launches of the schedule have one name.
+    """
     name = launch.kernel.__name__.removesuffix("_kernel")
     constants = launch.constants
     match name:
-        case "up":
-            return "up, z kept" if constants["SAVE"] else "up"
         case "rows":
             # The input's gradient reads gate_up transposed: the contraction is contiguous.
-            return "rows transposed" if constants["STRIDE_K"] == 1 else "rows"
+            return "input gradient" if constants["STRIDE_K"] == 1 else "down"
         case "combine":
-            return "combine" if constants["WEIGHTED"] else "combine unweighted"
+            return "combine" if constants["WEIGHTED"] else "combine, unweighted"
         case "matrix_gradient":
-            return f"matrix gradient {'gate_up' if constants['GATHER_LEFT'] else 'down'}"
+            return "gate_up gradient" if constants["GATHER_LEFT"] else "down gradient"
         case "histogram" | "scan" | "layout" | "place":
-            return f"schedule {name}"
+            return "schedule"
     return name.replace("_", " ")
 
 
 BACKWARD = (
     "hidden gradient",
-    "matrix gradient down",
-    "matrix gradient gate_up",
-    "rows transposed",
-    "combine unweighted",
+    "down gradient",
+    "gate_up gradient",
+    "input gradient",
+    "combine, unweighted",
 )
 """The names of the backward pass's launches."""

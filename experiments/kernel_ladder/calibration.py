@@ -84,9 +84,7 @@ def calibrate(device: Device, seed: int) -> list[Point]:
         for kernel in PUBLISHED:
             for kind in KINDS:
                 rate = published_rates(kernel, kind)[name]
-                points.append(
-                    Point(name, kind, kernel, rate, model[kind], rate / model[kind])
-                )
+                points.append(Point(name, kind, kernel, rate, model[kind], rate / model[kind]))
     return points
 
 

@@ -91,9 +91,7 @@ def can_compile() -> bool:
 
 def count(shape: Shape, layer: str, kind: str) -> Counted:
     """Compiles a layer's forward pass, or forward and backward (`train`), and counts."""
-    topology = topologies.get_topology_desc(
-        "h100", "cuda", target_config=TARGET, topology="1x1x1"
-    )
+    topology = topologies.get_topology_desc("h100", "cuda", target_config=TARGET, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices), ("device",))
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -162,7 +160,8 @@ def _flops(computations: Mapping[str, list[str]], name: str) -> float:
         if match["op"] == "dot":
             left = re.search(r" dot\(%([^\s,)]+)", line)
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
-            assert left and axes
+            assert left
+            assert axes
             sizes = _sizes(types[left[1]])
             depth = np.prod([sizes[int(axis)] for axis in axes[1].split(",") if axis])
             total += 2.0 * float(depth) * float(np.prod(_sizes(match["type"])))

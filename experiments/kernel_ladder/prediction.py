@@ -143,8 +143,8 @@ class Prediction:
 class Kept(NamedTuple):
     """The gain of a backward pass that does not need the second product's output y."""
 
-    speedup: Range
-    """Of forward with backward."""
+    speedup: Range | None
+    """Of forward with backward. None: it could not be measured."""
     gigabytes: float
     """Kept for the backward pass, without y: x and z."""
     gigabytes_with_y: float

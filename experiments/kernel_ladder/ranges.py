@@ -12,13 +12,15 @@ class Range(NamedTuple):
     high: float
 
     def text(self) -> str:
-        """`0.52-1.7`, two digits each."""
-        return f"{two_digits(self.low)}-{two_digits(self.high)}"
+        """`0.52-1.71`."""
+        return f"{few_digits(self.low)}-{few_digits(self.high)}"
 
 
-def two_digits(value: float) -> str:
-    """Two digits without an exponent."""
-    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+def few_digits(value: float) -> str:
+    """Two or three digits without an exponent."""
+    if value < 0.1:
+        return f"{value:.2g}"
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def speed(own: Range, other: Range) -> Range:

@@ -2,10 +2,11 @@
 
     python experiments/kernel_ladder/run.py [--out DIR] [--quick] [--device H100|A100]
 
-The layer forward, from XLA's own path to the full kernels, one idea at a time (rungs.py), on the
-sizes of real models. On a GPU every rung is measured. Without one it is PREDICTED, and labelled so
-everywhere: each rung's launches are compiled for the GPU that is not there, and their registers,
-shared memory and instructions go into the model of launch_model.py.
+The layer forward, from jax.lax.ragged_dot and XLA's own path to the full kernels, one idea at a
+time (rungs.py), and all ideas with the backward pass, on the sizes of real models. Every number is
+a range. On a GPU every rung is measured. Without one it is PREDICTED, and labelled so everywhere:
+each launch is compiled for the GPU that is not there and timed by a model (moe_kernels.predict).
+The model is a bound. Published kernels say how far below it real ones run (calibration.py).
 """
 
 import json
@@ -15,23 +16,34 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import numpy as np
+from moe_kernels.bench.shapes import Shape
 from moe_kernels.launch import missing_package, triton_support
+from moe_kernels.predict import DEVICES, H100, Device
 
-from experiments.kernel_ladder.cases import QUICK, SHAPES, Shape
-from experiments.kernel_ladder.launch_model import DEVICES, Device
-from experiments.kernel_ladder.measurement import backward_speedup, measure
-from experiments.kernel_ladder.prediction import Backward, backward, predict
-from experiments.kernel_ladder.report import (
+from experiments.kernel_ladder import calibration, compiled
+from experiments.kernel_ladder.calibration import Band, Point
+from experiments.kernel_ladder.cases import QUICK, SHAPES
+from experiments.kernel_ladder.compiled import Counts
+from experiments.kernel_ladder.figure import draw
+from experiments.kernel_ladder.gains import (
+    TRAIN,
+    Gain,
     Gains,
-    draw,
-    gains,
+    gain_measurements,
     key,
+    measured_gains,
+    measured_train,
+    predicted_gains,
+    predicted_train,
     recorded_gains,
-    rung_measurements,
-    verdict,
 )
+from experiments.kernel_ladder.measurement import measure, speed_without_y
+from experiments.kernel_ladder.prediction import Kept, Prediction, without_y
+from experiments.kernel_ladder.ragged_path import PUBLISHED
+from experiments.kernel_ladder.ranges import Range, Step
 from experiments.kernel_ladder.rungs import RUNGS
+from experiments.kernel_ladder.verdict import verdict
+from moe_jax.base.files import write_atomically
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import require
@@ -41,16 +53,17 @@ from moe_jax.study.results import publish, read_measurements
 
 QUESTION = "What does each kernel idea buy, and is it the article's 2-5x, or 4-10x with PTX?"
 ROUNDS = 7
+CALIBRATION = Path(__file__).parent / "results/calibration.json"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Climbs the ladder from XLA's own path to the kernels."""
+    """Climbs the ladder from ragged_dot and XLA's own path to the kernels."""
 
     out: str = "runs/kernel-ladder"
-    """Folder for result.json, metrics.jsonl and the plot."""
+    """Folder for result.json, metrics.jsonl, calibration.json, compiled_h100.json and the plot."""
     quick: bool = False
-    """One small shape."""
+    """One small shape, by the recorded calibration and counts."""
     device: Literal["H100", "A100"] = "H100"
     """The GPU that the prediction is for, where none is there."""
     seed: int = 0
@@ -59,10 +72,42 @@ class Settings:
     """A result.json of this command, whose plot is drawn again. Nothing is measured then."""
 
 
+class Evidence:
+    """What predictions rest on: published kernels beside the model, and XLA's compiled programs."""
+
+    def __init__(self, settings: Settings, out: Path) -> None:
+        self.points = _calibration(settings, out)
+        self.band: Band = calibration.band_of(self.points)
+        self.counts: Counts = _counts(settings, out)
+
+
+def _calibration(settings: Settings, out: Path) -> list[Point]:
+    """Calibrated anew for the H100, whose figures are published. Otherwise the recorded table."""
+    if settings.quick or settings.device != "H100":
+        return calibration.points_from_json(json.loads(CALIBRATION.read_text()))
+    points = calibration.calibrate(H100, settings.seed)
+    _write(out / "calibration.json", calibration.to_json(points, H100))
+    return points
+
+
+def _counts(settings: Settings, out: Path) -> Counts:
+    """Counted anew where XLA's GPU compiler is installed. Otherwise the recorded counts."""
+    if settings.quick or not compiled.can_compile():
+        return compiled.read_recorded()
+    print(f"counting in programs that XLA compiles for an H100 ({compiled.COMPILER})", flush=True)
+    counts = compiled.count_all({**QUICK, **SHAPES})
+    _write(out / "compiled_h100.json", compiled.to_json(counts))
+    return counts
+
+
+def _write(path: Path, content: object) -> None:
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
 class Ladder:
     """Climbs shape by shape, and collects rows and measurements."""
 
-    def __init__(self, settings: Settings, table: LiveTable) -> None:
+    def __init__(self, settings: Settings, table: LiveTable, out: Path) -> None:
         self.seed = settings.seed
         self.device: Device = DEVICES[settings.device]
         self.on_gpu = triton_support().name == "gpu"
@@ -72,62 +117,123 @@ class Ladder:
             self.label = f"measured on {jax.devices()[0].device_kind}"
         self.table = table
         self.measurements: list[Measurement] = []
+        self.evidence = None if self.on_gpu else Evidence(settings, out)
+        if self.evidence:
+            self.measurements += evidence_measurements(self.evidence.band)
 
     def climb(self, name: str, shape: Shape) -> Gains:
-        """All rungs of one shape."""
-        if self.on_gpu:
-            steps, seconds = measure(shape, self.seed, ROUNDS)
-            limit = 1e3 * float(np.median(seconds["gemm"]))
-        else:
-            steps = predict(shape, self.device, self.seed)
-            seconds = {}
-            limit = 1e3 * shape.flops / self.device.gemm
-        found = gains(steps, seconds)
-        for rung in (rung for rung in RUNGS if rung.name in steps):
-            step = steps[rung.name]
-            over_before, over_xla = found[rung.name]
-            of_gemm = limit / step.milliseconds
-            self.table.row(
-                f"{name}, {self.label}",
-                rung.name,
-                step.note,
-                ms=step.milliseconds,
-                of_gemm=of_gemm,
-                over_before=over_before,
-                over_xla=over_xla,
-                DRAM_GB=step.dram_gigabytes,
-            )
-            self.measurements += rung_measurements(
-                name, rung.name, over_xla=over_xla, of_gemm=of_gemm, kind=self.kind
-            )
-        buys = backward(shape, steps["raster"], self.device)
-        if self.on_gpu:
-            buys = buys._replace(speedup=backward_speedup(shape, self.seed, ROUNDS))
-        self.add_backward(name, buys)
+        """All rungs of one shape, and forward with backward."""
+        steps, found, kept = self.measured(shape) if self.on_gpu else self.predicted(name, shape)
+        for rung in (*(rung.name for rung in RUNGS), TRAIN):
+            if rung in found:
+                self.add(name, rung, steps[rung], found[rung])
+        self.add_kept(name, kept)
         return found
 
-    def add_backward(self, name: str, buys: Backward) -> None:
+    def measured(self, shape: Shape) -> tuple[dict[str, Step], Gains, Kept]:
+        """Times on the GPU at hand."""
+        steps, seconds = measure(shape, self.seed, ROUNDS)
+        found = measured_gains(seconds)
+        kept = without_y(shape, steps["raster"], self.device)
+        if "raster train" in seconds:
+            found[TRAIN] = measured_train(seconds)
+            times = seconds["raster train"]
+            steps[TRAIN] = Step(Range(min(times), max(times)))
+        return steps, found, kept._replace(speedup=speed_without_y(seconds))
+
+    def predicted(self, name: str, shape: Shape) -> tuple[dict[str, Step], Gains, Kept]:
+        """Times of a GPU that is not there."""
+        assert self.evidence
+        counts = self.evidence.counts[name]
+        prediction = Prediction(shape, self.device, self.evidence.band, counts, self.seed)
+        limit = shape.flops / self.device.gemm
+        steps = prediction.rungs()
+        found = predicted_gains(steps, limit)
+        steps[TRAIN] = prediction.train()
+        peers = {peer: prediction.of_peer(peer, "train") for peer in counts}
+        found[TRAIN] = predicted_train(steps[TRAIN], peers, limit)
+        return steps, found, without_y(shape, steps[TRAIN], self.device)
+
+    def add(self, shape: str, rung: str, step: Step, gain: Gain) -> None:
+        """The row and the measurements of one rung."""
+        over_xla = gain.over_xla or (None, None)
+        over_ragged = gain.over_ragged_dot or (None, None)
+        self.table.row(
+            f"{shape}, {self.label}",
+            rung,
+            step.note,
+            ms_low=1e3 * step.seconds.low,
+            ms_high=1e3 * step.seconds.high,
+            of_gemm_low=gain.of_gemm.low,
+            of_gemm_high=gain.of_gemm.high,
+            of_gemm_at_most=gain.of_gemm_bound,
+            over_xla_low=over_xla[0],
+            over_xla_high=over_xla[1],
+            over_ragged_low=over_ragged[0],
+            over_ragged_high=over_ragged[1],
+        )
+        self.measurements += gain_measurements(shape, rung, gain, self.kind)
+
+    def add_kept(self, name: str, kept: Kept) -> None:
         """The gain of a backward pass that does not need the second product's output y."""
-        self.table.row(f"{name}, backward", "without Y", self.label, **buys._asdict())
+        low, high = kept.speedup or (None, None)
+        saved = kept.gigabytes_with_y / kept.gigabytes
+        self.table.row(
+            f"{name}, backward",
+            "without Y",
+            self.label,
+            speed_low=low,
+            speed_high=high,
+            kept_GB=kept.gigabytes,
+            kept_GB_with_Y=kept.gigabytes_with_y,
+        )
         row = key(f"{name} backward without y")
         unit = f"x with Y kept, {self.kind}"
-        saved = buys.kept_with_y / buys.kept_gigabytes
         saved_unit = "bytes kept with Y over those without, by the formula"
         self.measurements += [
-            Measurement(row, buys.speedup, unit, "with Y", buys.speedup),
+            Measurement(f"{row}_low", low, unit, "with Y", low),
+            Measurement(f"{row}_high", high, unit, "with Y", high),
             Measurement(f"{row}_memory", saved, saved_unit, "with Y", saved),
         ]
+
+
+def evidence_measurements(band: Band) -> list[Measurement]:
+    """The calibration band and the published gains over ragged_dot."""
+    rows = [
+        Measurement(
+            f"calibration_{kind}_{end}",
+            getattr(getattr(band, kind), end),
+            "published over the model's bound, PREDICTED rates are divided by it",
+            "bound",
+        )
+        for kind in calibration.KINDS
+        for end in ("low", "high")
+    ]
+    return rows + [
+        Measurement(
+            f"published_over_ragged_dot_{gain.name}",
+            gain.ratio,
+            f"x jax.lax.ragged_dot, published ({gain.source}): {gain.what}",
+            "ragged_dot",
+            gain.ratio,
+        )
+        for gain in PUBLISHED
+    ]
+
+
+def published_gemm(label: str) -> float | None:
+    """The plain GEMM's FLOP/s where the ladder's device is the published kernels'."""
+    return H100.gemm if "H100" in label else None
 
 
 def draw_recorded(path: Path, out: Path) -> None:
     """Draws out/plots/ladder.png from a recorded result, with the title that its verdict has."""
     require(path.is_file(), f"--recorded '{path}' is not there: give the path of a result.json")
     rows = read_measurements(path)
-    shapes = [name for name in {**SHAPES, **QUICK} if key(f"{name} xla") in rows]
+    shapes = [name for name in {**SHAPES, **QUICK} if key(f"{name} xla") + "_low" in rows]
     require(bool(shapes), f"--recorded '{path}' is no result of this command")
-    verdict_text = json.loads(path.read_text())["verdict"]
-    title = re.split(r"[.:] all ideas", verdict_text, flags=re.IGNORECASE)[0]
-    figure = draw(recorded_gains(rows, shapes), title)
+    title = re.split(r"\. ", json.loads(path.read_text())["verdict"])[0]
+    figure = draw(recorded_gains(rows, shapes), title, published_gemm(title))
     save_figures({"ladder": figure}, out / "plots", out.resolve().name)
     print(f"{out}/plots/ladder.png")
 
@@ -141,7 +247,7 @@ def main(argv: list[str]) -> None:
     if settings.recorded:
         draw_recorded(Path(settings.recorded).expanduser(), out)
         return
-    ladder = Ladder(settings, LiveTable(out / "metrics.jsonl"))
+    ladder = Ladder(settings, LiveTable(out / "metrics.jsonl"), out)
     shapes = QUICK if settings.quick else SHAPES
     found = {name: ladder.climb(name, shape) for name, shape in shapes.items()}
     print()
@@ -152,7 +258,7 @@ def main(argv: list[str]) -> None:
         settings=settings,
         measurements=ladder.measurements,
         verdict=verdict(found, ladder.label),
-        figures={"ladder": draw(found, ladder.label)},
+        figures={"ladder": draw(found, ladder.label, published_gemm(ladder.label))},
     )
 
 

@@ -40,12 +40,15 @@ def separate_gathered(x: Array, weights: Array, gate_up: Array, down: Array, pla
     return separate(x, weights, gate_up, down, plan, gathered=True)
 
 
-def train(
-    x: Array, weights: Array, gate_up: Array, down: Array, plan: Any, d_out: Array
-) -> tuple[Array, Any]:
-    """Output and gradients by the kernels, which keep z alone."""
-    out, pull = jax.vjp(partial(mixture, plan=plan), x, weights, gate_up, down)
+def train_of(layer: Callable[..., Array], *arguments: Any) -> tuple[Array, Any]:
+    """Output and gradients of a layer, from its inputs, the plan and the output's gradient."""
+    *arrays, plan, d_out = arguments
+    out, pull = jax.vjp(lambda *inputs: layer(*inputs, plan), *arrays)
     return out, pull(d_out)
+
+
+train = partial(train_of, mixture)
+"""Output and gradients by the kernels, which keep z alone."""
 
 
 def train_with_y(y: Array, *arguments: Any) -> tuple[Any, Array]:
@@ -65,9 +68,7 @@ def quantise_once(gate_up: Array, down: Array) -> tuple[Quantised, Quantised]:
     return quantise_matrices(gate_up, 2, **scales), quantise_matrices(down, 1, **scales)
 
 
-def fp8_once(
-    x: Array, weights: Array, gate_up: Quantised, down: Quantised, plan: Any
-) -> Array:
+def fp8_once(x: Array, weights: Array, gate_up: Quantised, down: Quantised, plan: Any) -> Array:
     """experts_fp8.mixture with matrices that were quantised before, as in inference."""
     rows = quantise_rows(x, False, "triton")
     hidden, _ = up_projection(rows, gate_up, plan, x.dtype, power_of_two=False, save=False)

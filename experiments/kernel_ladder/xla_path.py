@@ -38,7 +38,7 @@ class XlaStep(NamedTuple):
 
 
 def forward_steps(shape: Shape) -> list[XlaStep]:
-    """The batched part of the forward pass. Its rows are E times C, more than S: that is padding."""
+    """The batched part of the forward pass. It has E times C rows, which are more than S."""
     t, d, f, e, k = shape
     rows = batch_rows(shape)
     matrix = e * d * f

@@ -2,7 +2,12 @@
 
 from moe_kernels.predict.device import A100, DEVICES, H100, LAUNCH, Device
 from moe_kernels.predict.launches import LaunchTime, Predictor
-from moe_kernels.predict.layers import forward_launches, launch_name, routing_launches, train_launches
+from moe_kernels.predict.layers import (
+    forward_launches,
+    launch_name,
+    routing_launches,
+    train_launches,
+)
 from moe_kernels.predict.routing import Routing, balanced_routing
 
 __all__ = [

@@ -10,7 +10,6 @@ from moe_kernels.predict.matrix_gradient import MatrixTiles
 from moe_kernels.predict.product import Product
 from moe_kernels.predict.routing import Routing
 
-
 PRODUCTS = (
     "up_kernel",
     "rows_kernel",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
-from moe_kernels.bench.shapes import MODELS, Shape
+from moe_kernels.bench.shapes import MODELS, SONIC, Shape
 
 from moe_jax.base.initial import root_key
 from moe_jax.moe.plan import Plan, make_plan
@@ -18,6 +18,8 @@ DTYPE = "bfloat16"
 
 SHAPES = {name: MODELS[name] for name in ("OLMoE-1B-7B", "Qwen3-30B-A3B", "DeepSeek-V3")}
 QUICK = {"small": Shape(1024, 512, 256, 16, 4)}
+FIRST_RUN = {**SHAPES, "sonic 7B n=512": SONIC["sonic 7B n=512"]}
+"""Of the prediction that is recorded before the first run on a GPU."""
 
 
 def layer_arrays(shape: Shape) -> tuple[Any, ...]:

@@ -204,7 +204,8 @@ def read_recorded() -> Counts:
 
 
 def _from_json(fields: dict[str, Any]) -> Counted:
-    return Counted(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    turns = {name: tuple(fields[name]) for name in ("turn_flops", "turn_kernels")}
+    return Counted(**(fields | turns))
 
 
 def to_json(counts: Counts) -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """The plot: a bar from low to high for each rung and model, and the published figures beside."""
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from experiments.kernel_ladder.calibration import published_rates
 from experiments.kernel_ladder.gains import TRAIN, Gain, Gains
 from experiments.kernel_ladder.ragged_path import PUBLISHED
 from experiments.kernel_ladder.ranges import covering_all
 from experiments.kernel_ladder.rungs import RUNGS
-from moe_jax.base.figures import readable
 
 BAR = 0.24
 MARKERS = {"SonicMoE": ("D", "black"), "ScatterMoE": ("o", "0.45")}
@@ -42,7 +43,7 @@ def draw(found: Mapping[str, Gains], title: str, published_gemm: float | None) -
     """
     ideas = {rung.name: rung.idea for rung in RUNGS} | {TRAIN: "all ideas, forward and backward"}
     names = [name for name in ideas if any(name in gains for gains in found.values())]
-    labels = [readable(ideas[name], 34) for name in names]
+    labels = [textwrap.fill(ideas[name], 34) for name in names]
     kernels = list(MARKERS) if published_gemm else []
     labels += [f"{kernel}, published, forward" for kernel in kernels]
     figure = Figure(figsize=(13, 1.8 + 0.6 * len(labels)), layout="constrained")
@@ -112,6 +113,7 @@ def _dress(axes: Axes, panel: Panel, gains: Iterable[Gain]) -> None:
     if ranges:
         shown = covering_all(ranges)
         axes.set_xlim(0.7 * shown.low, 4 * max(shown.high, 5))  # room for the numbers
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.axvline(1, color="0.5", linewidth=1)
     axes.axvspan(2, 5, color="tab:orange", alpha=0.10, lw=0, label="the article's 2-5x")
     axes.axvspan(4, 10, color="tab:red", alpha=0.06, lw=0, label="the article's 4-10x with PTX")
@@ -131,7 +133,7 @@ def _legend(figure: Figure, columns: list[Axes]) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     tick = columns[0].plot([], [], "|", color="black", markersize=9)[0]
-    entries["the model's bound, which no kernel passes"] = tick
+    entries["the model's bound"] = tick
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False,
         fontsize=8,

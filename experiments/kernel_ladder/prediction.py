@@ -121,9 +121,9 @@ class Prediction:
         plan = schedule_shape(s.tokens, s.per_token, s.experts, rows)
         with recording(self.device.arch) as found, built(rung, DTYPE, rows):
             x, weights, *matrices = layer_arrays(s)
-            if rung.prepare:
+            if prepare := rung.prepare:
                 with recording(self.device.arch):  # not part of a step
-                    matrices = jax.eval_shape(lambda *m: rung.prepare(*m), *matrices)
+                    matrices = jax.eval_shape(lambda *m: prepare(*m), *matrices)
             jax.eval_shape(lambda *a: rung.layer(*a), x, weights, *matrices, plan)
         return found
 

@@ -22,7 +22,7 @@ from moe_kernels.predict import DEVICES, H100, Device
 
 from experiments.kernel_ladder import calibration, compiled
 from experiments.kernel_ladder.calibration import Band, Point
-from experiments.kernel_ladder.cases import QUICK, SHAPES
+from experiments.kernel_ladder.cases import FIRST_RUN, QUICK, SHAPES
 from experiments.kernel_ladder.compiled import Counts
 from experiments.kernel_ladder.figure import draw
 from experiments.kernel_ladder.gains import (
@@ -95,7 +95,7 @@ def _counts(settings: Settings, out: Path) -> Counts:
     if settings.quick or not compiled.can_compile():
         return compiled.read_recorded()
     print(f"counting in programs that XLA compiles for an H100 ({compiled.COMPILER})", flush=True)
-    counts = compiled.count_all({**QUICK, **SHAPES})
+    counts = compiled.count_all({**QUICK, **FIRST_RUN})
     _write(out / "compiled_h100.json", compiled.to_json(counts))
     return counts
 

@@ -33,7 +33,7 @@ def routing_launches(shape: Shape, arch: int) -> list[Launch]:
     with recording(arch) as launches:
         # Lambdas: JAX does not trace a function twice, and the architecture is no argument.
         jax.eval_shape(
-            lambda logits: gate(logits, config=GateConfig(k, "softmax")),
+            lambda logits: gate(logits, None, GateConfig(k, "softmax")),
             ShapeDtypeStruct((t, e), jnp.float32),
         )
         jax.eval_shape(

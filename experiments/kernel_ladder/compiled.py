@@ -204,8 +204,13 @@ def read_recorded() -> Counts:
 
 
 def _from_json(fields: dict[str, Any]) -> Counted:
-    turns = {name: tuple(fields[name]) for name in ("turn_flops", "turn_kernels")}
-    return Counted(**(fields | turns))
+    return Counted(
+        flops=fields["flops"],
+        kernels=fields["kernels"],
+        turn_flops=tuple(fields["turn_flops"]),
+        turn_kernels=tuple(fields["turn_kernels"]),
+        temporary_bytes=fields["temporary_bytes"],
+    )
 
 
 def to_json(counts: Counts) -> dict[str, Any]:

@@ -11,6 +11,7 @@ run. FLOPs, launches and temporary arrays do not depend on them.
 
 import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -182,6 +183,8 @@ def _sizes(text: str) -> list[int]:
 
 def count_all(shapes: Mapping[str, Shape]) -> Counts:
     """Every program of every shape, compiled here."""
+    # XLA warns that it knows no sort of the absent device, and that ragged_dot does not fit.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     return {
         name: {
             layer: {kind: count(shape, layer, kind) for kind in ("forward", "train")}

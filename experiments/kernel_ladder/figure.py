@@ -129,7 +129,7 @@ def _dress(axes: Axes, panel: Panel, gains: Iterable[Gain]) -> None:
 def _legend(figure: Figure, columns: list[Axes]) -> None:
     """Every label once."""
     entries = {}
-    for axes in columns:
+    for axes in reversed(columns):  # the models first, then the claims, the published points last
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     tick = columns[0].plot([], [], "|", color="black", markersize=9)[0]

@@ -112,7 +112,16 @@ class Shaped:
             yield self.layer("triton", kind, total([plan, seconds]))
             for peer in ("xla", "ragged_dot"):
                 step = self.prediction.of_peer(peer, kind)
-                yield self.layer(peer, kind, total([plan, step.seconds])) | {"note": step.note}
+                if not step.left_out:
+                    row = self.layer(peer, kind, total([plan, step.seconds]))
+                    yield row | {"note": step.note}
+
+    def left_out(self) -> Iterator[dict[str, str]]:
+        """A row for each layer that does not fit into the device's memory."""
+        for kind in ("forward", "train"):
+            if reason := self.prediction.of_peer("ragged_dot", kind).left_out:
+                row = {"shape": self.name, "kind": kind, "implementation": "ragged_dot"}
+                yield row | {"reason": reason}
 
     def layer(self, implementation: str, kind: str, seconds: Range) -> dict[str, Any]:
         """One row."""
@@ -144,6 +153,7 @@ def predicted(counts: compiled.Counts, band: Band, seed: int) -> dict[str, Any]:
         "calibration": {kind: list(getattr(band, kind)) for kind in calibration.KINDS},
         "launches": [row for shape in shapes for row in shape.launches()],
         "layers": [row for shape in shapes for row in shape.layers()],
+        "left_out": [row for shape in shapes for row in shape.left_out()],
     }
 
 

@@ -13,8 +13,6 @@ Rounds = Mapping[str, list[float]]
 
 TRAIN = "train"
 """Forward and backward with all ideas, as a row beside the rungs, which are forward alone."""
-PEERS = ("xla", "ragged_dot")
-"""What the rungs are compared with."""
 
 
 class Gain(NamedTuple):
@@ -39,12 +37,13 @@ def predicted_gains(steps: Mapping[str, Step], limit: float) -> Gains:
     found = {}
     for rung in (rung for rung in RUNGS if rung.name in steps):
         step = steps[rung.name]
-        over = {peer: _over(step, steps, peer, rung.name) for peer in PEERS}
-        previous = before(rung)
+        if step.left_out:
+            continue
+        previous = steps.get(before(rung) or "")
         found[rung.name] = Gain(
-            over["xla"],
-            over["ragged_dot"],
-            None if previous is None else step_gain(step, steps[previous]),
+            _over(step, steps, "xla", rung.name),
+            _over(step, steps, "ragged_dot", rung.name),
+            None if not previous or previous.left_out else step_gain(step, previous),
             Range(limit / step.seconds.high, limit / step.seconds.low),
             None if step.bound is None else limit / step.bound,
         )
@@ -55,8 +54,8 @@ def predicted_train(own: Step, peers: Mapping[str, Step], limit: float) -> Gain:
     """The speed of forward and backward. `limit` is the plain GEMM's time for the forward pass."""
     whole = 3 * limit  # backward has twice the FLOPs of forward
     return Gain(
-        speed(own.seconds, peers["xla"].seconds),
-        speed(own.seconds, peers["ragged_dot"].seconds),
+        _over(own, peers, "xla", TRAIN),
+        _over(own, peers, "ragged_dot", TRAIN),
         None,
         Range(whole / own.seconds.high, whole / own.seconds.low),
         None if own.bound is None else whole / own.bound,
@@ -64,7 +63,7 @@ def predicted_train(own: Step, peers: Mapping[str, Step], limit: float) -> Gain:
 
 
 def _over(step: Step, steps: Mapping[str, Step], peer: str, name: str) -> Range | None:
-    if peer not in steps:
+    if peer not in steps or steps[peer].left_out:
         return None
     return Range(1.0, 1.0) if name == peer else speed(step.seconds, steps[peer].seconds)
 

@@ -70,6 +70,5 @@ def predict_ragged(shape: Shape, counted: Counted, kind: str, device: Device) ->
     passes = 3 if kind == "train" else 1
     expansion = counted.flops / (passes * shape.flops)
     note = f"{expansion:.0f}x the FLOPs, {counted.temporary_bytes / 1e9:.0f} GB of temporaries"
-    if counted.temporary_bytes > DEVICE_MEMORY:
-        note += ": does not fit into 80 GB"
-    return Step(Range(fast, slow), fast, None, moved / 1e9, note)
+    left_out = f"{note} do not fit into 80 GB" if counted.temporary_bytes > DEVICE_MEMORY else ""
+    return Step(Range(fast, slow), fast, None, moved / 1e9, note, left_out)

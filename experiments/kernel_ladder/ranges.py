@@ -59,3 +59,5 @@ class Step:
     dram_gigabytes: float | None = None
     note: str = ""
     """What ptxas reports of the products, or what was measured beside the time."""
+    left_out: str = ""
+    """Why the device cannot run it. Its time is compared with nothing then."""

@@ -124,6 +124,9 @@ class Ladder:
     def climb(self, name: str, shape: Shape) -> Gains:
         """All rungs of one shape, and forward with backward."""
         steps, found, kept = self.measured(shape) if self.on_gpu else self.predicted(name, shape)
+        for rung, step in steps.items():
+            if step.left_out:
+                print(f"\n{name}: {rung} left out: {step.left_out}", flush=True)
         for rung in (*(rung.name for rung in RUNGS), TRAIN):
             if rung in found:
                 self.add(name, rung, steps[rung], found[rung])

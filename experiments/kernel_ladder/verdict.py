@@ -29,6 +29,9 @@ def verdict(found: Mapping[str, Gains], label: str) -> str:
             f"forward{_train(found, 'over_ragged_dot')}, because XLA computes every expert for "
             "every row."
         )
+    absent = [shape for shape, gains in found.items() if "ragged_dot" not in gains]
+    if absent:
+        sentences.append(f"At the sizes of {', '.join(absent)} it does not fit into memory.")
     gains = ", ".join(f"{p.ratio}x {p.name.replace('_', ' ')}" for p in PUBLISHED)
     sentences.append(f"Published gains of Triton kernels over ragged_dot: {gains}.")
     sentences.append(

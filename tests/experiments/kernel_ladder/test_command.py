@@ -13,6 +13,8 @@ from moe_jax.study.results import read_measurements
 from tests.figures import cut_off, overlaps, shown_texts
 
 RESULTS = Path(run.__file__).parent / "results"
+DENSE_ABOVE_80_GB = ("DeepSeek-V3",)
+"""Layers whose ragged_dot does not fit."""
 PREDICTED = Path(run.__file__).parents[2] / "kernels/results/predicted.json"
 
 
@@ -47,7 +49,7 @@ def test_the_recorded_plot_is_drawn_again_and_is_readable(device, tmp_path, monk
     assert {"OLMoE-1B-7B", "Qwen3-30B-A3B", "DeepSeek-V3"} < set(texts)
     assert ("SonicMoE, published, forward" in texts) == (device == "h100")
     ranges = [text for text in texts if text.replace(".", "").replace("-", "").isdigit()]
-    assert sum("-" in text for text in ranges) >= 80
+    assert sum("-" in text for text in ranges) >= 75
     assert not overlaps(figure)
     assert not cut_off(figure)
     names = {rung.name for rung in RUNGS}
@@ -88,7 +90,14 @@ def test_the_recorded_prediction_has_every_launch_and_layer():
             for row in content["layers"]
             if row["shape"] == name
         }
-        assert len(layers) == 6
+        absent = {
+            (row["kind"], row["implementation"])
+            for row in content["left_out"]
+            if row["shape"] == name
+        }
+        assert len(layers) + len(absent) == 6
+        assert not absent & set(layers)
+        assert bool(absent) == (name in DENSE_ABOVE_80_GB)
         for row in (*rows.values(), *layers.values()):
             assert 0 < row["seconds_low"] < row["seconds_high"]
             assert row["seconds_low"] >= row.get("seconds_bound", 0)

@@ -70,10 +70,13 @@ def test_ragged_dot_by_hand():
     assert step.seconds.low == pytest.approx(expected)
     assert step.seconds.high > expected
     assert "3x the FLOPs" in step.note
-    assert (
-        "does not fit"
-        in predict_ragged(TINY, Counted(1.0, 1, (), (), 10**12), "forward", H100).note
-    )
+    assert not step.left_out
+    large = predict_ragged(TINY, Counted(1.0, 1, (), (), 10**12), "forward", H100)
+    assert "1000 GB of temporaries do not fit into 80 GB" in large.left_out
+    steps = {"ragged_dot": large, "xla": step}
+    found = gains.predicted_gains(steps, 1e-6)
+    assert set(found) == {"xla"}
+    assert found["xla"].over_ragged_dot is found["xla"].over_before is None
 
 
 def test_ranges_of_ratios_hold_every_pair():

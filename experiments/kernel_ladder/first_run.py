@@ -44,6 +44,8 @@ from moe_jax.base.paths import user_path
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import require
 
+DEVICE_KIND = "NVIDIA H100 80GB HBM3"
+"""What JAX calls an H100 SXM, so that a run knows whether it is on the predicted device."""
 MOVING = ("gate", "schedule", "combine", "combine, unweighted")
 """Launches of no product."""
 
@@ -148,7 +150,7 @@ def predicted(counts: compiled.Counts, band: Band, seed: int) -> dict[str, Any]:
         "a kernel between ScatterMoE's and SonicMoE's distance from the model's bound.",
         "model": VERSION,
         "date": datetime.now(UTC).date().isoformat(),
-        "device": H100.name,
+        "device": DEVICE_KIND,
         "dtype": "bfloat16",
         "calibration": {kind: list(getattr(band, kind)) for kind in calibration.KINDS},
         "launches": [row for shape in shapes for row in shape.launches()],

@@ -64,6 +64,8 @@ class Settings:
     """Folder for result.json, metrics.jsonl, calibration.json, compiled_h100.json and the plot."""
     quick: bool = False
     """One small shape, by the recorded calibration and counts."""
+    model: str = ""
+    """One of the models alone."""
     device: Literal["H100", "A100"] = "H100"
     """The GPU that the prediction is for, where none is there."""
     seed: int = 0
@@ -252,6 +254,9 @@ def main(argv: list[str]) -> None:
         return
     ladder = Ladder(settings, LiveTable(out / "metrics.jsonl"), out)
     shapes = QUICK if settings.quick else SHAPES
+    if settings.model:
+        require(settings.model in SHAPES, f"--model '{settings.model}' is none of {[*SHAPES]}")
+        shapes = {settings.model: SHAPES[settings.model]}
     found = {name: ladder.climb(name, shape) for name, shape in shapes.items()}
     print()
     publish(

@@ -73,7 +73,7 @@ def test_the_recorded_verdict_says_both_readings(device):
 
 def test_the_recorded_prediction_has_every_launch_and_layer():
     content = json.loads(PREDICTED.read_text())
-    assert content["device"] == "H100 SXM"
+    assert content["device"] == "NVIDIA H100 80GB HBM3"
     assert content["model"] == calibration.VERSION
     assert len(content["date"]) == 10
     shapes = {row["shape"] for row in content["launches"]}

@@ -252,11 +252,11 @@ def main(argv: list[str]) -> None:
     if settings.recorded:
         draw_recorded(Path(settings.recorded).expanduser(), out)
         return
-    ladder = Ladder(settings, LiveTable(out / "metrics.jsonl"), out)
     shapes = QUICK if settings.quick else SHAPES
     if settings.model:
         require(settings.model in SHAPES, f"--model '{settings.model}' is none of {[*SHAPES]}")
         shapes = {settings.model: SHAPES[settings.model]}
+    ladder = Ladder(settings, LiveTable(out / "metrics.jsonl"), out)
     found = {name: ladder.climb(name, shape) for name, shape in shapes.items()}
     print()
     publish(

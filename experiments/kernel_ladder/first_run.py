@@ -174,7 +174,8 @@ def main(argv: list[str]) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     for row in content["layers"]:
         name = f"{row['shape']} {row['kind']} {row['implementation']}"
-        low, high = 1e3 * row["seconds_low"], 1e3 * row["seconds_high"]
+        low = 1e3 * row["seconds_low"]
+        high = 1e3 * row["seconds_high"]
         print(f"{name:44} {low:10.3f} to {high:10.3f} ms, PREDICTED")
     print(path)
 

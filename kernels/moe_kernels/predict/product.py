@@ -77,7 +77,7 @@ def order(counts: np.ndarray, product: Product) -> list[tuple[int, int, int]]:
 
 def dram_bytes(
     tiles: list[tuple[int, int, int]],
-    source: Int[np.ndarray, "blocks BM"],
+    source: Int[np.ndarray, "blocks rows"],
     product: Product,
     device: Device,
 ) -> float:

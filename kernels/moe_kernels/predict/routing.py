@@ -14,9 +14,9 @@ class Routing(NamedTuple):
 
     counts: Int[np.ndarray, "E"]
     """Rows of each expert."""
-    token: Int[np.ndarray, "blocks BM"]
+    token: Int[np.ndarray, "blocks rows"]
     """The token of each row, -1 for padding: what a gathered product reads."""
-    row: Int[np.ndarray, "blocks BM"]
+    row: Int[np.ndarray, "blocks rows"]
     """The row itself, -1 for padding: what every other product reads."""
     block_rows: int
 

@@ -36,9 +36,9 @@ from moe_kernels.predict.layers import BACKWARD
 from experiments.kernel_ladder import calibration, compiled
 from experiments.kernel_ladder.calibration import Band
 from experiments.kernel_ladder.cases import FIRST_RUN
+from experiments.kernel_ladder.evidence import recorded_calibration
 from experiments.kernel_ladder.prediction import CompiledShape, Prediction, calibrated
 from experiments.kernel_ladder.ranges import Range, total
-from experiments.kernel_ladder.run import CALIBRATION
 from moe_jax.base.files import write_atomically
 from moe_jax.base.paths import user_path
 from moe_jax.cli import parse_settings, program
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(Settings(), argv, "What should the first run on an H100 find?")
     problem = missing_package()
     require(not problem, f"the prediction compiles kernels: {problem}")
-    points = calibration.points_from_json(json.loads(CALIBRATION.read_text()))
+    points = recorded_calibration()
     recorded = compiled.read_recorded()
     missing = [name for name in FIRST_RUN if name not in recorded]
     require(not missing, f"no counts of {missing} in {compiled.RECORDED.name}: run run.py first")

@@ -22,7 +22,7 @@ from moe_kernels.schedule.api import schedule_shape
 
 from experiments.kernel_ladder.calibration import Band
 from experiments.kernel_ladder.cases import DTYPE, layer_arrays
-from experiments.kernel_ladder.compiled import Counted
+from experiments.kernel_ladder.program_text import Counted
 from experiments.kernel_ladder.ragged_path import predict_ragged
 from experiments.kernel_ladder.ranges import Range, Step
 from experiments.kernel_ladder.rungs import Rung, built, possible

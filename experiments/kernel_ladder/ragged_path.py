@@ -10,7 +10,7 @@ from typing import NamedTuple
 from moe_kernels.bench.shapes import Shape
 from moe_kernels.predict.device import LAUNCH, Device
 
-from experiments.kernel_ladder.compiled import Counted
+from experiments.kernel_ladder.program_text import Counted
 from experiments.kernel_ladder.ranges import Range, Step
 from experiments.kernel_ladder.xla_path import MEMORY_RATE_LOW, PRODUCT_RATE_LOW
 

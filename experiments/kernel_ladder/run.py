@@ -20,10 +20,9 @@ from moe_kernels.bench.shapes import Shape
 from moe_kernels.launch import missing_package, triton_support
 from moe_kernels.predict import DEVICES, H100, Device
 
-from experiments.kernel_ladder import calibration, compiled
-from experiments.kernel_ladder.calibration import Band, Point
-from experiments.kernel_ladder.cases import FIRST_RUN, QUICK, SHAPES
-from experiments.kernel_ladder.compiled import Counts
+from experiments.kernel_ladder import compiled
+from experiments.kernel_ladder.cases import QUICK, SHAPES
+from experiments.kernel_ladder.evidence import Evidence, evidence_measurements
 from experiments.kernel_ladder.figure import draw
 from experiments.kernel_ladder.gains import (
     TRAIN,
@@ -39,11 +38,9 @@ from experiments.kernel_ladder.gains import (
 )
 from experiments.kernel_ladder.measurement import measure, speed_without_y
 from experiments.kernel_ladder.prediction import Kept, Prediction, without_y
-from experiments.kernel_ladder.ragged_path import PUBLISHED
 from experiments.kernel_ladder.ranges import Range, Step
 from experiments.kernel_ladder.rungs import RUNGS
 from experiments.kernel_ladder.verdict import verdict
-from moe_jax.base.files import write_atomically
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import require
@@ -53,7 +50,6 @@ from moe_jax.study.results import publish, read_measurements
 
 QUESTION = "What does each kernel idea buy, and is it the article's 2-5x, or 4-10x with PTX?"
 ROUNDS = 7
-CALIBRATION = Path(__file__).parent / "results/calibration.json"
 
 
 @dataclass(frozen=True)
@@ -74,38 +70,6 @@ class Settings:
     """A result.json of this command, whose plot is drawn again. Nothing is measured then."""
 
 
-class Evidence:
-    """What predictions rest on: published kernels beside the model, and XLA's compiled programs."""
-
-    def __init__(self, settings: Settings, out: Path) -> None:
-        self.points = _calibration(settings, out)
-        self.band: Band = calibration.band_of(self.points)
-        self.counts: Counts = _counts(settings, out)
-
-
-def _calibration(settings: Settings, out: Path) -> list[Point]:
-    """Calibrated anew for the H100, whose figures are published. Otherwise the recorded table."""
-    if settings.quick or settings.device != "H100":
-        return calibration.points_from_json(json.loads(CALIBRATION.read_text()))
-    points = calibration.calibrate(H100, settings.seed)
-    _write(out / "calibration.json", calibration.to_json(points, H100))
-    return points
-
-
-def _counts(settings: Settings, out: Path) -> Counts:
-    """Counted anew where XLA's GPU compiler is installed. Otherwise the recorded counts."""
-    if settings.quick or not compiled.can_compile():
-        return compiled.read_recorded()
-    print(f"counting in programs that XLA compiles for an H100 ({compiled.COMPILER})", flush=True)
-    counts = compiled.count_all({**QUICK, **FIRST_RUN})
-    _write(out / "compiled_h100.json", compiled.to_json(counts))
-    return counts
-
-
-def _write(path: Path, content: object) -> None:
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
-
-
 class Ladder:
     """Climbs shape by shape, and collects rows and measurements."""
 
@@ -119,8 +83,16 @@ class Ladder:
             self.label = f"measured on {jax.devices()[0].device_kind}"
         self.table = table
         self.measurements: list[Measurement] = []
-        self.evidence = None if self.on_gpu else Evidence(settings, out)
-        if self.evidence:
+        self.evidence = None
+        if not self.on_gpu:
+            # SonicMoE's and ScatterMoE's figures are of an H100. The A100 takes their record.
+            anew = not settings.quick
+            self.evidence = Evidence(
+                out,
+                calibrate=anew and settings.device == "H100",
+                count=anew and compiled.can_compile(),
+                seed=settings.seed,
+            )
             self.measurements += evidence_measurements(self.evidence.band)
 
     def climb(self, name: str, shape: Shape) -> Gains:
@@ -200,30 +172,6 @@ class Ladder:
             Measurement(f"{row}_high", high, unit, "with Y", high),
             Measurement(f"{row}_memory", saved, saved_unit, "with Y", saved),
         ]
-
-
-def evidence_measurements(band: Band) -> list[Measurement]:
-    """The calibration band and the published gains over ragged_dot."""
-    rows = [
-        Measurement(
-            f"calibration_{kind}_{end}",
-            getattr(getattr(band, kind), end),
-            "published over the model's bound, PREDICTED rates are divided by it",
-            "bound",
-        )
-        for kind in calibration.KINDS
-        for end in ("low", "high")
-    ]
-    return rows + [
-        Measurement(
-            f"published_over_ragged_dot_{gain.name}",
-            gain.ratio,
-            f"x jax.lax.ragged_dot, published ({gain.source}): {gain.what}",
-            "ragged_dot",
-            gain.ratio,
-        )
-        for gain in PUBLISHED
-    ]
 
 
 def published_gemm(label: str) -> float | None:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from moe_kernels.bench.shapes import Shape
 from moe_kernels.predict.device import LAUNCH, Device
 
-from experiments.kernel_ladder.compiled import Counted
+from experiments.kernel_ladder.program_text import Counted
 from experiments.kernel_ladder.ranges import Range, Step, total
 from moe_jax.moe.xla import batch_share, turn_sizes
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments.kernel_ladder import calibration, cases, compiled, run, xla_path
-from experiments.kernel_ladder.compiled import Counted
 from experiments.kernel_ladder.prediction import calibrated
+from experiments.kernel_ladder.program_text import Counted, count_text
 from moe_jax.moe import xla
 
 RESULTS = Path(run.__file__).parent / "results"
@@ -91,11 +91,11 @@ ENTRY %main (x: bf16[8,4], y: bf16[4,6]) -> bf16[8,6] {
 
 
 def test_flops_and_launches_are_counted_in_a_programs_text():
-    counted = compiled.count_text(PROGRAM, 7)
+    counted = count_text(PROGRAM, 7)
     assert counted == Counted(2.0 * 8 * 6 * 4, 2, (2.0 * 2 * 3 * 7 * 5,), (2,), 7)
     library = PROGRAM.replace('target="x"', 'target="__cublas$gemm"')
     with pytest.raises(ValueError, match="library"):
-        compiled.count_text(library, 7)
+        count_text(library, 7)
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import pytest
 
 from experiments.kernel_ladder import cases, compiled, first_run, gains, measurement, xla_path
 from experiments.kernel_ladder.calibration import Band
-from experiments.kernel_ladder.compiled import Counted
 from experiments.kernel_ladder.prediction import Prediction, calibrated, without_y
+from experiments.kernel_ladder.program_text import Counted
 from experiments.kernel_ladder.ragged_path import expanded_numbers, predict_ragged
 from experiments.kernel_ladder.ranges import Range, Step, speed
 from experiments.kernel_ladder.rungs import rung_of

@@ -144,21 +144,23 @@ class Kept(NamedTuple):
     """The gain of a backward pass that does not need the second product's output y."""
 
     speedup: Range | None
-    """Of forward with backward. None: it could not be measured."""
+    """Of forward with backward. None: no time is known."""
     gigabytes: float
     """Kept for the backward pass, without y: x and z."""
     gigabytes_with_y: float
     """The same with y."""
 
 
-def without_y(shape: Shape, train: Step, device: Device) -> Kept:
-    """Forward and backward without y over the same with y kept.
+def without_y(shape: Shape, train: Step | None, device: Device) -> Kept:
+    """Forward and backward (`train`) without y over the same with y kept, and the bytes kept.
 
     A layer that keeps y reads it, and d_out's rows once more: rows of D numbers of two bytes each.
     """
     rows = shape.tokens * shape.per_token
     kept = 2.0 * (shape.tokens * shape.width + 2 * rows * shape.hidden)
-    extra = other_seconds(4.0 * rows * shape.width, 0, device)
     with_y = kept + 2.0 * rows * shape.width
-    speedup = Range(1 + extra / train.seconds.high, 1 + extra / train.seconds.low)
+    speedup = None
+    if train:
+        extra = other_seconds(4.0 * rows * shape.width, 0, device)
+        speedup = Range(1 + extra / train.seconds.high, 1 + extra / train.seconds.low)
     return Kept(speedup, kept / 1e9, with_y / 1e9)

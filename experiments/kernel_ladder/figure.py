@@ -62,7 +62,7 @@ def draw(found: Mapping[str, Gains], title: str, published_gemm: float | None) -
             )  # fmt: skip
     columns[0].set_yticks(range(len(labels)), labels, fontsize=8)
     columns[0].set_ylim(len(labels) - 0.4, -0.6)
-    _legend(figure, list(columns))
+    _legend(figure, list(columns), list(found))
     figure.suptitle(title)
     return figure
 
@@ -126,15 +126,16 @@ def _dress(axes: Axes, panel: Panel, gains: Iterable[Gain]) -> None:
             )  # fmt: skip
 
 
-def _legend(figure: Figure, columns: list[Axes]) -> None:
-    """Every label once."""
+def _legend(figure: Figure, columns: list[Axes], shapes: list[str]) -> None:
+    """Every label once, the models first."""
     entries = {}
-    for axes in reversed(columns):  # the models first, then the claims, the published points last
+    for axes in columns:  # the first column has bars of every model
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     tick = columns[0].plot([], [], "|", color="black", markersize=9)[0]
     entries["the model's bound"] = tick
+    labels = sorted(entries, key=lambda label: label not in shapes)
     figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False,
+        [entries[label] for label in labels], labels, loc="outside lower center", ncols=4, frameon=False,
         fontsize=8,
     )  # fmt: skip

@@ -135,7 +135,5 @@ def _legend(figure: Figure, columns: list[Axes], shapes: list[str]) -> None:
     tick = columns[0].plot([], [], "|", color="black", markersize=9)[0]
     entries["the model's bound"] = tick
     labels = sorted(entries, key=lambda label: label not in shapes)
-    figure.legend(
-        [entries[label] for label in labels], labels, loc="outside lower center", ncols=4, frameon=False,
-        fontsize=8,
-    )  # fmt: skip
+    handles = [entries[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

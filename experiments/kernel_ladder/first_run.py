@@ -23,8 +23,6 @@ from moe_kernels.bench.shapes import Shape
 from moe_kernels.launch import Launch, missing_package
 from moe_kernels.predict import (
     H100,
-    Predictor,
-    balanced_routing,
     forward_launches,
     launch_name,
     routing_launches,
@@ -67,8 +65,8 @@ class Shaped:
         self.name = name
         self.shape: Shape = FIRST_RUN[name]
         self.band = band
-        self.predictor = Predictor(balanced_routing(self.shape, seed), H100)
         self.prediction = Prediction(self.shape, H100, band, counts, seed)
+        self.predictor = self.prediction.predictor
 
     def launches(self) -> Iterator[dict[str, Any]]:
         """A row for each launch of a training step. The launches of the schedule are one row, and

@@ -16,6 +16,8 @@ from experiments.kernel_ladder.ranges import covering_all
 from experiments.kernel_ladder.rungs import RUNGS
 
 BAR = 0.24
+WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+"""Behind numbers, because lines cross them."""
 MARKERS = {"SonicMoE": ("D", "black"), "ScatterMoE": ("o", "0.45")}
 
 
@@ -94,7 +96,7 @@ def _draw_shape(
         if found.high > found.low:
             axes.annotate(
                 found.text(), (right, at), (3, 0), textcoords="offset points", va="center",
-                fontsize=6.5,
+                fontsize=6.5, bbox=WHITE,
             )  # fmt: skip
         else:  # a rung over itself
             axes.plot([found.low], [at], "|", color=f"C{index}", markersize=8)
@@ -106,7 +108,7 @@ def _dress(axes: Axes, panel: Panel, gains: Iterable[Gain]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0)
     if not panel.log:
-        axes.set_xlim(0, 1.05)
+        axes.set_xlim(0, 1.15)
         return
     ranges = [found for gain in gains if (found := getattr(gain, panel.field))]
     axes.set_xscale("log")

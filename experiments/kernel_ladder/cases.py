@@ -1,12 +1,13 @@
 """Layer sizes, and arrays and routing for them."""
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
+from moe_kernels.bench.shapes import MODELS, SONIC, Shape
 
 from moe_jax.base.initial import root_key
 from moe_jax.moe.plan import Plan, make_plan
@@ -15,38 +16,10 @@ DTYPE = "bfloat16"
 """Of everything but the gate's weights."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one layer: T, D, F, E, K."""
-
-    tokens: int
-    width: int
-    hidden: int
-    experts: int
-    per_token: int
-
-    @property
-    def flops(self) -> float:
-        """Useful FLOPs of the forward pass: 6 T K D F."""
-        return 6.0 * self.tokens * self.per_token * self.width * self.hidden
-
-
-SHAPES = {
-    "OLMoE-1B-7B": Shape(8192, 2048, 1024, 64, 8),
-    "Qwen3-30B-A3B": Shape(8192, 2048, 768, 128, 8),
-    "DeepSeek-V3": Shape(8192, 7168, 2048, 256, 8),
-}
+SHAPES = {name: MODELS[name] for name in ("OLMoE-1B-7B", "Qwen3-30B-A3B", "DeepSeek-V3")}
 QUICK = {"small": Shape(1024, 512, 256, 16, 4)}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One rung on one shape."""
-
-    milliseconds: float
-    dram_gigabytes: float | None
-    note: str
-    """What ptxas reports of the products, or what was measured beside the time."""
+FIRST_RUN = {**SHAPES, "sonic 7B n=512": SONIC["sonic 7B n=512"]}
+"""Of the prediction that is recorded before the first run on a GPU."""
 
 
 def layer_arrays(shape: Shape) -> tuple[Any, ...]:
@@ -78,3 +51,9 @@ def make_routing(shape: Shape, seed: int) -> Plan:
     scores = random.random((shape.tokens, shape.experts))
     chosen = np.argpartition(scores, shape.per_token, axis=1)[:, : shape.per_token]
     return make_plan(jnp.asarray(chosen, jnp.int32), shape.experts)
+
+
+def plan_shape(shape: Shape) -> Plan:
+    """The shapes of make_routing's plan."""
+    chosen = ShapeDtypeStruct((shape.tokens, shape.per_token), jnp.int32)
+    return jax.eval_shape(partial(make_plan, num_experts=shape.experts), chosen)

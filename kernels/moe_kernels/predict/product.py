@@ -2,70 +2,30 @@
 
 A launch takes the longer of two times.
 
-Memory: bytes from DRAM over its rate. The L2 cache is simulated tile after tile (least recently
-used, rows one by one, a matrix's columns a panel), so the order of the tiles counts.
+Memory: bytes from DRAM over its rate. The L2 cache is simulated tile after tile (rows one by one
+where they are gathered, a block's rows at once where not, a matrix's columns a panel), so the order
+of the tiles counts.
 
 Multiprocessors: each tile is cdiv(depth, BK) steps. A step needs the matrix units for its FLOPs and
 L2 for its bytes, and its data arrive `latency` after they are asked for. Without asynchronous
 copies (one stage) a program waits for its data and then computes. Only the other programs resident
 on the multiprocessor fill that wait. With s stages, s - 1 steps are in flight (Little's law). The
-epilogue adds its special-function instructions, counted in the SASS.
+epilogue adds its special-function instructions, counted in the SASS, and what it reads and stores.
+
+The time is a bound: a step is the longer of its computation and its copy, as if they overlapped
+perfectly, and the matrix units run at a large GEMM's rate. A real kernel is slower.
 
 Resident programs are the audit's, from registers and shared memory as ptxas reports them.
 """
 
 import math
-from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
-
-class Device(NamedTuple):
-    """What the prediction knows of a GPU."""
-
-    name: str
-    arch: int
-    multiprocessors: int
-    gemm: float
-    """FLOP/s that a large 16-bit product reaches (published measurements, not the data sheet)."""
-    memory: float
-    """Bytes per second of DRAM."""
-    l2_bytes: float
-    l2_rate: float
-    """Bytes per second of L2 to all multiprocessors: 5120 bytes a clock at the boost clock."""
-    latency: float
-    """Seconds from a load to its data, from DRAM."""
-    special: float
-    """Special-function results per second of a multiprocessor. It has eight times as many
-    multiplications with additions."""
-
-
-H100 = Device(
-    name="H100 SXM",
-    arch=90,
-    multiprocessors=132,
-    gemm=795e12,
-    memory=3.35e12,
-    l2_bytes=50e6,
-    l2_rate=5120 * 1.755e9,
-    latency=6e-7,
-    special=16 * 1.755e9,
-)
-A100 = Device(
-    name="A100 80GB",
-    arch=80,
-    multiprocessors=108,
-    gemm=250e12,
-    memory=2.0e12,
-    l2_bytes=40e6,
-    l2_rate=5120 * 1.41e9,
-    latency=6e-7,
-    special=16 * 1.41e9,
-)
-DEVICES = {"H100": H100, "A100": A100}
-LAUNCH = 3e-6
-"""Seconds between dependent launches."""
+from moe_kernels.predict.cache import Cache
+from moe_kernels.predict.device import LAUNCH, Device
 
 
 class Product(NamedTuple):
@@ -89,6 +49,8 @@ class Product(NamedTuple):
     stored: int
     """Numbers stored for each of a tile's numbers."""
     gathered: bool
+    loaded: int = 0
+    """Numbers that the epilogue reads for each of a tile's numbers."""
     itemsize: int = 2
     rate: float = 1.0
     """Of the matrix units, over that of 16-bit numbers."""
@@ -114,35 +76,32 @@ def order(counts: np.ndarray, product: Product) -> list[tuple[int, int, int]]:
 
 
 def dram_bytes(
-    tiles: list[tuple[int, int, int]], source: np.ndarray, product: Product, device: Device
+    tiles: list[tuple[int, int, int]],
+    source: Int[np.ndarray, "blocks rows"],
+    product: Product,
+    device: Device,
 ) -> float:
     """Bytes that come from DRAM, and those of the results that go there.
 
-    source int[blocks, BM] says which row of the input each row reads, -1 for none. Tiles that run
-    together share what they read.
+    `source` says which row of the input each row reads, -1 for none. Tiles that run together share
+    what they read.
     """
     row_bytes = product.depth * product.itemsize
     panel_bytes = row_bytes * product.bn * product.halves
-    # The L2 cache, least recently used first: (-1, row) for a row, (expert, column) for a panel.
-    cache: OrderedDict[tuple[int, int], float] = OrderedDict()
-    cached = 0.0
-    read = 0.0
+    cache = Cache(device.l2_bytes)
     wave = device.multiprocessors * product.resident
     for start in range(0, len(tiles), wave):
         for expert, block, column in tiles[start : start + wave]:
-            wanted = [((-1, int(row)), row_bytes) for row in source[block] if row >= 0]
-            wanted.append(((expert, column), panel_bytes))
-            for key, size in wanted:
-                if key in cache:
-                    cache.move_to_end(key)
-                    continue
-                cache[key] = size
-                cached += size
-                read += size
-        # After the wave and not within it: the tiles of a wave read at the same time.
-        while cached > device.l2_bytes and cache:
-            cached -= cache.popitem(last=False)[1]
-    return read + len(tiles) * product.bm * product.bn * product.stored * product.itemsize
+            if product.gathered:
+                for row in source[block].tolist():
+                    if row >= 0:
+                        cache.read((-1, row), row_bytes)
+            else:  # no other block reads these rows
+                cache.read((-1, block), row_bytes * int((source[block] >= 0).sum()))
+            cache.read((expert, column), panel_bytes)
+        cache.evict()
+    around = product.stored + product.loaded
+    return cache.read_bytes + len(tiles) * product.bm * product.bn * around * product.itemsize
 
 
 def step_seconds(product: Product, device: Device) -> float:
@@ -162,23 +121,19 @@ def step_seconds(product: Product, device: Device) -> float:
     return p / min(rate, 1 / max(compute, copy))
 
 
-def launch_seconds(
-    counts: np.ndarray, source: np.ndarray, product: Product, device: Device
-) -> tuple[float, float]:
-    """(seconds of the launch, bytes from and to DRAM)."""
-    tiles = order(counts, product)
-    moved = dram_bytes(tiles, source, product, device)
+def tile_seconds(product: Product, steps: int, device: Device) -> float:
+    """Seconds of a program with one tile of so many steps."""
     p = product.resident
-    waves = math.ceil(len(tiles) / (device.multiprocessors * p))
-    steps = math.ceil(product.depth / product.bk)
     special = p * product.special * product.threads / device.special
-    stored = product.bm * product.bn * product.stored * product.itemsize
-    store = p * stored * device.multiprocessors / device.l2_rate
-    around = (3 if product.gathered else 2) * device.latency
-    tile = steps * step_seconds(product, device) + special + store + around
-    return max(waves * tile, moved / device.memory) + LAUNCH, moved
+    around = product.bm * product.bn * (product.stored + product.loaded) * product.itemsize
+    epilogue = p * around * device.multiprocessors / device.l2_rate
+    # Loads that wait for each other: a gathered row's number, the first step, the epilogue's own.
+    waits = 2 + product.gathered + (product.loaded > 0)
+    return steps * step_seconds(product, device) + special + epilogue + waits * device.latency
 
 
-def other_seconds(moved: float, flops: float, device: Device) -> float:
-    """Seconds of a step of XLA's own, as fast as memory and the plain GEMM allow."""
-    return max(moved / device.memory, flops / device.gemm) + LAUNCH
+def launch_seconds(tiles: int, moved: float, product: Product, device: Device) -> float:
+    """Seconds of a launch of so many equal tiles, which moves so many bytes from and to DRAM."""
+    waves = math.ceil(tiles / (device.multiprocessors * product.resident))
+    steps = math.ceil(product.depth / product.bk)
+    return max(waves * tile_seconds(product, steps, device), moved / device.memory) + LAUNCH

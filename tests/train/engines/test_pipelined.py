@@ -34,10 +34,6 @@ def check(pairs):
     assert all(value < TOLERANCE for value in found.values()), found
 
 
-def test_a_pipeline_and_data_parallelism_equal_one_device():
-    check(["mtp/with-data"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_every_schedule_equals_one_device(pipeline):
@@ -72,6 +68,22 @@ def test_bad_pipelines_are_refused_before_anything_compiles(small_run):
         schedule_of(ParallelConfig(pipe=2, schedule="dualpipe", microbatches=2))
     with pytest.raises(UserError, match=r"parallel\.microbatches=4 needs a pipeline"):
         ParallelConfig(microbatches=4)
+
+
+@pytest.mark.slow
+def test_a_run_equals_one_with_accumulation(small_run):
+    config = replace(deep(small_run), steps=2)
+    model = replace(config.model, layers=2)
+    accumulated = replace(config, model=model, optim=replace(config.optim, accumulation=2))
+    parallel = ParallelConfig(pipe=2, microbatches=2)
+    out = f"{config.out}-pipe"
+    run_training(accumulated)
+    run_training(replace(config, model=model, parallel=parallel, out=out))
+    one, pipe = (list(read_lines(Path(o) / "metrics.jsonl")) for o in (config.out, out))
+    for name in ("loss", "gradient_norm", "dropped", "router_bias_max", "validation_bits_per_byte"):
+        values = [[line[name] for line in lines if name in line] for lines in (one, pipe)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)  # float32, other sums
+        assert values[0]
 
 
 @pytest.mark.slow

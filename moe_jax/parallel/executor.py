@@ -6,7 +6,7 @@ micro-batches as for few. What lies between the steps of a micro-batch is kept i
 number is the schedule's peak (parallel.ticks). A device that has nothing to do computes nothing.
 
 The executor knows no model. It takes three functions (Stages), and the layers between the first and
-the last of them are its pieces. Gradients are split by parallel.split.
+the last of them are its pieces. Gradients are split by parallel.gradient_split.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.parallel.schedules import Kind, PipelineSchedule
-from moe_jax.parallel.split import Saveable, Split, everything, split
+from moe_jax.parallel.gradient_split import Saveable, Split, everything, split
 from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, Part, TickTable, tick_table
 
 PIPE = "pipe"

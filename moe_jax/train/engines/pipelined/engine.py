@@ -8,6 +8,7 @@ from moe_jax.config import ParallelConfig, TrainConfig
 from moe_jax.objectives.base import Objective
 from moe_jax.parallel.mesh import batch_parts
 from moe_jax.parallel.schedules import PipelineSchedule, build
+from moe_jax.parallel.schedules.split import split_backwards
 from moe_jax.train.engines.dense import DenseEngine
 from moe_jax.train.engines.pipelined.gradient import layer_count, make_pipelined_gradient
 from moe_jax.train.state import Metrics, TrainState
@@ -54,13 +55,18 @@ class PipelinedEngine(DenseEngine):
 
 
 def schedule_of(parallel: ParallelConfig) -> PipelineSchedule:
-    """The schedule of these settings. UserError: its numbers do not fit it."""
+    """The schedule of these settings, its whole backwards in two halves.
+
+    UserError: its numbers do not fit it.
+    """
     name = parallel.schedule
     # DualPipeV has two stages on each device, and a stage is a device's share elsewhere.
     stages = parallel.pipe * 2 if name == "dualpipev" else parallel.pipe
-    return build(
+    schedule = build(
         name,
         stages=stages,
         microbatches=parallel.microbatches or 2 * stages,
         chunks=parallel.chunks if name == "interleaved" else 1,
     )
+    # All devices go from tick to tick together, so that ticks should take equally long.
+    return split_backwards(schedule)

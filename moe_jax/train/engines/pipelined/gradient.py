@@ -37,7 +37,7 @@ from moe_jax.objectives.base import (
 from moe_jax.parallel.executor import Arguments, Stages, make_gradient
 from moe_jax.parallel.mesh import BATCH, manual_axes, sum_over_batch
 from moe_jax.parallel.schedules import PipelineSchedule
-from moe_jax.parallel.split import SAVEABLE
+from moe_jax.parallel.gradient_split import SAVEABLE
 from moe_jax.train.step import micro_batches
 
 

@@ -1,4 +1,4 @@
-"""The three programs of parallel.split: their results, and where each product is computed."""
+"""The programs of parallel.gradient_split: results, and where each product is computed."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ from jax import lax
 from moe_jax.model import stages
 from moe_jax.model.abstract import split_model
 from moe_jax.model.block import Block
-from moe_jax.parallel.split import SAVEABLE, split
+from moe_jax.parallel.gradient_split import SAVEABLE, split
 
 
 def gated(p, x, c):

@@ -21,8 +21,8 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.parallel.schedules import Kind, PipelineSchedule
 from moe_jax.parallel.gradient_split import Saveable, Split, everything, split
+from moe_jax.parallel.schedules import Kind, PipelineSchedule
 from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, Part, TickTable, tick_table
 
 PIPE = "pipe"
@@ -125,7 +125,7 @@ def make_gradient(
         return DeviceProgram.of(schedule, stages, saveable, axes, arguments).run()
 
     spec = Arguments(P(), P(PIPE), P(PIPE), P(), contexts)
-    out = Result(P(), P(), P(PIPE), P(PIPE), P())
+    out: Any = Result(*[P(), P(), P(PIPE), P(PIPE), P()])  # a spec for each of its trees
     local = jax.shard_map(
         of_device, mesh=mesh, in_specs=(spec,), out_specs=out, axis_names=set(axes)
     )

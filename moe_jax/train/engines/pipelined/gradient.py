@@ -35,9 +35,9 @@ from moe_jax.objectives.base import (
     whole_batch,
 )
 from moe_jax.parallel.executor import Arguments, Stages, make_gradient
+from moe_jax.parallel.gradient_split import SAVEABLE
 from moe_jax.parallel.mesh import BATCH, manual_axes, sum_over_batch
 from moe_jax.parallel.schedules import PipelineSchedule
-from moe_jax.parallel.gradient_split import SAVEABLE
 from moe_jax.train.step import micro_batches
 
 
@@ -169,8 +169,8 @@ class PipelinedModel:
         return nnx.merge(graph_of(model), _together(shared, absent, name), constants["router"])
 
 
-Flat = dict[tuple[str, ...], Any]
-"""Arrays by their path. Trees of this form keep their type when their parts are put together."""
+Flat = dict[Any, Any]
+"""Arrays by their path, a tuple. Trees of this form keep their type when their parts are put together."""
 
 
 def _apart(state: nnx.State, name: str) -> tuple[Flat, Flat]:

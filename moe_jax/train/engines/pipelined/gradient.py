@@ -170,12 +170,12 @@ class PipelinedModel:
 
 
 Flat = dict[Any, Any]
-"""Arrays by their path, a tuple. Trees of this form keep their type when their parts are put together."""
+"""Arrays by their path, a tuple. Such trees keep their type when parts of them are put together."""
 
 
 def _apart(state: nnx.State, name: str) -> tuple[Flat, Flat]:
     """(everything else, the blocks of the stack `name`)"""
-    flat: Flat = dict(nnx.to_flat_state(state))
+    flat: Any = dict(nnx.to_flat_state(state))
     blocks = (name, "blocks")
     others = {path: leaf for path, leaf in flat.items() if path[:2] != blocks}
     return others, {path[2:]: leaf for path, leaf in flat.items() if path[:2] == blocks}
@@ -183,7 +183,7 @@ def _apart(state: nnx.State, name: str) -> tuple[Flat, Flat]:
 
 def _together(others: Flat, blocks: Flat, name: str) -> nnx.State:
     """The inverse of _apart."""
-    moved = {(name, "blocks", *path): leaf for path, leaf in blocks.items()}
+    moved: Any = {(name, "blocks", *path): leaf for path, leaf in blocks.items()}
     return nnx.from_flat_state(others | moved)
 
 

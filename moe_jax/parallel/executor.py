@@ -124,8 +124,10 @@ def make_gradient(
     def of_device(arguments: Arguments) -> Result:
         return DeviceProgram.of(schedule, stages, saveable, axes, arguments).run()
 
-    spec = Arguments(P(), P(PIPE), P(PIPE), P(), contexts)
-    out: Any = Result(*[P(), P(), P(PIPE), P(PIPE), P()])  # a spec for each of its trees
+    whole: Any = P()
+    own: Any = P(PIPE)
+    spec = Arguments(whole, own, own, whole, contexts)
+    out = Result(whole, whole, own, own, whole)
     local = jax.shard_map(
         of_device, mesh=mesh, in_specs=(spec,), out_specs=out, axis_names=set(axes)
     )

@@ -1,6 +1,6 @@
 """The plain engine: one program over a mesh, state and batches laid out by parallel.rules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,15 @@ class DenseEngine:
         self._operands = jax.device_put(operands, shardings(self.mesh, operands))
         # The layout of the result is that of the argument, which is donated.
         results = (self._shardings(), replicated(self.mesh))
-        step = jax.jit(make_step(self.config, objective), donate_argnums=0, out_shardings=results)
+        step = jax.jit(self.make_step(objective), donate_argnums=0, out_shardings=results)
         # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
         lowered = step.lower(self.abstract_state(), batch, *self._operands)
         self._step = lowered.compile()
         self._evaluate = make_evaluator(self.config, validation, self.place)
+
+    def make_step(self, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
+        """The function that `compile` compiles."""
+        return make_step(self.config, objective)
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self._step(state, batch, *self._operands)

@@ -1,12 +1,12 @@
 """How much more even is the load of devices when hot experts have replicas, on our own traces?
 
-    python experiments/expert_balance.py [--out DIR] [--quick] [--seed N] [--trace FILE]
+    python experiments/expert_balance.py [--out DIR] [--quick] [--run DIR] [--trace FILE]
 
 Trains a small model with DeepSeek-V3's balance on code, prose and tables, and records the routing
 of held-out text whose domain changes now and then. The trace is cut into windows. Experts are
 placed on devices by the loads of one window (moe_jax/placement/eplb.py), and the next window is
-counted. The numbers are loads, not times: nothing runs on several devices. `--trace` takes a
-recorded trace.
+counted. The numbers are loads, not times: nothing runs on several devices. `--run` takes the model
+of another training run, and `--trace` a recorded trace.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ from moe_jax.config.presets import TINY
 from moe_jax.placement.public_traces import open_trace
 from moe_jax.placement.trace import Trace, read_trace
 from moe_jax.runs.inspect import record_routing
-from moe_jax.runs.load import load_run
+from moe_jax.runs.load import Trained, load_run
 from moe_jax.runs.run import run_training
 from moe_jax.study.domains import DOMAINS, held_out_texts, write_corpus
 from moe_jax.study.expert_balance import BalanceReplay, Devices, replay_balance, window_loads
@@ -64,6 +64,9 @@ class Settings:
     trace: str = ""
     """A recorded trace, ours or in a format of placement/public_traces.py. Unset, one is recorded
     here."""
+    run: str = ""
+    """The --out of a training run, finished or stopped, whose routing is recorded. Unset, a small
+    model is trained here."""
     devices: int = 8
     """Devices over which experts are placed. They must divide the experts."""
     nodes: int = 1
@@ -82,6 +85,7 @@ class Settings:
         for name, low in least.items():
             value = getattr(self, name)
             require(value >= low, f"{name} is {value}: it must be at least {low}")
+        require(not (self.trace and self.run), "give --trace or --run, not both")
 
 
 def model_config(out: Path, settings: Settings) -> TrainConfig:
@@ -104,20 +108,27 @@ def model_config(out: Path, settings: Settings) -> TrainConfig:
     return replace(config, data=data, seed=settings.seed, out=str(folder))
 
 
-def recorded_trace(settings: Settings, out: Path) -> Trace:
-    """The trace that the settings name, or one of held-out text through our own model."""
-    if settings.trace:
-        return open_trace(user_path(settings.trace))
+def trained_model(out: Path, settings: Settings) -> Trained:
+    """The model, trained now or before. A killed training continues from its checkpoint."""
     config = model_config(out, settings)
     if not (Path(config.out) / "result.json").exists():  # written when a run is complete
         write_corpus(out)
         run_training(config)
+    return load_run(config.out)
+
+
+def recorded_trace(settings: Settings, out: Path) -> Trace:
+    """The trace that the settings name, or one of held-out text through a model."""
+    if settings.trace:
+        return open_trace(user_path(settings.trace))
+    run = load_run(settings.run) if settings.run else trained_model(out, settings)
+    write_corpus(out)  # nothing where it is there
     stretch = 2_000 if settings.quick else 8_000
     texts = held_out_texts(out, stretch, 6 * stretch if settings.quick else 15 * stretch)
     path = out / "routing.trace"
     with tempfile.TemporaryDirectory(dir=out) as folder:
         recorded = Path(folder) / path.name
-        record_routing(load_run(config.out), texts, recorded, domains=DOMAINS)
+        record_routing(run, texts, recorded, domains=DOMAINS)
         recorded.replace(path)  # an earlier trace goes only when there is a new one
     return read_trace(path)
 

@@ -100,6 +100,7 @@ def model_config(out: Path, settings: Settings) -> TrainConfig:
             "data.validation_tokens": "5000",
             "steps": steps,
             "evaluate_every": steps,
+            "checkpoint.every": "50",
             "samples": "0",
         },
     )

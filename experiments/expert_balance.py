@@ -171,7 +171,9 @@ def measurements(
             "eplb_copies", mean_copies(mixture.copies), "copies a layer and window (mixed)"
         ),
         Measurement(
-            "eplb_bounded_copies", mean_copies(mixture.bounded_copies), "copies a layer and window"
+            "eplb_bounded_copies",
+            mean_copies(mixture.bounded_copies),
+            "copies a layer and window (mixed)",
         ),
         Measurement("eplb_slots", slots, "slots an expert"),
         Measurement("windows", len(replay.before), "windows"),

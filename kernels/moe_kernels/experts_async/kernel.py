@@ -1,0 +1,263 @@
+"""Gluon: the two forward products with copies, products and epilogue in programs of their own.
+
+A program has two partitions of warps that meet only at barriers in shared memory (mbarrier):
+
+- `load` fills STAGES buffers in turn: the matrix by bulk tensor copies (TMA), and the rows by TMA
+  where they are contiguous. Gathered rows go by TMA's gather on Blackwell and by cp.async on Hopper,
+  whose TMA cannot gather.
+- `multiply` empties them: wgmma into registers on Hopper, tcgen05 into tensor memory on Blackwell.
+  Then it applies the epilogue.
+
+Programs are persistent. `load` runs ahead into the next tile while `multiply` is in its epilogue.
+Both count the same turns: buffer turn % STAGES, and the phase of its barriers is the parity of
+turn // STAGES.
+
+A tile has BM rows and two halves of BN columns, each with its accumulator: a SwiGLU's gate and up,
+or neighbours. Blocks, rows and offsets are as in experts/kernel.py. TMA clips a box at the end of
+an array and fills the rest with zeros, so the depth and the columns need no mask.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import blackwell, hopper
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+
+from moe_kernels.experts import tile
+
+locate = gluon.jit(tile.locate.fn)
+
+
+@gluon.jit
+def load(rows, matrix, plan, buffers, full, empty,
+         S: gl.constexpr, KD: gl.constexpr, K: gl.constexpr, T: gl.constexpr, SECOND: gl.constexpr,
+         GATHER: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr, PROGRAMS: gl.constexpr,
+         GROUP: gl.constexpr):  # fmt: skip
+    """Fills the buffers. SECOND: columns from a tile's first half to its second.
+
+    GATHER: "" for rows as they are, "tma" or "cp.async" for the rows of a block's tokens.
+    """
+    assignment, block_expert, starts, counts = plan
+    a, first, second = buffers
+    STAGES: gl.constexpr = a.shape[0]
+    BM: gl.constexpr = a.shape[1]
+    BK: gl.constexpr = a.shape[2]
+    BN: gl.constexpr = first.shape[3]
+    # A column tile is both halves wide where they are neighbours, and one half for a SwiGLU.
+    WIDTH: gl.constexpr = 2 * BN if SECOND == BN else BN
+    copied: gl.constexpr = 2 * matrix.nbytes_per_cta + (0 if GATHER == "cp.async" else BM * BK * 2)
+    turn = 0
+    for tile in range(gl.program_id(0), BLOCKS * TILES, PROGRAMS):
+        expert, block, column, used = locate(
+            tile, block_expert, starts, counts, TILES=TILES, BM=BM, GROUP=GROUP)  # fmt: skip
+        if used:
+            if GATHER == "cp.async":
+                # 16 bytes a thread, a row of a buffer by the threads of a quarter of a warp.
+                spread: gl.constexpr = gl.BlockedLayout(
+                    [1, 8], [256 // BK, BK // 8], [gl.num_warps(), 1], [1, 0])  # fmt: skip
+                row = gl.arange(0, BM, gl.SliceLayout(1, spread))
+                k = gl.arange(0, BK, gl.SliceLayout(0, spread))
+                chosen = gl.load(assignment + block * BM + row)
+                real = chosen < S
+                token = gl.where(real, chosen // K, 0).to(gl.int64)
+                source = rows + token[:, None] * KD + k[None, :]
+            elif GATHER == "tma":
+                spread: gl.constexpr = gl.BlockedLayout(
+                    [1, 4], [32, 1], [1, gl.num_warps()], [1, 0])  # fmt: skip
+                row = gl.arange(0, BM, gl.SliceLayout(0, spread))
+                chosen = gl.load(assignment + block * BM + row)
+                token = gl.where(chosen < S, chosen // K, T)  # past the end: TMA gives zeros
+            for step in range(0, gl.cdiv(KD, BK)):
+                stage = turn % STAGES
+                ready = full.index(stage)
+                depth = step * BK
+                mbarrier.wait(empty.index(stage), (turn // STAGES & 1) ^ 1)  # free at the start
+                mbarrier.expect(ready, copied)
+                n = column * WIDTH
+                tma.async_load(matrix, [expert, depth, n], ready, first.index(stage))
+                tma.async_load(matrix, [expert, depth, n + SECOND], ready, second.index(stage))
+                if GATHER == "cp.async":
+                    inside = real[:, None] & (k < KD - depth)[None, :]
+                    async_copy.async_load(a.index(stage), source + depth, mask=inside)
+                    # Each thread arrives once its copies are there: the barrier counts threads.
+                    async_copy.mbarrier_arrive(ready, increment_count=False)
+                elif GATHER == "tma":
+                    blackwell.tma.async_gather(rows, token, depth, ready, a.index(stage))
+                else:
+                    tma.async_load(rows, [block * BM, depth], ready, a.index(stage))
+                turn += 1
+
+
+@gluon.jit
+def multiply(plan, outputs, buffers, full, empty, done,
+             N: gl.constexpr, STEPS: gl.constexpr, SWIGLU: gl.constexpr, SAVE: gl.constexpr,
+             GENERIC: gl.constexpr, TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr,
+             BLOCKS: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+    """Empties the buffers and stores tiles of an output with N columns.
+
+    GENERIC: the rows were copied by threads and not by TMA.
+    """
+    assignment, block_expert, starts, counts = plan
+    z, out = outputs
+    BM: gl.constexpr = buffers[0].shape[1]
+    BN: gl.constexpr = buffers[1].shape[3]
+    turn = 0
+    tiles = 0
+    for tile in range(gl.program_id(0), BLOCKS * TILES, PROGRAMS):
+        expert, block, column, used = locate(
+            tile, block_expert, starts, counts, TILES=TILES, BM=BM, GROUP=GROUP)  # fmt: skip
+        if used:
+            if TENSOR_MEMORY:
+                one, two = tensor_products(buffers, full, empty, done, turn, tiles, STEPS, GENERIC)
+            else:
+                one, two = register_products(buffers, full, empty, turn, STEPS, GENERIC)
+            turn += STEPS
+            tiles += 1
+            row = block * BM
+            if SWIGLU:
+                n = column * BN
+                if SAVE:
+                    put(one, z, row, n, 2 * N, N)
+                    put(two, z + N, row, n, 2 * N, N)
+                put(one / (1 + gl.exp(-one)) * two, out, row, n, N, N)
+            else:
+                n = 2 * column * BN
+                put(one, out, row, n, N, N)
+                put(two, out, row, n + BN, N, N)
+
+
+@gluon.jit
+def register_products(buffers, full, empty, turn, STEPS: gl.constexpr, GENERIC: gl.constexpr):
+    """Both halves' products, in registers (wgmma). One step's products run while the next starts."""
+    a, first, second = buffers
+    STAGES: gl.constexpr = a.shape[0]
+    BM: gl.constexpr = a.shape[1]
+    BK: gl.constexpr = a.shape[2]
+    BN: gl.constexpr = first.shape[3]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BN, 16])
+    one = gl.zeros([BM, BN], gl.float32, layout)
+    two = gl.zeros([BM, BN], gl.float32, layout)
+    for step in range(0, STEPS):
+        stage = turn % STAGES
+        mbarrier.wait(full.index(stage), turn // STAGES & 1)
+        if GENERIC:
+            hopper.fence_async_shared()  # cp.async's writes, before wgmma reads them
+        left = a.index(stage)
+        right = first.index(stage).reshape([BK, BN])
+        one = hopper.warpgroup_mma(left, right, one, is_async=True)
+        right = second.index(stage).reshape([BK, BN])
+        two = hopper.warpgroup_mma(left, right, two, is_async=True)
+        # The two just issued may be in flight. Those of the step before are done.
+        one, two = hopper.warpgroup_mma_wait(2, deps=(one, two))
+        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=step > 0)
+        turn += 1
+    one, two = hopper.warpgroup_mma_wait(0, deps=(one, two))
+    mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
+    return one, two
+
+
+@gluon.jit
+def tensor_products(buffers, full, empty, done, turn, tiles,
+                    STEPS: gl.constexpr, GENERIC: gl.constexpr):  # fmt: skip
+    """Both halves' products, in tensor memory (tcgen05), which frees the buffers by itself."""
+    a, first, second = buffers
+    STAGES: gl.constexpr = a.shape[0]
+    BM: gl.constexpr = a.shape[1]
+    BK: gl.constexpr = a.shape[2]
+    BN: gl.constexpr = first.shape[3]
+    layout: gl.constexpr = blackwell.TensorMemoryLayout((BM, BN), col_stride=1)
+    one = blackwell.allocate_tensor_memory(gl.float32, [BM, BN], layout)
+    two = blackwell.allocate_tensor_memory(gl.float32, [BM, BN], layout)
+    for step in range(0, STEPS):
+        stage = turn % STAGES
+        mbarrier.wait(full.index(stage), turn // STAGES & 1)
+        if GENERIC:
+            hopper.fence_async_shared()
+        left = a.index(stage)
+        right = first.index(stage).reshape([BK, BN])
+        blackwell.tcgen05_mma(left, right, one, use_acc=step > 0)
+        right = second.index(stage).reshape([BK, BN])
+        blackwell.tcgen05_mma(left, right, two, use_acc=step > 0, mbarriers=[empty.index(stage)])
+        turn += 1
+    blackwell.tcgen05_commit(done)
+    mbarrier.wait(done, tiles & 1)
+    return one.load(), two.load()
+
+
+@gluon.jit
+def put(value, pointer, row, column, STRIDE: gl.constexpr, END: gl.constexpr):
+    """Stores float32 values, narrowed, from `row` and `column` on. Columns from END on are left."""
+    BM: gl.constexpr = value.shape[0]
+    BN: gl.constexpr = value.shape[1]
+    # 16 bytes a thread, a row by half a warp.
+    spread: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    value = gl.convert_layout(value.to(pointer.dtype.element_ty), spread)
+    i = row + gl.arange(0, BM, gl.SliceLayout(1, spread))
+    j = column + gl.arange(0, BN, gl.SliceLayout(0, spread))
+    gl.store(pointer + i.to(gl.int64)[:, None] * STRIDE + j[None, :], value,
+             mask=(j < END)[None, :])  # fmt: skip
+
+
+@gluon.jit
+def run(rows, matrix, plan, outputs,
+        S: gl.constexpr, KD: gl.constexpr, N: gl.constexpr, K: gl.constexpr, T: gl.constexpr,
+        GATHER: gl.constexpr, SWIGLU: gl.constexpr, SAVE: gl.constexpr,
+        TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
+        PROGRAMS: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+        BK: gl.constexpr, STAGES: gl.constexpr, LOADERS: gl.constexpr,
+        REGISTERS: gl.constexpr):  # fmt: skip
+    """Buffers, barriers and the two partitions. LOADERS warps of REGISTERS registers load."""
+    dtype: gl.constexpr = matrix.dtype
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], dtype)
+    a = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], rows_layout)
+    first = gl.allocate_shared_memory(dtype, [STAGES, 1, BK, BN], matrix.layout)
+    second = gl.allocate_shared_memory(dtype, [STAGES, 1, BK, BN], matrix.layout)
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    done = mbarrier.allocate_mbarrier()
+    GENERIC: gl.constexpr = GATHER == "cp.async"
+    for stage in gl.static_range(STAGES):
+        # TMA arrives once for all of its copies, cp.async once for each thread.
+        mbarrier.init(full.index(stage), count=1 + 32 * LOADERS if GENERIC else 1)
+        mbarrier.init(empty.index(stage), count=1)
+    mbarrier.init(done, count=1)
+    hopper.fence_async_shared()  # the barriers, before TMA arrives at them
+    buffers = (a, first, second)
+    SECOND: gl.constexpr = N if SWIGLU else BN
+    STEPS: gl.constexpr = (KD + BK - 1) // BK
+    gl.warp_specialize(
+        [
+            (multiply, (plan, outputs, buffers, full, empty, done, N, STEPS, SWIGLU, SAVE, GENERIC,
+                        TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (load, (rows, matrix, plan, buffers, full, empty, S, KD, K, T, SECOND, GATHER, TILES,
+                    BLOCKS, PROGRAMS, GROUP)),
+        ],
+        [LOADERS],
+        [REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def up_async_kernel(x, gate_up, assignment, block_expert, starts, counts, z, hidden,
+                    S: gl.constexpr, KD: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+                    T: gl.constexpr, GATHER: gl.constexpr, SAVE: gl.constexpr,
+                    TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
+                    PROGRAMS: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
+                    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                    LOADERS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    """experts.kernel.up_kernel: z[r] = x[token of r] gate_up[e], hidden[r] its SwiGLU."""
+    run(x, gate_up, (assignment, block_expert, starts, counts), (z, hidden),
+        S, KD, N, K, T, GATHER, True, SAVE, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
+        BM, BN, BK, STAGES, LOADERS, REGISTERS)  # fmt: skip
+
+
+@gluon.jit
+def rows_async_kernel(a_rows, matrix, assignment, block_expert, starts, counts, out,
+                      S: gl.constexpr, KD: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+                      TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
+                      PROGRAMS: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
+                      BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                      LOADERS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    """experts.kernel.rows_kernel of rows as they are: out[r] = a_rows[r] matrix[e]."""
+    run(a_rows, matrix, (assignment, block_expert, starts, counts), (out, out),
+        S, KD, N, K, 0, "", False, False, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
+        BM, BN, BK, STAGES, LOADERS, REGISTERS)  # fmt: skip

@@ -1,0 +1,5 @@
+"""The experts' forward products by bulk tensor copies (TMA) and specialised warps, for 9.0 and 10.0."""
+
+from moe_kernels.experts_async.api import mixture
+
+__all__ = ["mixture"]

@@ -1,5 +1,6 @@
 """How Triton kernels run: compiled by jax-triton, interpreted by NumPy, recorded, or not at all."""
 
+from moe_kernels.launch.asynchronous import ASYNC_CAPABILITIES, async_support, require_async
 from moe_kernels.launch.call import Launch, Tuning, launch, next_power_of_two, recording
 from moe_kernels.launch.support import (
     FP8_CAPABILITY,
@@ -21,6 +22,7 @@ from moe_kernels.launch.support import (
 )
 
 __all__ = [
+    "ASYNC_CAPABILITIES",
     "FP8_CAPABILITY",
     "MINIMUM_CAPABILITY",
     "MULTIPROCESSORS",
@@ -29,6 +31,7 @@ __all__ = [
     "Support",
     "Tuning",
     "UnavailableError",
+    "async_support",
     "capability",
     "fp8_support",
     "has_small_memory",
@@ -39,6 +42,7 @@ __all__ = [
     "multiprocessors",
     "next_power_of_two",
     "recording",
+    "require_async",
     "require_fp8",
     "require_triton",
     "triton_support",

@@ -1,5 +1,6 @@
 """launch: a Triton kernel as a function of JAX arrays, under jit, vmap and shard_map."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct, lax
 
 from moe_kernels.launch.assembler import choose_assembler
+from moe_kernels.launch.asynchronous import Boxes, with_descriptors
+from moe_kernels.launch.gluon_interpreter import interpret_gluon
 from moe_kernels.launch.interpreter import interpret
 from moe_kernels.launch.support import interpreting, lowering_for, lowering_target, require_triton
 
@@ -33,6 +36,7 @@ class Launch(NamedTuple):
     outputs: tuple[ShapeDtypeStruct, ...]
     tuning: Tuning
     constants: dict[str, Any]
+    boxes: Boxes
 
 
 _record: ContextVar[list[Launch] | None] = ContextVar("record", default=None)
@@ -61,9 +65,12 @@ def launch(
     outputs: Sequence[ShapeDtypeStruct],
     grid: Grid,
     tuning: Tuning,
+    boxes: Boxes | None = None,
     **constants: Any,
 ) -> list[Array]:
     """Runs `kernel(*inputs, *outputs, **constants)`, a function under triton.jit, on a grid.
+
+    With `boxes` it is a function under gluon.jit, which gets TMA descriptors for those inputs.
 
     Outputs are not initialised, so the kernel must write every number that is read later. It works
     under jit, shard_map and vmap (one element after the other). Gradients are the caller's, by
@@ -73,7 +80,7 @@ def launch(
     launches = _record.get()
     if launches is not None:
         shapes = tuple(ShapeDtypeStruct(array.shape, array.dtype) for array in inputs)
-        launches.append(Launch(kernel, shapes, tuple(outputs), tuning, constants))
+        launches.append(Launch(kernel, shapes, tuple(outputs), tuning, constants, boxes or {}))
         return [jnp.zeros(output.shape, output.dtype) for output in outputs]
 
     # jax-triton has no batching rule. Sizes are constants of the kernel, so a batched launch would
@@ -81,8 +88,10 @@ def launch(
     @jax.custom_batching.sequential_vmap
     def run(*arrays: Array) -> list[Array]:
         if interpreting():
-            return interpret(kernel, arrays, outputs, grid, constants)
-        return _compile(kernel, arrays, outputs, grid, tuning, constants)
+            run_here = interpret_gluon if boxes else interpret
+            return run_here(kernel, arrays, outputs, grid, constants)
+        operands = with_descriptors(arrays, boxes) if boxes else arrays
+        return _compile(kernel, operands, outputs, grid, tuning, constants)
 
     axes = frozenset().union(*(_varying_axes(array) for array in inputs))
     return [_mark_varying(result, axes) for result in run(*inputs)]
@@ -105,7 +114,7 @@ def _mark_varying(array: Array, axes: frozenset[Any]) -> Array:
 
 def _compile(
     kernel: Any,
-    inputs: Sequence[Array],
+    inputs: Sequence[Any],
     outputs: Sequence[ShapeDtypeStruct],
     grid: Grid,
     tuning: Tuning,
@@ -114,13 +123,16 @@ def _compile(
     choose_assembler()
     import jax_triton
 
+    # jax-triton 0.4 renamed it.
+    parameters = inspect.signature(jax_triton.triton_call).parameters
+    out_type = "out_type" if "out_type" in parameters else "out_shape"
     return jax_triton.triton_call(
         *inputs,
         kernel=kernel,
-        out_shape=list(outputs),
         grid=grid,
         num_warps=tuning.warps,
         num_stages=tuning.stages,
         compute_capability=lowering_target(),  # None: that of the device at hand
+        **{out_type: list(outputs)},
         **constants,
     )

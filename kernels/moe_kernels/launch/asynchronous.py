@@ -1,42 +1,55 @@
-"""Gluon kernels with TMA and specialised warps: whether they can run here, and how JAX calls them."""
+"""Gluon kernels with TMA and specialised warps: whether they can run here, and how JAX calls them.
+
+jax-triton 0.4.1 takes Gluon kernels and TMA descriptors, and two things break these:
+
+- It launches `num_warps`, which are the warps of the first partition alone. The PTX asks for those
+  of all partitions, and the driver refuses the launch.
+- It compiles Gluon by Triton's passes. They give descriptors other layouts than the kernel's (an
+  error for the gather), and pipeline its loops once more.
+
+So this module compiles with `triton.compile`, as the audit does, and hands the PTX to the launcher
+in jaxlib that jax-triton hands its own to.
+"""
 
 import importlib.metadata
+import os
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jax import Array
+import jax
+import jax.numpy as jnp
+from jax import Array, ShapeDtypeStruct
 
-from moe_kernels.launch.support import (
-    Support,
-    UnavailableError,
-    capability,
-    triton_support,
-)
+from moe_kernels.launch.support import Support, UnavailableError, capability, triton_support
 
 ASYNC_CAPABILITIES = (90, 100)
-"""H100 and B200. They have TMA and matrix units that read shared memory. 12.0 has only TMA."""
-NEEDED = {"triton": (3, 9), "jax-triton": (0, 4, 1)}
-"""Packages and their least versions: the Gluon that the kernels are written in, and TMA descriptors
-among a kernel's arguments. jax-triton 0.4.1 needs Python 3.12 and jax 0.11."""
+"""H100 and B200. They have TMA, and matrix units that read shared memory. 12.0 has TMA alone."""
+TRITON = (3, 9)
+"""The least version. Gluon is experimental, and its names change from version to version."""
+TARGET = "triton_kernel_call_ffi"
+"""jaxlib's name of its launcher of Triton kernels."""
 SWIZZLE = 128
-"""Bytes of a row of a box that shared memory interleaves, so that its banks do not collide."""
+"""Bytes of a box's row within which shared memory swaps pieces, so that banks do not collide."""
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+"""Triton's names of the dtypes that these kernels have."""
 
 Boxes = Mapping[int, tuple[int, ...]]
-"""Sizes of the boxes in which TMA reads an input, by the input's index."""
+"""Sizes of the boxes in which TMA reads an input, by the input's number."""
 
 
 def async_support() -> Support:
     """triton_support for Gluon kernels with TMA and specialised warps.
 
-    `interpreter` is this package's own, because Triton has none for Gluon.
+    `interpreter` is this package's own (launch.gluon_interpreter). Triton has none for Gluon.
     """
     support = triton_support()
     if support.name not in ("gpu", "lower"):
         return support
     if capability() not in ASYNC_CAPABILITIES:
         return Support("none", f"compute capability {capability() / 10} is neither 9.0 nor 10.0")
-    problem = _old_package() or _old_jaxlib()
+    problem = _old_triton() or _old_jaxlib()
     return Support("none", problem) if problem else support
 
 
@@ -49,74 +62,111 @@ def require_async() -> None:
         )
 
 
-def _old_package() -> str:
-    """Which package is older than the kernels need; empty if none is."""
-    for package, least in NEEDED.items():
-        found = importlib.metadata.version(package)
-        if tuple(int(part) for part in re.findall(r"\d+", found)[: len(least)]) < least:
-            needed = ".".join(map(str, least))
-            python = ", which needs Python 3.12" if package == "jax-triton" else ""
-            return f"{package} is {found}, and they need {needed}{python}"
-    return ""
+def _old_triton() -> str:
+    found = importlib.metadata.version("triton")
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) >= TRITON:
+        return ""
+    return f"triton is {found}, and their Gluon needs {TRITON[0]}.{TRITON[1]} or newer"
 
 
 def _old_jaxlib() -> str:
-    """Whether jaxlib cannot give a kernel a TMA descriptor; empty if it can."""
+    if hasattr(_launcher(), "create_tma_descriptor_parameter"):
+        return ""
+    found = importlib.metadata.version("jaxlib")
+    return f"jaxlib {found} passes no TMA descriptors to kernels (0.11.2 does, with Python 3.12)"
+
+
+def _launcher() -> Any:
+    """jaxlib's side of Triton kernels. jax-triton takes it from the same place."""
     from jax._src.lib import gpu_triton
 
-    if hasattr(gpu_triton, "create_tma_descriptor_parameter"):
-        return ""
-    return f"jaxlib {importlib.metadata.version('jaxlib')} has no TMA descriptors (0.11.2 has)"
+    return gpu_triton
 
 
-def box_type(box: Sequence[int], dtype: str) -> str:
-    """The type of a TMA descriptor among a kernel's arguments. `dtype` is Triton's name."""
-    return f"tensordesc<{dtype}[{','.join(map(str, box))}],{box_layout(box)!r}>"
+def compile_gluon(
+    kernel: Any,
+    arrays: Sequence[Any],
+    boxes: Boxes,
+    warps: int,
+    constants: Mapping[str, Any],
+    arch: int,
+) -> Any:
+    """triton.compile's result for a Gluon kernel of arrays (inputs, then outputs) and constants."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton asks for a choice
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr")
+    for i, array in enumerate(arrays):
+        dtype = DTYPES[array.dtype.name]
+        signature[names[i]] = _descriptor_type(boxes[i], dtype) if i in boxes else f"*{dtype}"
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays)) if i not in boxes}
+    numbered = {(names.index(key),): value for key, value in constants.items()}
+    source = GluonASTSource(kernel, signature, numbered, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
-def box_layout(box: Sequence[int]) -> Any:
-    """How a box of 16-bit numbers lies in shared memory."""
+def _descriptor_type(box: Sequence[int], dtype: str) -> str:
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    return NVMMASharedLayout(SWIZZLE, element_bitwidth=16, rank=len(box))
+    layout = NVMMASharedLayout(SWIZZLE, element_bitwidth=16, rank=len(box))
+    return f"tensordesc<{dtype}[{','.join(map(str, box))}],{layout!r}>"
 
 
-def with_descriptors(inputs: Sequence[Array], boxes: Boxes) -> list[Any]:
-    """The inputs, with a TMA descriptor in place of each that is read in boxes."""
-    import jax_triton
+def call_gluon(
+    kernel: Any,
+    inputs: Sequence[Array],
+    outputs: Sequence[ShapeDtypeStruct],
+    grid: Sequence[int],
+    warps: int,
+    boxes: Boxes,
+    constants: Mapping[str, Any],
+) -> list[Array]:
+    """The kernel as a call in the JAX program that is being traced."""
+    arch = capability()
+    compiled = compile_gluon(kernel, (*inputs, *outputs), boxes, warps, constants, arch)
+    metadata = compiled.metadata
+    launcher = _launcher()
+    descriptions = iter(metadata.tensordesc_meta)
+    parameters = []
+    for i, array in enumerate((*inputs, *outputs)):
+        if i in boxes:
+            parameters += _descriptor(array, next(descriptions))
+        else:
+            parameters.append(launcher.create_array_parameter(0, 16))  # not zeroed, 16-byte aligned
+    program = launcher.TritonKernel(
+        metadata.name,
+        metadata.num_warps,  # of all partitions
+        1,
+        metadata.shared,
+        compiled.asm["ptx"],
+        "",
+        arch,
+    )
+    call = launcher.TritonKernelCall(program, *grid, *(1,) * (3 - len(grid)), parameters)
+    opaque = zlib.compress(call.to_proto(metadata.name, b""))
+    return list(jax.ffi.ffi_call(TARGET, list(outputs))(*inputs, opaque=opaque))
 
-    launch_every_warp()
-    return [
-        jax_triton.TensorDescriptor.from_array(array, boxes[i], box_layout(boxes[i]))
-        if i in boxes
-        else array
-        for i, array in enumerate(inputs)
-    ]
 
+def _descriptor(array: Array, description: Mapping[str, Any]) -> Iterator[Any]:
+    """The parameters that a descriptor becomes: itself, then its sizes and its strides."""
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
-class _EveryWarp:
-    """jaxlib's Triton library, for which a kernel has as many warps as its PTX says.
-
-    jax-triton 0.4.1 launches `num_warps`, which are the warps of a Gluon kernel's first partition
-    alone. The driver refuses such a launch, because the PTX asks for the warps of all partitions.
-    """
-
-    def __init__(self, library: Any) -> None:
-        self._library = library
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._library, name)
-
-    def TritonKernel(self, name: str, warps: int, ctas: int, shared: int, ptx: str, *rest: Any) -> Any:  # noqa: E501, N802
-        threads = re.search(r"\.reqntid (\d+)", ptx)
-        warps = int(threads[1]) // 32 if threads else warps
-        return self._library.TritonKernel(name, warps, ctas, shared, ptx, *rest)
-
-
-def launch_every_warp() -> None:
-    """Puts _EveryWarp in the place where jax-triton looks the library up, once."""
-    from jax_triton import triton_lib
-
-    library = triton_lib.triton_kernel_call_lib
-    if not isinstance(library, _EveryWarp):
-        triton_lib.triton_kernel_call_lib = _EveryWarp(library)
+    launcher = _launcher()
+    strides = [1]
+    for size in reversed(array.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    yield launcher.create_tma_descriptor_parameter(
+        elem_type=TMA_DTYPE_DEVICE_TO_HOST[description["elem_type"]],
+        swizzle=description["swizzle"],
+        shape=array.shape,
+        strides=strides,
+        block_shape=description["block_size"],
+        oob_fill=0,  # zeros past the end
+    )
+    for size in array.shape:
+        yield launcher.create_scalar_parameter(size, "i32")
+    for stride in strides:
+        yield launcher.create_scalar_parameter(stride, "i64")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct, lax
 
 from moe_kernels.launch.assembler import choose_assembler
-from moe_kernels.launch.asynchronous import Boxes, with_descriptors
+from moe_kernels.launch.asynchronous import Boxes, call_gluon
 from moe_kernels.launch.gluon_interpreter import interpret_gluon
 from moe_kernels.launch.interpreter import interpret
 from moe_kernels.launch.support import interpreting, lowering_for, lowering_target, require_triton
@@ -90,8 +90,10 @@ def launch(
         if interpreting():
             run_here = interpret_gluon if boxes else interpret
             return run_here(kernel, arrays, outputs, grid, constants)
-        operands = with_descriptors(arrays, boxes) if boxes else arrays
-        return _compile(kernel, operands, outputs, grid, tuning, constants)
+        if boxes:
+            choose_assembler()
+            return call_gluon(kernel, arrays, outputs, grid, tuning.warps, boxes, constants)
+        return _compile(kernel, arrays, outputs, grid, tuning, constants)
 
     axes = frozenset().union(*(_varying_axes(array) for array in inputs))
     return [_mark_varying(result, axes) for result in run(*inputs)]
@@ -114,7 +116,7 @@ def _mark_varying(array: Array, axes: frozenset[Any]) -> Array:
 
 def _compile(
     kernel: Any,
-    inputs: Sequence[Any],
+    inputs: Sequence[Array],
     outputs: Sequence[ShapeDtypeStruct],
     grid: Grid,
     tuning: Tuning,

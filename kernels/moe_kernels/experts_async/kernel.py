@@ -22,9 +22,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import blackwell, hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from moe_kernels.experts import tile
+from moe_kernels.experts.tile import locate as pointer_locate
 
-locate = gluon.jit(tile.locate.fn)
+locate = gluon.jit(pointer_locate.fn)
 
 
 @gluon.jit

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
 
+from moe_kernels.launch.assembler import choose_assembler
 from moe_kernels.launch.support import Support, UnavailableError, capability, triton_support
 
 ASYNC_CAPABILITIES = (90, 100)
@@ -125,6 +126,7 @@ def call_gluon(
     constants: Mapping[str, Any],
 ) -> list[Array]:
     """The kernel as a call in the JAX program that is being traced."""
+    choose_assembler()
     arch = capability()
     compiled = compile_gluon(kernel, (*inputs, *outputs), boxes, warps, constants, arch)
     metadata = compiled.metadata

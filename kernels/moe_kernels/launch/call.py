@@ -87,12 +87,11 @@ def launch(
     # be another kernel: elements run one after the other.
     @jax.custom_batching.sequential_vmap
     def run(*arrays: Array) -> list[Array]:
-        if interpreting():
-            run_here = interpret_gluon if boxes else interpret
-            return run_here(kernel, arrays, outputs, grid, constants)
         if boxes:
-            choose_assembler()
-            return call_gluon(kernel, arrays, outputs, grid, tuning.warps, boxes, constants)
+            run_gluon = interpret_gluon if interpreting() else call_gluon
+            return run_gluon(kernel, arrays, outputs, grid, tuning.warps, boxes, constants)
+        if interpreting():
+            return interpret(kernel, arrays, outputs, grid, constants)
         return _compile(kernel, arrays, outputs, grid, tuning, constants)
 
     axes = frozenset().union(*(_varying_axes(array) for array in inputs))

@@ -13,7 +13,9 @@ from moe_kernels.audit.compile import compile_launch
 from moe_kernels.audit.describe import describe
 from moe_kernels.experts.shapes import BLOCK_ROWS, OPERATIONS, Tiles, tiles, using
 from moe_kernels.gate import GateConfig, gate
-from moe_kernels.launch import Launch, fp8_support, recording
+from moe_kernels.experts_async import launches as async_products
+from moe_kernels.experts_async.shapes import BLOCK_ROWS as ASYNC_ROWS
+from moe_kernels.launch import ASYNC_CAPABILITIES, Launch, fp8_support, recording
 from moe_kernels.schedule import schedule, schedule_shape
 
 # T, then D, F, E and K of OLMoE-1B-7B.
@@ -74,13 +76,20 @@ class ExpertsCase(NamedTuple):
     variant: str | None = None
 
 
-Case = RoutingCase | ExpertsCase
+class AsyncCase(NamedTuple):
+    """The asynchronous products at one block size for one architecture, in bfloat16."""
+
+    block_rows: int
+    arch: int
+
+
+Case = RoutingCase | ExpertsCase | AsyncCase
 
 
 def all_cases(
     architectures: Sequence[int], dtypes: Sequence[str], block_rows: Sequence[int]
 ) -> list[Case]:
-    """Routers, then the experts, then the variants in bfloat16 on the largest blocks."""
+    """Routers, the experts, the variants in bfloat16 on the largest blocks, asynchronous products."""
     cases: list[Case] = [RoutingCase(model, arch) for model in ROUTERS for arch in architectures]
     cases += [
         ExpertsCase(dtype, rows, arch)
@@ -93,12 +102,24 @@ def all_cases(
         for arch in architectures
         for variant in VARIANTS
     ]
+    cases += [
+        AsyncCase(rows, arch)
+        for rows in ASYNC_ROWS
+        for arch in architectures
+        if arch in ASYNC_CAPABILITIES
+    ]
     return cases
 
 
 def audit_case(case: Case) -> list[dict[str, Any]]:
     """The rows of one case."""
-    launches = routing_launches(case) if isinstance(case, RoutingCase) else experts_launches(case)
+    match case:
+        case RoutingCase():
+            launches = routing_launches(case)
+        case ExpertsCase():
+            launches = experts_launches(case)
+        case AsyncCase():
+            launches = async_launches(case)
     return [compile_launch(launch, case.arch) for launch in launches]
 
 
@@ -141,6 +162,23 @@ def experts_launches(case: ExpertsCase) -> list[Launch]:
         plain = {describe(launch) for launch in experts_launches(case._replace(variant=None))}
         launches = {text: launch for text, launch in launches.items() if text not in plain}
     return list(launches.values())
+
+
+def async_launches(case: AsyncCase) -> list[Launch]:
+    """The asynchronous products with z and without, and the second product.
+
+    The products are called by themselves: the API asks for a jaxlib that can launch them, and to
+    compile them Triton is enough.
+    """
+    shapes = _shapes(ExpertsCase("bfloat16", case.block_rows, case.arch), TOKENS)
+    x, _, gate_up, down, plan = shapes
+    jax.clear_caches()  # see experts_launches
+    with recording(case.arch) as launches:
+        for save in (False, True):
+            up = partial(async_products.up_projection, save=save)
+            hidden, _ = jax.eval_shape(up, x, gate_up, plan)
+        jax.eval_shape(async_products.grouped_product, hidden, down, plan)
+    return launches
 
 
 def variant_tiles(case: ExpertsCase) -> dict[str, Tiles]:

@@ -32,7 +32,8 @@ def describe(launch: Launch) -> str:
     """Kernel and configuration, as the audit's table shows them. Equal text is an equal program."""
     constants = launch.constants
     name = launch.kernel.__name__.removesuffix("_kernel")
-    tuning = f"{launch.tuning.warps}w{launch.tuning.stages}s"
+    loaders = f"+{constants['LOADERS']}" if "LOADERS" in constants else ""
+    tuning = f"{launch.tuning.warps}{loaders}w{launch.tuning.stages}s"
     return " ".join(
         [name, _dtypes(name, launch), _tile(name, constants), tuning, *_flags(constants)]
     )

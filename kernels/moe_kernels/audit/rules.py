@@ -35,8 +35,14 @@ def _exhausted_resources(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _missing_instructions(row: dict[str, Any]) -> Iterator[str]:
-    if not row["cp_async"]:
+    if not row["cp_async"] and not row["tma"]:
         yield "no asynchronous copy"
+    if row["serialised"]:
+        yield "products of a warpgroup that wait for each other"
+    if row["kernel"].endswith("_async"):
+        for key in ("tma", "mbarrier", "setmaxnreg"):
+            if not row[key]:
+                yield f"no {key}, which the asynchronous kernels are for"
     # float32 products are exact, and matrix units have no exact float32.
     if not row["mma"] and not row["config"].startswith("fp32"):
         yield "no product on the matrix units"

@@ -1,6 +1,11 @@
 """How Triton kernels run: compiled by jax-triton, interpreted by NumPy, recorded, or not at all."""
 
-from moe_kernels.launch.asynchronous import ASYNC_CAPABILITIES, async_support, require_async
+from moe_kernels.launch.asynchronous import (
+    ASYNC_CAPABILITIES,
+    async_support,
+    compile_gluon,
+    require_async,
+)
 from moe_kernels.launch.call import Launch, Tuning, launch, next_power_of_two, recording
 from moe_kernels.launch.support import (
     FP8_CAPABILITY,
@@ -33,6 +38,7 @@ __all__ = [
     "UnavailableError",
     "async_support",
     "capability",
+    "compile_gluon",
     "fp8_support",
     "has_small_memory",
     "interpreting",

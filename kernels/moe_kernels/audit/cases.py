@@ -15,6 +15,7 @@ from moe_kernels.experts.shapes import BLOCK_ROWS, OPERATIONS, Tiles, tiles, usi
 from moe_kernels.gate import GateConfig, gate
 from moe_kernels.experts_async import launches as async_products
 from moe_kernels.experts_async.shapes import BLOCK_ROWS as ASYNC_ROWS
+from moe_kernels.experts_async.shapes import COOPERATIVE
 from moe_kernels.launch import ASYNC_CAPABILITIES, Launch, fp8_support, recording
 from moe_kernels.schedule import schedule, schedule_shape
 
@@ -81,6 +82,7 @@ class AsyncCase(NamedTuple):
 
     block_rows: int
     arch: int
+    cooperative: bool = False
 
 
 Case = RoutingCase | ExpertsCase | AsyncCase
@@ -105,6 +107,11 @@ def all_cases(
     cases += [
         AsyncCase(rows, arch)
         for rows in ASYNC_ROWS
+        for arch in architectures
+        if arch in ASYNC_CAPABILITIES
+    ]
+    cases += [
+        AsyncCase(BLOCK_ROWS[-1], arch, cooperative=True)
         for arch in architectures
         if arch in ASYNC_CAPABILITIES
     ]
@@ -173,7 +180,7 @@ def async_launches(case: AsyncCase) -> list[Launch]:
     shapes = _shapes(ExpertsCase("bfloat16", case.block_rows, case.arch), TOKENS)
     x, _, gate_up, down, plan = shapes
     jax.clear_caches()  # see experts_launches
-    with recording(case.arch) as launches:
+    with recording(case.arch) as launches, using(COOPERATIVE if case.cooperative else {}):
         for save in (False, True):
             up = partial(async_products.up_projection, save=save)
             hidden, _ = jax.eval_shape(up, x, gate_up, plan)

@@ -32,11 +32,18 @@ def describe(launch: Launch) -> str:
     """Kernel and configuration, as the audit's table shows them. Equal text is an equal program."""
     constants = launch.constants
     name = launch.kernel.__name__.removesuffix("_kernel")
-    loaders = f"+{constants['LOADERS']}" if "LOADERS" in constants else ""
-    tuning = f"{launch.tuning.warps}{loaders}w{launch.tuning.stages}s"
+    tuning = f"{_warps(launch)}w{launch.tuning.stages}s"
     return " ".join(
         [name, _dtypes(name, launch), _tile(name, constants), tuning, *_flags(constants)]
     )
+
+
+def _warps(launch: Launch) -> str:
+    """Warps, or those of each partition: of one that multiplies, of another, of the one that loads."""
+    warps = str(launch.tuning.warps)
+    if "LOADERS" not in launch.constants:
+        return warps
+    return "+".join([warps] * launch.constants["TAKERS"] + [str(launch.constants["LOADERS"])])
 
 
 def _dtypes(name: str, launch: Launch) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -102,14 +102,15 @@ BLOCK_ROWS = (16, 32, 64, 128)
 DECODE: dict[int, Tiles] = {2: Tiles(64, 32, Tuning(4, 4)), 4: Tiles(32, 32, Tuning(4, 4))}
 """The products of single rows, by bytes of a number."""
 
-_override: ContextVar[Mapping[str, Tiles] | None] = ContextVar("override", default=None)
+_override: ContextVar[Mapping[str, Any] | None] = ContextVar("override", default=None)
 
 
 @contextmanager
-def using(entries: Mapping[str, Tiles]) -> Iterator[None]:
+def using(entries: Mapping[str, Any]) -> Iterator[None]:
     """Programs traced inside take these tiles, by operation, instead of the table's.
 
-    It is for tuning, and for measuring one change at a time.
+    It is for tuning, and for measuring one change at a time. Operations of experts_async are
+    "async up" and "async rows".
     """
     token = _override.set(entries)
     try:
@@ -118,11 +119,16 @@ def using(entries: Mapping[str, Tiles]) -> Iterator[None]:
         _override.reset(token)
 
 
+def override(operation: str) -> Any | None:
+    """The entry of `using` for an operation, None where there is none."""
+    return (_override.get() or {}).get(operation)
+
+
 def tiles(operation: str, dtype: jnp.dtype, block_rows: int) -> Tiles:
     """The entry of the table. Raises ValueError for a block size that it does not hold."""
     if block_rows not in BLOCK_ROWS:
         raise ValueError(f"blocks of {block_rows} rows: the kernels take {BLOCK_ROWS}")
-    if chosen := (_override.get() or {}).get(operation):
+    if chosen := override(operation):
         return chosen
     key = operation, jnp.dtype(dtype).itemsize, block_rows
     if has_small_memory() and key in SMALL:

@@ -30,11 +30,11 @@ locate = gluon.jit(pointer_locate.fn)
 @gluon.jit
 def load(rows, matrix, plan, buffers, full, empty,
          S: gl.constexpr, KD: gl.constexpr, K: gl.constexpr, T: gl.constexpr, SECOND: gl.constexpr,
-         GATHER: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr, PROGRAMS: gl.constexpr,
-         GROUP: gl.constexpr):  # fmt: skip
+         GATHER: gl.constexpr, GENERIC: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
+         PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     """Fills the buffers. SECOND: columns from a tile's first half to its second.
 
-    GATHER: "" for rows as they are, "tma" or "cp.async" for the rows of a block's tokens.
+    GATHER: the rows of a block's tokens, by threads (cp.async) with GENERIC, and otherwise by TMA.
     """
     assignment, block_expert, starts, counts = plan
     a, first, second = buffers
@@ -44,13 +44,13 @@ def load(rows, matrix, plan, buffers, full, empty,
     BN: gl.constexpr = first.shape[3]
     # A column tile is both halves wide where they are neighbours, and one half for a SwiGLU.
     WIDTH: gl.constexpr = 2 * BN if SECOND == BN else BN
-    copied: gl.constexpr = 2 * matrix.nbytes_per_cta + (0 if GATHER == "cp.async" else BM * BK * 2)
+    copied: gl.constexpr = 2 * matrix.nbytes_per_cta + (0 if GENERIC else BM * BK * 2)
     turn = 0
     for tile in range(gl.program_id(0), BLOCKS * TILES, PROGRAMS):
         expert, block, column, used = locate(
             tile, block_expert, starts, counts, TILES=TILES, BM=BM, GROUP=GROUP)  # fmt: skip
         if used:
-            if GATHER == "cp.async":
+            if GENERIC:
                 # 16 bytes a thread, a row of a buffer by the threads of a quarter of a warp.
                 spread: gl.constexpr = gl.BlockedLayout(
                     [1, 8], [256 // BK, BK // 8], [gl.num_warps(), 1], [1, 0])  # fmt: skip
@@ -60,7 +60,7 @@ def load(rows, matrix, plan, buffers, full, empty,
                 real = chosen < S
                 token = gl.where(real, chosen // K, 0).to(gl.int64)
                 source = rows + token[:, None] * KD + k[None, :]
-            elif GATHER == "tma":
+            elif GATHER:
                 spread: gl.constexpr = gl.BlockedLayout(
                     [1, 4], [32, 1], [1, gl.num_warps()], [1, 0])  # fmt: skip
                 row = gl.arange(0, BM, gl.SliceLayout(0, spread))
@@ -75,12 +75,12 @@ def load(rows, matrix, plan, buffers, full, empty,
                 n = column * WIDTH
                 tma.async_load(matrix, [expert, depth, n], ready, first.index(stage))
                 tma.async_load(matrix, [expert, depth, n + SECOND], ready, second.index(stage))
-                if GATHER == "cp.async":
+                if GENERIC:
                     inside = real[:, None] & (k < KD - depth)[None, :]
                     async_copy.async_load(a.index(stage), source + depth, mask=inside)
                     # Each thread arrives once its copies are there: the barrier counts threads.
                     async_copy.mbarrier_arrive(ready, increment_count=False)
-                elif GATHER == "tma":
+                elif GATHER:
                     blackwell.tma.async_gather(rows, token, depth, ready, a.index(stage))
                 else:
                     tma.async_load(rows, [block * BM, depth], ready, a.index(stage))
@@ -88,41 +88,51 @@ def load(rows, matrix, plan, buffers, full, empty,
 
 
 @gluon.jit
-def multiply(plan, outputs, buffers, full, empty, done,
+def multiply(plan, outputs, buffers, full, empty, done, ME: gl.constexpr, TAKERS: gl.constexpr,
              N: gl.constexpr, STEPS: gl.constexpr, SWIGLU: gl.constexpr, SAVE: gl.constexpr,
              GENERIC: gl.constexpr, TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr,
              BLOCKS: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     """Empties the buffers and stores tiles of an output with N columns.
 
+    Of TAKERS partitions that multiply, number ME takes each TAKERS-th tile. With two, one's epilogue
+    runs beside the other's products, because the other's tile is next in the buffers.
     GENERIC: the rows were copied by threads and not by TMA.
     """
     assignment, block_expert, starts, counts = plan
-    z, out = outputs
     BM: gl.constexpr = buffers[0].shape[1]
-    BN: gl.constexpr = buffers[1].shape[3]
     turn = 0
     tiles = 0
     for tile in range(gl.program_id(0), BLOCKS * TILES, PROGRAMS):
         expert, block, column, used = locate(
             tile, block_expert, starts, counts, TILES=TILES, BM=BM, GROUP=GROUP)  # fmt: skip
         if used:
-            if TENSOR_MEMORY:
-                one, two = tensor_products(buffers, full, empty, done, turn, tiles, STEPS, GENERIC)
-            else:
-                one, two = register_products(buffers, full, empty, turn, STEPS, GENERIC)
+            if tiles % TAKERS == ME:
+                if TENSOR_MEMORY:
+                    one, two = tensor_products(buffers, full, empty, done.index(ME), turn,
+                                               tiles // TAKERS & 1, STEPS, GENERIC)  # fmt: skip
+                else:
+                    one, two = register_products(buffers, full, empty, turn, STEPS, GENERIC)
+                finish(one, two, outputs, block * BM, column, N, SWIGLU, SAVE)
             turn += STEPS
             tiles += 1
-            row = block * BM
-            if SWIGLU:
-                n = column * BN
-                if SAVE:
-                    put(one, z, row, n, 2 * N, N)
-                    put(two, z + N, row, n, 2 * N, N)
-                put(one / (1 + gl.exp(-one)) * two, out, row, n, N, N)
-            else:
-                n = 2 * column * BN
-                put(one, out, row, n, N, N)
-                put(two, out, row, n + BN, N, N)
+
+
+@gluon.jit
+def finish(one, two, outputs, row, column, N: gl.constexpr, SWIGLU: gl.constexpr,
+           SAVE: gl.constexpr):  # fmt: skip
+    """Stores a tile's halves as they are, or their SwiGLU, and z with SAVE."""
+    z, out = outputs
+    BN: gl.constexpr = one.shape[1]
+    if SWIGLU:
+        n = column * BN
+        if SAVE:
+            put(one, z, row, n, 2 * N, N)
+            put(two, z + N, row, n, 2 * N, N)
+        put(one / (1 + gl.exp(-one)) * two, out, row, n, N, N)
+    else:
+        n = 2 * column * BN
+        put(one, out, row, n, N, N)
+        put(two, out, row, n + BN, N, N)
 
 
 @gluon.jit
@@ -156,7 +166,7 @@ def register_products(buffers, full, empty, turn, STEPS: gl.constexpr, GENERIC: 
 
 
 @gluon.jit
-def tensor_products(buffers, full, empty, done, turn, tiles,
+def tensor_products(buffers, full, empty, done, turn, parity,
                     STEPS: gl.constexpr, GENERIC: gl.constexpr):  # fmt: skip
     """Both halves' products, in tensor memory (tcgen05), which frees the buffers by itself."""
     a, first, second = buffers
@@ -179,7 +189,7 @@ def tensor_products(buffers, full, empty, done, turn, tiles,
         blackwell.tcgen05_mma(left, right, two, use_acc=step > 0, mbarriers=[empty.index(stage)])
         turn += 1
     blackwell.tcgen05_commit(done)
-    mbarrier.wait(done, tiles & 1)
+    mbarrier.wait(done, parity)
     return one.load(), two.load()
 
 
@@ -188,8 +198,9 @@ def put(value, pointer, row, column, STRIDE: gl.constexpr, END: gl.constexpr):
     """Stores float32 values, narrowed, from `row` and `column` on. Columns from END on are left."""
     BM: gl.constexpr = value.shape[0]
     BN: gl.constexpr = value.shape[1]
-    # 16 bytes a thread, a row by half a warp.
-    spread: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    # 16 bytes a thread, so 8 or 16 threads a row.
+    spread: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // BN, BN // 8], [gl.num_warps(), 1], [1, 0])  # fmt: skip
     value = gl.convert_layout(value.to(pointer.dtype.element_ty), spread)
     i = row + gl.arange(0, BM, gl.SliceLayout(1, spread))
     j = column + gl.arange(0, BN, gl.SliceLayout(0, spread))
@@ -204,7 +215,7 @@ def run(rows, matrix, plan, outputs,
         TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
         PROGRAMS: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
         BK: gl.constexpr, STAGES: gl.constexpr, LOADERS: gl.constexpr,
-        REGISTERS: gl.constexpr):  # fmt: skip
+        REGISTERS: gl.constexpr, TAKERS: gl.constexpr, SHARE: gl.constexpr):  # fmt: skip
     """Buffers, barriers and the two partitions. LOADERS warps of REGISTERS registers load."""
     dtype: gl.constexpr = matrix.dtype
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], dtype)
@@ -213,41 +224,52 @@ def run(rows, matrix, plan, outputs,
     second = gl.allocate_shared_memory(dtype, [STAGES, 1, BK, BN], matrix.layout)
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    done = mbarrier.allocate_mbarrier()
-    GENERIC: gl.constexpr = GATHER == "cp.async"
+    done = mbarrier.allocate_mbarrier(batch=TAKERS)
+    GENERIC: gl.constexpr = GATHER and not TENSOR_MEMORY  # Hopper's TMA gathers no rows
     for stage in gl.static_range(STAGES):
         # TMA arrives once for all of its copies, cp.async once for each thread.
         mbarrier.init(full.index(stage), count=1 + 32 * LOADERS if GENERIC else 1)
         mbarrier.init(empty.index(stage), count=1)
-    mbarrier.init(done, count=1)
+    for taker in gl.static_range(TAKERS):
+        mbarrier.init(done.index(taker), count=1)
     hopper.fence_async_shared()  # the barriers, before TMA arrives at them
     buffers = (a, first, second)
     SECOND: gl.constexpr = N if SWIGLU else BN
     STEPS: gl.constexpr = (KD + BK - 1) // BK
-    gl.warp_specialize(
-        [
-            (multiply, (plan, outputs, buffers, full, empty, done, N, STEPS, SWIGLU, SAVE, GENERIC,
-                        TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
-            (load, (rows, matrix, plan, buffers, full, empty, S, KD, K, T, SECOND, GATHER, TILES,
-                    BLOCKS, PROGRAMS, GROUP)),
+    # Arguments are written out: a tuple in a variable would turn constants into values.
+    if TAKERS == 1:
+        gl.warp_specialize([
+            (multiply, (plan, outputs, buffers, full, empty, done, 0, TAKERS, N, STEPS, SWIGLU, SAVE,
+                        GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (load, (rows, matrix, plan, buffers, full, empty, S, KD, K, T, SECOND, GATHER, GENERIC,
+                    TILES, BLOCKS, PROGRAMS, GROUP)),
         ],
-        [LOADERS],
-        [REGISTERS],
-    )  # fmt: skip
+        [LOADERS], [REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (multiply, (plan, outputs, buffers, full, empty, done, 0, TAKERS, N, STEPS, SWIGLU, SAVE,
+                        GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (multiply, (plan, outputs, buffers, full, empty, done, 1, TAKERS, N, STEPS, SWIGLU, SAVE,
+                        GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (load, (rows, matrix, plan, buffers, full, empty, S, KD, K, T, SECOND, GATHER, GENERIC,
+                    TILES, BLOCKS, PROGRAMS, GROUP)),
+        ],
+        [gl.num_warps(), LOADERS], [SHARE, REGISTERS])  # fmt: skip
 
 
 @gluon.jit
 def up_async_kernel(x, gate_up, assignment, block_expert, starts, counts, z, hidden,
                     S: gl.constexpr, KD: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
-                    T: gl.constexpr, GATHER: gl.constexpr, SAVE: gl.constexpr,
+                    T: gl.constexpr, SAVE: gl.constexpr,
                     TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
                     PROGRAMS: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
                     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-                    LOADERS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+                    LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
+                    TAKERS: gl.constexpr, SHARE: gl.constexpr):  # fmt: skip
     """experts.kernel.up_kernel: z[r] = x[token of r] gate_up[e], hidden[r] its SwiGLU."""
     run(x, gate_up, (assignment, block_expert, starts, counts), (z, hidden),
-        S, KD, N, K, T, GATHER, True, SAVE, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
-        BM, BN, BK, STAGES, LOADERS, REGISTERS)  # fmt: skip
+        S, KD, N, K, T, True, True, SAVE, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
+        BM, BN, BK, STAGES, LOADERS, REGISTERS, TAKERS, SHARE)  # fmt: skip
 
 
 @gluon.jit
@@ -256,8 +278,9 @@ def rows_async_kernel(a_rows, matrix, assignment, block_expert, starts, counts, 
                       TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
                       PROGRAMS: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
                       BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-                      LOADERS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+                      LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
+                      TAKERS: gl.constexpr, SHARE: gl.constexpr):  # fmt: skip
     """experts.kernel.rows_kernel of rows as they are: out[r] = a_rows[r] matrix[e]."""
     run(a_rows, matrix, (assignment, block_expert, starts, counts), (out, out),
-        S, KD, N, K, 0, "", False, False, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
-        BM, BN, BK, STAGES, LOADERS, REGISTERS)  # fmt: skip
+        S, KD, N, K, 0, False, False, False, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
+        BM, BN, BK, STAGES, LOADERS, REGISTERS, TAKERS, SHARE)  # fmt: skip

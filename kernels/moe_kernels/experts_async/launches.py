@@ -5,7 +5,7 @@ from typing import Any
 from jax import Array, ShapeDtypeStruct
 
 from moe_kernels.experts.plan import Plan
-from moe_kernels.experts_async.shapes import COLUMNS, DEPTH, GROUP, TABLE, Tiles
+from moe_kernels.experts_async.shapes import DEPTH, GROUP, Tiles, tiles
 from moe_kernels.launch import capability, launch, multiprocessors
 
 TENSOR_MEMORY = 100
@@ -14,24 +14,26 @@ TENSOR_MEMORY = 100
 
 def _constants(plan: Plan, columns: int, width: int, entry: Tiles) -> dict[str, Any]:
     """What both kernels have in common. A tile of the output is `width` columns wide."""
-    tiles = -(-columns // width)
+    column_tiles = -(-columns // width)
     blocks = plan.block_expert.size
     return {
         "S": plan.row.size,
         "N": columns,
         "K": plan.row.shape[1],
         "TENSOR_MEMORY": capability() >= TENSOR_MEMORY,
-        "TILES": tiles,
+        "TILES": column_tiles,
         "BLOCKS": blocks,
         # One program has most of a multiprocessor's shared memory.
-        "PROGRAMS": min(blocks * tiles, multiprocessors()),
+        "PROGRAMS": min(blocks * column_tiles, multiprocessors()),
         "GROUP": GROUP,
         "BM": plan.block_rows,
-        "BN": COLUMNS,
+        "BN": entry.columns,
         "BK": DEPTH,
         "STAGES": entry.tuning.stages,
         "LOADERS": entry.loaders,
         "REGISTERS": entry.registers,
+        "TAKERS": entry.takers,
+        "SHARE": entry.share,
     }
 
 
@@ -41,9 +43,9 @@ def up_projection(x: Array, gate_up: Array, plan: Plan, *, save: bool) -> tuple[
 
     rows = plan.assignment.size
     hidden_width = gate_up.shape[2] // 2
-    entry = TABLE["up", plan.block_rows]
-    constants = _constants(plan, hidden_width, COLUMNS, entry)
-    boxes = {1: (1, DEPTH, COLUMNS)}
+    entry = tiles("up", plan.block_rows)
+    constants = _constants(plan, hidden_width, entry.columns, entry)
+    boxes = {1: (1, DEPTH, entry.columns)}
     if constants["TENSOR_MEMORY"]:
         boxes[0] = (1, DEPTH)
     z, hidden = launch(
@@ -58,7 +60,6 @@ def up_projection(x: Array, gate_up: Array, plan: Plan, *, save: bool) -> tuple[
         boxes=boxes,
         KD=x.shape[1],
         T=len(x),
-        GATHER="tma" if constants["TENSOR_MEMORY"] else "cp.async",
         SAVE=save,
         **constants,
     )
@@ -71,15 +72,15 @@ def grouped_product(rows: Array, matrix: Array, plan: Plan) -> Array:
 
     depth = rows.shape[1]
     columns = matrix.shape[2]
-    entry = TABLE["rows", plan.block_rows]
-    constants = _constants(plan, columns, 2 * COLUMNS, entry)
+    entry = tiles("rows", plan.block_rows)
+    constants = _constants(plan, columns, 2 * entry.columns, entry)
     (out,) = launch(
         rows_async_kernel,
         (rows, matrix, plan.assignment, plan.block_expert, plan.starts, plan.counts),
         (ShapeDtypeStruct((len(rows), columns), rows.dtype),),
         (constants["PROGRAMS"],),
         entry.tuning,
-        boxes={0: (plan.block_rows, DEPTH), 1: (1, DEPTH, COLUMNS)},
+        boxes={0: (plan.block_rows, DEPTH), 1: (1, DEPTH, entry.columns)},
         KD=depth,
         **constants,
     )

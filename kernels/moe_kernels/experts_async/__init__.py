@@ -1,5 +1,5 @@
 """The experts' forward products by bulk tensor copies (TMA) and specialised warps, for 9.0 and 10.0."""
 
-from moe_kernels.experts_async.api import mixture
+from moe_kernels.experts_async.api import misfit, mixture
 
-__all__ = ["mixture"]
+__all__ = ["misfit", "mixture"]

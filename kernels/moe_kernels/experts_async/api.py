@@ -35,22 +35,22 @@ def mixture(
     """
     require_async()
     experts.check(x, weights, gate_up, down)
-    check(x, down)
+    _, hidden, width = down.shape
+    if problem := misfit(x.dtype, width, hidden):
+        raise ValueError(problem)
     decoding = plan.experts.size <= len(down)
     if x.size == 0 or plan.block_rows not in BLOCK_ROWS or decoding:
         return experts.mixture(x, weights, gate_up, down, plan)
     return _mixture(x, weights, gate_up, down, plan)
 
 
-def check(x: Array, down: Array) -> None:
-    """Raises ValueError with one line that says what TMA or the matrix units do not take."""
-    if x.dtype == jnp.float32:
-        raise ValueError("float32: the asynchronous products take bfloat16 and float16")
-    _, hidden, width = down.shape
+def misfit(dtype: jnp.dtype, width: int, hidden: int) -> str:
+    """What TMA or the matrix units do not take, in one line; empty if all fits."""
+    if dtype == jnp.float32:
+        return "float32: the asynchronous products take bfloat16 and float16"
     if width % MULTIPLE or hidden % MULTIPLE:
-        raise ValueError(
-            f"D {width}, F {hidden}: TMA needs multiples of {MULTIPLE}; use implementation 'triton'"
-        )
+        return f"D {width} and F {hidden}: TMA needs multiples of {MULTIPLE}"
+    return ""
 
 
 @jax.custom_vjp

@@ -12,10 +12,10 @@ from moe_kernels import experts, experts_fp8
 from moe_kernels.audit.compile import compile_launch
 from moe_kernels.audit.describe import describe
 from moe_kernels.experts.shapes import BLOCK_ROWS, OPERATIONS, Tiles, tiles, using
-from moe_kernels.gate import GateConfig, gate
 from moe_kernels.experts_async import launches as async_products
 from moe_kernels.experts_async.shapes import BLOCK_ROWS as ASYNC_ROWS
 from moe_kernels.experts_async.shapes import COOPERATIVE
+from moe_kernels.gate import GateConfig, gate
 from moe_kernels.launch import ASYNC_CAPABILITIES, Launch, fp8_support, recording
 from moe_kernels.schedule import schedule, schedule_shape
 
@@ -91,7 +91,7 @@ Case = RoutingCase | ExpertsCase | AsyncCase
 def all_cases(
     architectures: Sequence[int], dtypes: Sequence[str], block_rows: Sequence[int]
 ) -> list[Case]:
-    """Routers, the experts, the variants in bfloat16 on the largest blocks, asynchronous products."""
+    """Routers, the experts, variants in bfloat16 on the largest blocks, asynchronous products."""
     cases: list[Case] = [RoutingCase(model, arch) for model in ROUTERS for arch in architectures]
     cases += [
         ExpertsCase(dtype, rows, arch)

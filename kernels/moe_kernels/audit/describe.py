@@ -39,7 +39,7 @@ def describe(launch: Launch) -> str:
 
 
 def _warps(launch: Launch) -> str:
-    """Warps, or those of each partition: of one that multiplies, of another, of the one that loads."""
+    """Warps, or those of each partition: of those that multiply and of the one that loads."""
     warps = str(launch.tuning.warps)
     if "LOADERS" not in launch.constants:
         return warps

@@ -1,4 +1,4 @@
-"""The experts' forward products by bulk tensor copies (TMA) and specialised warps, for 9.0 and 10.0."""
+"""The experts' forward products by TMA and specialised warps, on 9.0 and 10.0."""
 
 from moe_kernels.experts_async.api import misfit, mixture
 

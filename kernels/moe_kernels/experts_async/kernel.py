@@ -3,8 +3,8 @@
 A program has two partitions of warps that meet only at barriers in shared memory (mbarrier):
 
 - `load` fills STAGES buffers in turn: the matrix by bulk tensor copies (TMA), and the rows by TMA
-  where they are contiguous. Gathered rows go by TMA's gather on Blackwell and by cp.async on Hopper,
-  whose TMA cannot gather.
+  where they are contiguous. Gathered rows go by TMA's gather on Blackwell. They go by cp.async on
+  Hopper, whose TMA cannot gather.
 - `multiply` empties them: wgmma into registers on Hopper, tcgen05 into tensor memory on Blackwell.
   Then it applies the epilogue.
 
@@ -17,6 +17,10 @@ or neighbours. Blocks, rows and offsets are as in experts/kernel.py. TMA clips a
 an array and fills the rest with zeros, so the depth and the columns need no mask.
 """
 
+# Gluon annotates a kernel's constants with a class of its own, and takes numbers for them.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import blackwell, hopper
@@ -28,7 +32,7 @@ locate = gluon.jit(pointer_locate.fn)
 
 
 @gluon.jit
-def load(rows, matrix, plan, buffers, full, empty,
+def load(rows, matrix, assignment, plan, buffers, full, empty,
          S: gl.constexpr, KD: gl.constexpr, K: gl.constexpr, T: gl.constexpr, SECOND: gl.constexpr,
          GATHER: gl.constexpr, GENERIC: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
          PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
@@ -36,7 +40,7 @@ def load(rows, matrix, plan, buffers, full, empty,
 
     GATHER: the rows of a block's tokens, by threads (cp.async) with GENERIC, and otherwise by TMA.
     """
-    assignment, block_expert, starts, counts = plan
+    block_expert, starts, counts = plan
     a, first, second = buffers
     STAGES: gl.constexpr = a.shape[0]
     BM: gl.constexpr = a.shape[1]
@@ -94,16 +98,16 @@ def multiply(plan, outputs, buffers, full, empty, done, ME: gl.constexpr, TAKERS
              BLOCKS: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     """Empties the buffers and stores tiles of an output with N columns.
 
-    Of TAKERS partitions that multiply, number ME takes each TAKERS-th tile. With two, one's epilogue
-    runs beside the other's products, because the other's tile is next in the buffers.
+    Of TAKERS partitions that multiply, number ME takes each TAKERS-th tile. With two, the epilogue
+    of one runs beside the products of the other, whose tile is next in the buffers.
     GENERIC: the rows were copied by threads and not by TMA.
     """
-    assignment, block_expert, starts, counts = plan
+    block_expert, starts, counts = plan
     BM: gl.constexpr = buffers[0].shape[1]
     turn = 0
     tiles = 0
     for tile in range(gl.program_id(0), BLOCKS * TILES, PROGRAMS):
-        expert, block, column, used = locate(
+        _expert, block, column, used = locate(
             tile, block_expert, starts, counts, TILES=TILES, BM=BM, GROUP=GROUP)  # fmt: skip
         if used:
             if tiles % TAKERS == ME:
@@ -137,7 +141,7 @@ def finish(one, two, outputs, row, column, N: gl.constexpr, SWIGLU: gl.constexpr
 
 @gluon.jit
 def register_products(buffers, full, empty, turn, STEPS: gl.constexpr, GENERIC: gl.constexpr):
-    """Both halves' products, in registers (wgmma). One step's products run while the next starts."""
+    """Both halves' products, in registers (wgmma). A step's run on while the next ones start."""
     a, first, second = buffers
     STAGES: gl.constexpr = a.shape[0]
     BM: gl.constexpr = a.shape[1]
@@ -209,7 +213,7 @@ def put(value, pointer, row, column, STRIDE: gl.constexpr, END: gl.constexpr):
 
 
 @gluon.jit
-def run(rows, matrix, plan, outputs,
+def run(rows, matrix, assignment, plan, outputs,
         S: gl.constexpr, KD: gl.constexpr, N: gl.constexpr, K: gl.constexpr, T: gl.constexpr,
         GATHER: gl.constexpr, SWIGLU: gl.constexpr, SAVE: gl.constexpr,
         TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
@@ -239,22 +243,20 @@ def run(rows, matrix, plan, outputs,
     # Arguments are written out: a tuple in a variable would turn constants into values.
     if TAKERS == 1:
         gl.warp_specialize([
-            (multiply, (plan, outputs, buffers, full, empty, done, 0, TAKERS, N, STEPS, SWIGLU, SAVE,
-                        GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
-            (load, (rows, matrix, plan, buffers, full, empty, S, KD, K, T, SECOND, GATHER, GENERIC,
-                    TILES, BLOCKS, PROGRAMS, GROUP)),
-        ],
-        [LOADERS], [REGISTERS])  # fmt: skip
+            (multiply, (plan, outputs, buffers, full, empty, done, 0, TAKERS, N, STEPS, SWIGLU,
+                        SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (load, (rows, matrix, assignment, plan, buffers, full, empty, S, KD, K, T, SECOND,
+                    GATHER, GENERIC, TILES, BLOCKS, PROGRAMS, GROUP)),
+        ], [LOADERS], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (multiply, (plan, outputs, buffers, full, empty, done, 0, TAKERS, N, STEPS, SWIGLU, SAVE,
-                        GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
-            (multiply, (plan, outputs, buffers, full, empty, done, 1, TAKERS, N, STEPS, SWIGLU, SAVE,
-                        GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
-            (load, (rows, matrix, plan, buffers, full, empty, S, KD, K, T, SECOND, GATHER, GENERIC,
-                    TILES, BLOCKS, PROGRAMS, GROUP)),
-        ],
-        [gl.num_warps(), LOADERS], [SHARE, REGISTERS])  # fmt: skip
+            (multiply, (plan, outputs, buffers, full, empty, done, 0, TAKERS, N, STEPS, SWIGLU,
+                        SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (multiply, (plan, outputs, buffers, full, empty, done, 1, TAKERS, N, STEPS, SWIGLU,
+                        SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (load, (rows, matrix, assignment, plan, buffers, full, empty, S, KD, K, T, SECOND,
+                    GATHER, GENERIC, TILES, BLOCKS, PROGRAMS, GROUP)),
+        ], [gl.num_warps(), LOADERS], [SHARE, REGISTERS])  # fmt: skip
 
 
 @gluon.jit
@@ -267,7 +269,7 @@ def up_async_kernel(x, gate_up, assignment, block_expert, starts, counts, z, hid
                     LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
                     TAKERS: gl.constexpr, SHARE: gl.constexpr):  # fmt: skip
     """experts.kernel.up_kernel: z[r] = x[token of r] gate_up[e], hidden[r] its SwiGLU."""
-    run(x, gate_up, (assignment, block_expert, starts, counts), (z, hidden),
+    run(x, gate_up, assignment, (block_expert, starts, counts), (z, hidden),
         S, KD, N, K, T, True, True, SAVE, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
         BM, BN, BK, STAGES, LOADERS, REGISTERS, TAKERS, SHARE)  # fmt: skip
 
@@ -281,6 +283,6 @@ def rows_async_kernel(a_rows, matrix, assignment, block_expert, starts, counts, 
                       LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
                       TAKERS: gl.constexpr, SHARE: gl.constexpr):  # fmt: skip
     """experts.kernel.rows_kernel of rows as they are: out[r] = a_rows[r] matrix[e]."""
-    run(a_rows, matrix, (assignment, block_expert, starts, counts), (out, out),
+    run(a_rows, matrix, assignment, (block_expert, starts, counts), (out, out),
         S, KD, N, K, 0, False, False, False, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
         BM, BN, BK, STAGES, LOADERS, REGISTERS, TAKERS, SHARE)  # fmt: skip

@@ -45,7 +45,7 @@ def up_projection(x: Array, gate_up: Array, plan: Plan, *, save: bool) -> tuple[
     hidden_width = gate_up.shape[2] // 2
     entry = tiles("up", plan.block_rows)
     constants = _constants(plan, hidden_width, entry.columns, entry)
-    boxes = {1: (1, DEPTH, entry.columns)}
+    boxes: dict[int, tuple[int, ...]] = {1: (1, DEPTH, entry.columns)}
     if constants["TENSOR_MEMORY"]:
         boxes[0] = (1, DEPTH)
     z, hidden = launch(

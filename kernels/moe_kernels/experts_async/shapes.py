@@ -43,8 +43,8 @@ COOPERATIVE: dict[str, Tiles] = {
     "async up": Tiles(1, 128, Tuning(8, 4), 4, 64),
     "async rows": Tiles(1, 128, Tuning(8, 4), 1, 40),
 }
-"""Entries for 128 rows with one partition that multiplies, for experts.shapes.using. Their tiles are
-twice as wide, so a matrix unit waits less for L2 and more for the epilogue. To be measured."""
+"""Entries for 128 rows with one partition that multiplies, for experts.shapes.using. Their tiles
+are twice as wide, so they read L2 less, and no product runs beside an epilogue. To be measured."""
 
 
 def tiles(operation: str, block_rows: int) -> Tiles:

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
 
 from moe_kernels.launch.assembler import choose_assembler
@@ -79,7 +78,7 @@ def _old_jaxlib() -> str:
 
 def _launcher() -> Any:
     """jaxlib's side of Triton kernels. jax-triton takes it from the same place."""
-    from jax._src.lib import gpu_triton
+    from jax._src.lib import gpu_triton  # pyright: ignore[reportPrivateImportUsage]
 
     return gpu_triton
 
@@ -122,6 +121,7 @@ def call_gluon(
     outputs: Sequence[ShapeDtypeStruct],
     grid: Sequence[int],
     warps: int,
+    *,
     boxes: Boxes,
     constants: Mapping[str, Any],
 ) -> list[Array]:
@@ -152,7 +152,7 @@ def call_gluon(
     return list(jax.ffi.ffi_call(TARGET, list(outputs))(*inputs, opaque=opaque))
 
 
-def _descriptor(array: Array, description: Mapping[str, Any]) -> Iterator[Any]:
+def _descriptor(array: Array | ShapeDtypeStruct, description: Mapping[str, Any]) -> Iterator[Any]:
     """The parameters that a descriptor becomes: itself, then its sizes and its strides."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 

@@ -89,7 +89,9 @@ def launch(
     def run(*arrays: Array) -> list[Array]:
         if boxes:
             run_gluon = interpret_gluon if interpreting() else call_gluon
-            return run_gluon(kernel, arrays, outputs, grid, tuning.warps, boxes, constants)
+            return run_gluon(
+                kernel, arrays, outputs, grid, tuning.warps, boxes=boxes, constants=constants
+            )
         if interpreting():
             return interpret(kernel, arrays, outputs, grid, constants)
         return _compile(kernel, arrays, outputs, grid, tuning, constants)

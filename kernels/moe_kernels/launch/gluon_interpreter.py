@@ -1,4 +1,4 @@
-"""Gluon kernels in NumPy: the part of Gluon that experts_async uses. Triton has no interpreter for it.
+"""Gluon kernels in NumPy: the part of Gluon that experts_async uses. Triton itself interprets none.
 
 A program's partitions are threads. One more thread does the copies and the products in tensor
 memory, in an order that is drawn. So what a kernel leaves to chance is seen:
@@ -32,6 +32,7 @@ def interpret_gluon(
     outputs: Sequence[ShapeDtypeStruct],
     grid: Sequence[int],
     warps: int,
+    *,
     boxes: Boxes,
     constants: dict[str, Any],
 ) -> list[Array]:

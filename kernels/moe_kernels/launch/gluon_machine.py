@@ -1,4 +1,4 @@
-"""The machine on which launch.gluon_interpreter runs a program: memory, barriers, threads, names."""
+"""The machine on which gluon_interpreter runs a program: memory, barriers and threads."""
 
 import random
 import threading
@@ -19,12 +19,14 @@ class Tensor(np.ndarray):
 
     def to(self, dtype: Any) -> "Tensor":
         """Converted, to the nearest and even."""
-        return self.astype(dtype)
+        converted: Any = self.astype(dtype)
+        return converted
 
 
 def tensor(array: Any) -> Tensor:
     """An array as numbers in registers."""
-    return np.asarray(array).view(Tensor)
+    view: Any = np.asarray(array).view(Tensor)
+    return view
 
 
 class Pointer:
@@ -198,9 +200,7 @@ class Machine:
 
         threads = [
             threading.Thread(target=self.guarded, args=(run, *partition, its_warps))
-            for partition, its_warps in zip(
-                partitions, (self.local.warps, *warps), strict=True
-            )
+            for partition, its_warps in zip(partitions, (self.local.warps, *warps), strict=True)
         ]
         for thread in threads:
             thread.start()

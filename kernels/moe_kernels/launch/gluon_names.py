@@ -13,16 +13,14 @@ LANES = 32
 
 def language(machine: Machine) -> dict[str, SimpleNamespace]:
     """What replaces a kernel module's globals, by name."""
-    copies = _copies(machine)
-    products = _products(machine)
     return {
         "gl": _core(machine),
         "tl": _core(machine),
         "mbarrier": _barriers(machine),
-        "tma": copies,
+        "tma": _copies(machine),
         "async_copy": _thread_copies(machine),
-        "hopper": products,
-        "blackwell": SimpleNamespace(**vars(products), tma=copies),
+        "hopper": _hopper(machine),
+        "blackwell": _blackwell(machine),
     }
 
 
@@ -63,11 +61,8 @@ def _poison(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 
 def _barriers(machine: Machine) -> SimpleNamespace:
-    class Barriers(list):
-        index = list.__getitem__
-
-    def allocate(batch: int | None = None) -> Any:
-        return Barriers(Barrier(machine) for _ in range(batch)) if batch else Barrier(machine)
+    def allocate(batch: int) -> SimpleNamespace:
+        return SimpleNamespace(index=[Barrier(machine) for _ in range(batch)].__getitem__)
 
     def init(barrier: Barrier, count: int) -> None:
         barrier.count = barrier.pending = count
@@ -128,37 +123,44 @@ def _thread_copies(machine: Machine) -> SimpleNamespace:
     return SimpleNamespace(async_load=load, mbarrier_arrive=arrive)
 
 
-def _products(machine: Machine) -> SimpleNamespace:
-    """wgmma, which runs when it is waited for, and tcgen05, which runs by itself."""
+def _operands(machine: Machine, a: Shared, b: Shared) -> tuple[np.ndarray, np.ndarray]:
+    """Both operands of a product, in float32."""
+    for part in (a, b):
+        if part.address() in machine.copied:
+            raise RuntimeError("a product of numbers that threads copied, without a fence")
+    return a.array.astype(np.float32), b.array.astype(np.float32)
 
-    def operands(a: Shared, b: Shared) -> tuple[np.ndarray, np.ndarray]:
-        for part in (a, b):
-            if part.address() in machine.copied:
-                raise RuntimeError("a product of numbers that threads copied, without a fence")
-        return a.array.astype(np.float32), b.array.astype(np.float32)
 
-    def fence() -> None:
-        machine.copied.clear()
+def _hopper(machine: Machine) -> SimpleNamespace:
+    """wgmma, which runs when it is waited for."""
 
-    def wgmma(a: Shared, b: Shared, acc: np.ndarray, is_async: bool) -> np.ndarray:
-        machine.local.products.append((a, b, acc, operands(a, b)))
+    def start(a: Shared, b: Shared, acc: np.ndarray, is_async: bool) -> np.ndarray:
+        machine.local.products.append((a, b, acc, _operands(machine, a, b)))
         return acc
 
-    def wgmma_wait(running: int, deps: Any) -> Any:
+    def wait(running: int, deps: Any) -> Any:
         products = machine.local.products
         while len(products) > running:
             a, b, acc, before = products.pop(0)
-            left, right = operands(a, b)
+            left, right = _operands(machine, a, b)
             if not all(map(_equal, before, (left, right))):
                 raise RuntimeError("an operand was overwritten before its product was done")
             acc += left @ right
         return deps
 
-    def tcgen05(
+    return SimpleNamespace(
+        fence_async_shared=machine.copied.clear, warpgroup_mma=start, warpgroup_mma_wait=wait
+    )
+
+
+def _blackwell(machine: Machine) -> SimpleNamespace:
+    """tcgen05, which runs by itself, in its order."""
+
+    def product(
         a: Shared, b: Shared, acc: "_TensorMemory", use_acc: bool, mbarriers: Sequence[Barrier] = ()
     ) -> None:
         def run() -> None:
-            left, right = operands(a, b)
+            left, right = _operands(machine, a, b)
             acc.array[...] = left @ right + (acc.array if use_acc else 0)
 
         machine.submit("tcgen05", run)
@@ -169,10 +171,8 @@ def _products(machine: Machine) -> SimpleNamespace:
         machine.submit("tcgen05", barrier.arrive)
 
     return SimpleNamespace(
-        fence_async_shared=fence,
-        warpgroup_mma=wgmma,
-        warpgroup_mma_wait=wgmma_wait,
-        tcgen05_mma=tcgen05,
+        tma=_copies(machine),
+        tcgen05_mma=product,
         tcgen05_commit=commit,
         TensorMemoryLayout=lambda *_, **__: None,
         allocate_tensor_memory=lambda dtype, shape, _: _TensorMemory(_poison(shape, dtype)),

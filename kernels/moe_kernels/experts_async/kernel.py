@@ -92,14 +92,16 @@ def load(rows, matrix, assignment, plan, buffers, full, empty,
 
 
 @gluon.jit
-def multiply(plan, outputs, buffers, full, empty, done, ME: gl.constexpr, TAKERS: gl.constexpr,
+def multiply(plan, outputs, buffers, full, empty, done, order, ME: gl.constexpr, TAKERS: gl.constexpr,
              N: gl.constexpr, STEPS: gl.constexpr, SWIGLU: gl.constexpr, SAVE: gl.constexpr,
              GENERIC: gl.constexpr, TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr,
              BLOCKS: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     """Empties the buffers and stores tiles of an output with N columns.
 
     Of TAKERS partitions that multiply, number ME takes each TAKERS-th tile. With two, the epilogue
-    of one runs beside the products of the other, whose tile is next in the buffers.
+    of one runs beside the products of the other, whose tile is next in the buffers. `order` lets
+    one begin when the other has begun all of its steps: a wait for a parity tells phases apart only
+    where no more than one is missing.
     GENERIC: the rows were copied by threads and not by TMA.
     """
     block_expert, starts, counts = plan
@@ -111,11 +113,15 @@ def multiply(plan, outputs, buffers, full, empty, done, ME: gl.constexpr, TAKERS
             tile, block_expert, starts, counts, TILES=TILES, BM=BM, GROUP=GROUP)  # fmt: skip
         if used:
             if tiles % TAKERS == ME:
+                turns = tiles // TAKERS  # before this one
+                mbarrier.wait(order.index(ME), (turns & 1) ^ (ME == 0))  # the first one is free
+                following = order.index((ME + 1) % TAKERS)
                 if TENSOR_MEMORY:
-                    one, two = tensor_products(buffers, full, empty, done.index(ME), turn,
-                                               tiles // TAKERS & 1, STEPS, GENERIC)  # fmt: skip
+                    one, two = tensor_products(buffers, full, empty, following, done.index(ME),
+                                               turns & 1, turn, STEPS, GENERIC)  # fmt: skip
                 else:
-                    one, two = register_products(buffers, full, empty, turn, STEPS, GENERIC)
+                    one, two = register_products(
+                        buffers, full, empty, following, turn, STEPS, GENERIC)  # fmt: skip
                 finish(one, two, outputs, block * BM, column, N, SWIGLU, SAVE)
             turn += STEPS
             tiles += 1
@@ -140,7 +146,8 @@ def finish(one, two, outputs, row, column, N: gl.constexpr, SWIGLU: gl.constexpr
 
 
 @gluon.jit
-def register_products(buffers, full, empty, turn, STEPS: gl.constexpr, GENERIC: gl.constexpr):
+def register_products(buffers, full, empty, following, turn,
+                      STEPS: gl.constexpr, GENERIC: gl.constexpr):  # fmt: skip
     """Both halves' products, in registers (wgmma). A step's run on while the next ones start."""
     a, first, second = buffers
     STAGES: gl.constexpr = a.shape[0]
@@ -164,13 +171,14 @@ def register_products(buffers, full, empty, turn, STEPS: gl.constexpr, GENERIC: 
         one, two = hopper.warpgroup_mma_wait(2, deps=(one, two))
         mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=step > 0)
         turn += 1
+    mbarrier.arrive(following)
     one, two = hopper.warpgroup_mma_wait(0, deps=(one, two))
     mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
     return one, two
 
 
 @gluon.jit
-def tensor_products(buffers, full, empty, done, turn, parity,
+def tensor_products(buffers, full, empty, following, done, parity, turn,
                     STEPS: gl.constexpr, GENERIC: gl.constexpr):  # fmt: skip
     """Both halves' products, in tensor memory (tcgen05), which frees the buffers by itself."""
     a, first, second = buffers
@@ -192,6 +200,7 @@ def tensor_products(buffers, full, empty, done, turn, parity,
         right = second.index(stage).reshape([BK, BN])
         blackwell.tcgen05_mma(left, right, two, use_acc=step > 0, mbarriers=[empty.index(stage)])
         turn += 1
+    mbarrier.arrive(following)
     blackwell.tcgen05_commit(done)
     mbarrier.wait(done, parity)
     return one.load(), two.load()
@@ -229,6 +238,7 @@ def run(rows, matrix, assignment, plan, outputs,
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
     done = mbarrier.allocate_mbarrier(batch=TAKERS)
+    order = mbarrier.allocate_mbarrier(batch=TAKERS)
     GENERIC: gl.constexpr = GATHER and not TENSOR_MEMORY  # Hopper's TMA gathers no rows
     for stage in gl.static_range(STAGES):
         # TMA arrives once for all of its copies, cp.async once for each thread.
@@ -236,6 +246,7 @@ def run(rows, matrix, assignment, plan, outputs,
         mbarrier.init(empty.index(stage), count=1)
     for taker in gl.static_range(TAKERS):
         mbarrier.init(done.index(taker), count=1)
+        mbarrier.init(order.index(taker), count=1)
     hopper.fence_async_shared()  # the barriers, before TMA arrives at them
     buffers = (a, first, second)
     SECOND: gl.constexpr = N if SWIGLU else BN
@@ -243,17 +254,17 @@ def run(rows, matrix, assignment, plan, outputs,
     # Arguments are written out: a tuple in a variable would turn constants into values.
     if TAKERS == 1:
         gl.warp_specialize([
-            (multiply, (plan, outputs, buffers, full, empty, done, 0, TAKERS, N, STEPS, SWIGLU,
-                        SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (multiply, (plan, outputs, buffers, full, empty, done, order, 0, TAKERS, N, STEPS,
+                        SWIGLU, SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
             (load, (rows, matrix, assignment, plan, buffers, full, empty, S, KD, K, T, SECOND,
                     GATHER, GENERIC, TILES, BLOCKS, PROGRAMS, GROUP)),
         ], [LOADERS], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (multiply, (plan, outputs, buffers, full, empty, done, 0, TAKERS, N, STEPS, SWIGLU,
-                        SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
-            (multiply, (plan, outputs, buffers, full, empty, done, 1, TAKERS, N, STEPS, SWIGLU,
-                        SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (multiply, (plan, outputs, buffers, full, empty, done, order, 0, TAKERS, N, STEPS,
+                        SWIGLU, SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (multiply, (plan, outputs, buffers, full, empty, done, order, 1, TAKERS, N, STEPS,
+                        SWIGLU, SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
             (load, (rows, matrix, assignment, plan, buffers, full, empty, S, KD, K, T, SECOND,
                     GATHER, GENERIC, TILES, BLOCKS, PROGRAMS, GROUP)),
         ], [gl.num_warps(), LOADERS], [SHARE, REGISTERS])  # fmt: skip

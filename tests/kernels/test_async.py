@@ -33,6 +33,7 @@ from moe_jax.train.checks import check_async
 
 pytest.importorskip("triton")
 
+LAUNCHES = "moe_kernels.experts_async.launches"
 LARGEST, RMS = 2e-2, 4e-3
 """Of error / max(rms(reference), |reference|)."""
 
@@ -40,6 +41,8 @@ LARGEST, RMS = 2e-2, 4e-3
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # Two programs, so that each takes several tiles and both partitions multiply.
+    monkeypatch.setattr(f"{LAUNCHES}.multiprocessors", lambda: 2)
     jax.clear_caches()  # the architecture and the table are no arguments of what is traced
 
 
@@ -104,9 +107,9 @@ def test_one_partition_that_multiplies(arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, 100])
-@pytest.mark.parametrize("programs", [1, 3])
-def test_programs_that_take_many_tiles(monkeypatch, arch, programs):
-    monkeypatch.setattr("moe_kernels.experts_async.launches.multiprocessors", lambda: programs)
+@pytest.mark.parametrize("programs", [1, 132])
+def test_many_tiles_by_one_program_and_one_by_each(monkeypatch, arch, programs):
+    monkeypatch.setattr(f"{LAUNCHES}.multiprocessors", lambda: programs)
     check((300, 200, 264, 5), some_experts(300, 4), 128, arch=arch)
     chosen = np.zeros((150, 1), np.int32)  # all tokens to one expert
     check((150, 64, 72, 2), chosen, 128, arch=arch)
@@ -155,9 +158,20 @@ def early_release(names):
     names["hopper"].warpgroup_mma_wait = lambda running, deps: products(running and 6, deps)
 
 
+def no_order(names):
+    allocate, wait = names["mbarrier"].allocate_mbarrier, names["mbarrier"].wait
+    made = []
+    names["mbarrier"].allocate_mbarrier = lambda batch: made.append(allocate(batch)) or made[-1]
+    # The order of the partitions that multiply is the last of the kernel's barriers.
+    names["mbarrier"].wait = lambda barrier, parity: (
+        None if barrier in (made[3].index(0), made[3].index(1)) else wait(barrier, parity)
+    )
+
+
 FAULTS = {
     no_wait_for_copies: None,
     no_fence: "without a fence",
+    no_order: None,
     too_few_bytes: None,
     early_release: "overwritten before its product was done",
 }
@@ -169,6 +183,7 @@ FAULTS = {
     [
         no_fence,
         early_release,
+        no_order,
         pytest.param(no_wait_for_copies, marks=pytest.mark.slow),
         pytest.param(too_few_bytes, marks=pytest.mark.slow),
     ],

@@ -92,10 +92,11 @@ def load(rows, matrix, assignment, plan, buffers, full, empty,
 
 
 @gluon.jit
-def multiply(plan, outputs, buffers, full, empty, done, order, ME: gl.constexpr, TAKERS: gl.constexpr,
-             N: gl.constexpr, STEPS: gl.constexpr, SWIGLU: gl.constexpr, SAVE: gl.constexpr,
-             GENERIC: gl.constexpr, TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr,
-             BLOCKS: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+def multiply(plan, outputs, buffers, full, empty, done, order,
+             ME: gl.constexpr, TAKERS: gl.constexpr, N: gl.constexpr, STEPS: gl.constexpr,
+             SWIGLU: gl.constexpr, SAVE: gl.constexpr, GENERIC: gl.constexpr,
+             TENSOR_MEMORY: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
+             PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     """Empties the buffers and stores tiles of an output with N columns.
 
     Of TAKERS partitions that multiply, number ME takes each TAKERS-th tile. With two, the epilogue

@@ -40,6 +40,7 @@ COLUMNS = {
     "mma": 4,
     "fp8_mma": 7,
     "wide_accesses": 13,
+    "hints": 5,
     "local_accesses": 14,
     "special": 7,
     "occupancy": 9,

@@ -16,7 +16,7 @@ from moe_kernels.experts_async import launches as async_products
 from moe_kernels.experts_async.shapes import BLOCK_ROWS as ASYNC_ROWS
 from moe_kernels.experts_async.shapes import COOPERATIVE
 from moe_kernels.gate import GateConfig, gate
-from moe_kernels.launch import ASYNC_CAPABILITIES, Launch, fp8_support, recording
+from moe_kernels.launch import ASYNC_CAPABILITIES, Launch, Tuning, fp8_support, recording
 from moe_kernels.schedule import schedule, schedule_shape
 
 # T, then D, F, E and K of OLMoE-1B-7B.
@@ -38,6 +38,8 @@ VARIANTS = {
     "persistent": Variant(("up", "rows"), {"resident": 1}),
     "keep": Variant(OPERATIONS, {"keep_rows": "evict_first", "keep_matrix": "evict_last"}),
     "fast_silu": Variant(("up",), {"fast_silu": True}),
+    "stream": Variant(("combine",), {"keep_rows": "evict_first", "store": ".cs"}),
+    "wide": Variant(("combine",), {"tuning": Tuning(4, 2)}),
 }
 
 

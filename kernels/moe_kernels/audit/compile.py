@@ -92,6 +92,9 @@ def _measure(compiled: Any, arch: int) -> dict[str, int | float]:
         "fp8_mma": len(re.findall(r"mma\S*(?:\.e4m3\.e4m3|::f8f6f4)", ptx)),
         # 128 bits are 16 bytes a thread, the widest access.
         "wide_accesses": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", sass)),
+        # Accesses with a policy for L2, a priority in L1, or streaming. EF is evict first.
+        "hints": len(re.findall(r"\b(?:ld|st|cp)\.\S*(?:L2::cache_hint|L1::|\.cs\b)", ptx)),
+        "evict_first": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.EF\b", sass)),
         "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "special": len(re.findall(r"\bMUFU\b", sass)),
         # ptxas says so where it cannot keep two products of a warpgroup in flight.

@@ -68,5 +68,5 @@ def _flags(constants: dict[str, Any]) -> list[str]:
         flags.append("transposed")
     if "PROGRAMS" in constants and constants["PROGRAMS"] < constants["BLOCKS"] * constants["TILES"]:
         flags.append("persistent")
-    eviction = ("KEEP_ROWS", "KEEP_MATRIX")
+    eviction = ("KEEP_ROWS", "KEEP_MATRIX", "STORE")
     return flags + [f"{key}={constants[key]}".lower() for key in eviction if constants.get(key)]

@@ -31,6 +31,8 @@ class Tiles(NamedTuple):
     """L2's eviction policy for the matrices."""
     fast_silu: bool = False
     """SwiGLU by the hardware's approximate tanh (tile.sigmoid)."""
+    store: Literal["", ".cs"] = ""
+    """How combine stores: ".cs" for numbers that are read late (PTX's "cache streaming")."""
 
 
 # By operation, bytes of a number and rows of a block. `python -m moe_kernels.audit` prints
@@ -93,6 +95,9 @@ MATRIX_GRADIENT: dict[int, tuple[int, Tiles]] = {
 The address of a gathered row is itself loaded. Triton divides the stages among the loads of such a
 chain, so 5 stages are three buffers of rows, and 3 or 4 stages are two."""
 
+COMBINE = Tiles(1024, 1, Tuning(8, 2))
+"""The sum over a token's rows: its columns, its most warps. It has no contraction."""
+
 OPERATIONS = ("up", "rows", "hidden gradient")
 """The operations of the table."""
 
@@ -130,6 +135,8 @@ def tiles(operation: str, dtype: jnp.dtype, block_rows: int) -> Tiles:
         raise ValueError(f"blocks of {block_rows} rows: the kernels take {BLOCK_ROWS}")
     if chosen := override(operation):
         return chosen
+    if operation == "combine":
+        return COMBINE
     key = operation, jnp.dtype(dtype).itemsize, block_rows
     if has_small_memory() and key in SMALL:
         return SMALL[key]

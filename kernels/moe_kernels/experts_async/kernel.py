@@ -118,12 +118,15 @@ def multiply(plan, outputs, buffers, full, empty, done, order,
                 mbarrier.wait(order.index(ME), (turns & 1) ^ (ME == 0))  # the first one is free
                 following = order.index((ME + 1) % TAKERS)
                 if TENSOR_MEMORY:
-                    one, two = tensor_products(buffers, full, empty, following, done.index(ME),
-                                               turns & 1, turn, STEPS, GENERIC)  # fmt: skip
+                    one, two = tensor_products(
+                        buffers, full, empty, turn, following=following, done=done.index(ME),
+                        parity=turns & 1, STEPS=STEPS, GENERIC=GENERIC)  # fmt: skip
                 else:
                     one, two = register_products(
-                        buffers, full, empty, following, turn, STEPS, GENERIC)  # fmt: skip
-                finish(one, two, outputs, block * BM, column, N, SWIGLU, SAVE)
+                        buffers, full, empty, turn, following=following, STEPS=STEPS,
+                        GENERIC=GENERIC)  # fmt: skip
+                finish(one, two, outputs, block * BM, column,
+                       N=N, SWIGLU=SWIGLU, SAVE=SAVE)  # fmt: skip
             turn += STEPS
             tiles += 1
 
@@ -147,7 +150,7 @@ def finish(one, two, outputs, row, column, N: gl.constexpr, SWIGLU: gl.constexpr
 
 
 @gluon.jit
-def register_products(buffers, full, empty, following, turn,
+def register_products(buffers, full, empty, turn, following,
                       STEPS: gl.constexpr, GENERIC: gl.constexpr):  # fmt: skip
     """Both halves' products, in registers (wgmma). A step's run on while the next ones start."""
     a, first, second = buffers
@@ -179,7 +182,7 @@ def register_products(buffers, full, empty, following, turn,
 
 
 @gluon.jit
-def tensor_products(buffers, full, empty, following, done, parity, turn,
+def tensor_products(buffers, full, empty, turn, following, done, parity,
                     STEPS: gl.constexpr, GENERIC: gl.constexpr):  # fmt: skip
     """Both halves' products, in tensor memory (tcgen05), which frees the buffers by itself."""
     a, first, second = buffers
@@ -282,8 +285,10 @@ def up_async_kernel(x, gate_up, assignment, block_expert, starts, counts, z, hid
                     TAKERS: gl.constexpr, SHARE: gl.constexpr):  # fmt: skip
     """experts.kernel.up_kernel: z[r] = x[token of r] gate_up[e], hidden[r] its SwiGLU."""
     run(x, gate_up, assignment, (block_expert, starts, counts), (z, hidden),
-        S, KD, N, K, T, True, True, SAVE, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
-        BM, BN, BK, STAGES, LOADERS, REGISTERS, TAKERS, SHARE)  # fmt: skip
+        S=S, KD=KD, N=N, K=K, T=T, GATHER=True, SWIGLU=True, SAVE=SAVE,
+        TENSOR_MEMORY=TENSOR_MEMORY, TILES=TILES, BLOCKS=BLOCKS, PROGRAMS=PROGRAMS, GROUP=GROUP,
+        BM=BM, BN=BN, BK=BK, STAGES=STAGES, LOADERS=LOADERS, REGISTERS=REGISTERS, TAKERS=TAKERS,
+        SHARE=SHARE)  # fmt: skip
 
 
 @gluon.jit
@@ -296,5 +301,7 @@ def rows_async_kernel(a_rows, matrix, assignment, block_expert, starts, counts, 
                       TAKERS: gl.constexpr, SHARE: gl.constexpr):  # fmt: skip
     """experts.kernel.rows_kernel of rows as they are: out[r] = a_rows[r] matrix[e]."""
     run(a_rows, matrix, assignment, (block_expert, starts, counts), (out, out),
-        S, KD, N, K, 0, False, False, False, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP,
-        BM, BN, BK, STAGES, LOADERS, REGISTERS, TAKERS, SHARE)  # fmt: skip
+        S=S, KD=KD, N=N, K=K, T=0, GATHER=False, SWIGLU=False, SAVE=False,
+        TENSOR_MEMORY=TENSOR_MEMORY, TILES=TILES, BLOCKS=BLOCKS, PROGRAMS=PROGRAMS, GROUP=GROUP,
+        BM=BM, BN=BN, BK=BK, STAGES=STAGES, LOADERS=LOADERS, REGISTERS=REGISTERS, TAKERS=TAKERS,
+        SHARE=SHARE)  # fmt: skip

@@ -93,6 +93,8 @@ def compile_gluon(
 ) -> Any:
     """triton.compile's result for a Gluon kernel of arrays (inputs, then outputs) and constants."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton asks for a choice
+    if os.environ.get("TRITON_CACHE_DIR") == "":  # jax-triton 0.3.1 empties it
+        del os.environ["TRITON_CACHE_DIR"]
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -139,13 +141,13 @@ def call_gluon(
         else:
             parameters.append(launcher.create_array_parameter(0, 16))  # not zeroed, 16-byte aligned
     program = launcher.TritonKernel(
-        metadata.name,
-        metadata.num_warps,  # of all partitions
-        1,
-        metadata.shared,
-        compiled.asm["ptx"],
-        "",
-        arch,
+        kernel_name=metadata.name,
+        num_warps=metadata.num_warps,  # of all partitions
+        num_ctas=1,
+        shared_mem_bytes=metadata.shared,
+        ptx=compiled.asm["ptx"],
+        ttir="",
+        compute_capability=arch,
     )
     call = launcher.TritonKernelCall(program, *grid, *(1,) * (3 - len(grid)), parameters)
     opaque = zlib.compress(call.to_proto(metadata.name, b""))

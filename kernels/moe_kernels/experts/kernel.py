@@ -135,4 +135,5 @@ def combine_kernel(rows, row, weights, out,
         if WEIGHTED:
             part *= tl.load(weights + token * K + k).to(tl.float32)
         acc += part
-    tl.store(out + token * D + d, narrow(acc, out, UPCAST), mask=d < D, cache_modifier=STORE)
+    tl.store(out + token * D + d, narrow(acc, out, UPCAST), mask=d < D,
+             cache_modifier=STORE)  # fmt: skip  # pyright: ignore[reportArgumentType]

@@ -1,15 +1,15 @@
-"""Gluon: the two forward products with copies, products and epilogue in programs of their own.
+"""Gluon: the two forward products, with warps that copy and warps that multiply.
 
-A program has two partitions of warps that meet only at barriers in shared memory (mbarrier):
+A program has partitions of warps that meet only at barriers in shared memory (mbarrier):
 
 - `load` fills STAGES buffers in turn: the matrix by bulk tensor copies (TMA), and the rows by TMA
   where they are contiguous. Gathered rows go by TMA's gather on Blackwell. They go by cp.async on
   Hopper, whose TMA cannot gather.
-- `multiply` empties them: wgmma into registers on Hopper, tcgen05 into tensor memory on Blackwell.
-  Then it applies the epilogue.
+- `multiply`, once or twice, empties them: wgmma into registers on Hopper, tcgen05 into tensor memory
+  on Blackwell. Then it applies the epilogue.
 
 Programs are persistent. `load` runs ahead into the next tile while `multiply` is in its epilogue.
-Both count the same turns: buffer turn % STAGES, and the phase of its barriers is the parity of
+All count the same turns: buffer turn % STAGES, and the phase of its barriers is the parity of
 turn // STAGES.
 
 A tile has BM rows and two halves of BN columns, each with its accumulator: a SwiGLU's gate and up,
@@ -33,10 +33,11 @@ locate = gluon.jit(pointer_locate.fn)
 
 @gluon.jit
 def load(rows, matrix, assignment, plan, buffers, full, empty,
-         S: gl.constexpr, KD: gl.constexpr, K: gl.constexpr, T: gl.constexpr, SECOND: gl.constexpr,
-         GATHER: gl.constexpr, GENERIC: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr,
-         PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
-    """Fills the buffers. SECOND: columns from a tile's first half to its second.
+         S: gl.constexpr, KD: gl.constexpr, K: gl.constexpr, T: gl.constexpr, WIDTH: gl.constexpr,
+         SECOND: gl.constexpr, GATHER: gl.constexpr, GENERIC: gl.constexpr, TILES: gl.constexpr,
+         BLOCKS: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+    """Fills the buffers. WIDTH: columns from a tile to the next. SECOND: those from a tile's first
+    half to its second.
 
     GATHER: the rows of a block's tokens, by threads (cp.async) with GENERIC, and otherwise by TMA.
     """
@@ -45,9 +46,6 @@ def load(rows, matrix, assignment, plan, buffers, full, empty,
     STAGES: gl.constexpr = a.shape[0]
     BM: gl.constexpr = a.shape[1]
     BK: gl.constexpr = a.shape[2]
-    BN: gl.constexpr = first.shape[3]
-    # A column tile is both halves wide where they are neighbours, and one half for a SwiGLU.
-    WIDTH: gl.constexpr = 2 * BN if SECOND == BN else BN
     copied: gl.constexpr = 2 * matrix.nbytes_per_cta + (0 if GENERIC else BM * BK * 2)
     turn = 0
     for tile in range(gl.program_id(0), BLOCKS * TILES, PROGRAMS):
@@ -253,15 +251,17 @@ def run(rows, matrix, assignment, plan, outputs,
         mbarrier.init(order.index(taker), count=1)
     hopper.fence_async_shared()  # the barriers, before TMA arrives at them
     buffers = (a, first, second)
+    # The second half is the up projection's columns, or the neighbour of the first.
     SECOND: gl.constexpr = N if SWIGLU else BN
+    WIDTH: gl.constexpr = BN if SWIGLU else 2 * BN
     STEPS: gl.constexpr = (KD + BK - 1) // BK
     # Arguments are written out: a tuple in a variable would turn constants into values.
     if TAKERS == 1:
         gl.warp_specialize([
             (multiply, (plan, outputs, buffers, full, empty, done, order, 0, TAKERS, N, STEPS,
                         SWIGLU, SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
-            (load, (rows, matrix, assignment, plan, buffers, full, empty, S, KD, K, T, SECOND,
-                    GATHER, GENERIC, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (load, (rows, matrix, assignment, plan, buffers, full, empty, S, KD, K, T, WIDTH,
+                    SECOND, GATHER, GENERIC, TILES, BLOCKS, PROGRAMS, GROUP)),
         ], [LOADERS], [REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -269,8 +269,8 @@ def run(rows, matrix, assignment, plan, outputs,
                         SWIGLU, SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
             (multiply, (plan, outputs, buffers, full, empty, done, order, 1, TAKERS, N, STEPS,
                         SWIGLU, SAVE, GENERIC, TENSOR_MEMORY, TILES, BLOCKS, PROGRAMS, GROUP)),
-            (load, (rows, matrix, assignment, plan, buffers, full, empty, S, KD, K, T, SECOND,
-                    GATHER, GENERIC, TILES, BLOCKS, PROGRAMS, GROUP)),
+            (load, (rows, matrix, assignment, plan, buffers, full, empty, S, KD, K, T, WIDTH,
+                    SECOND, GATHER, GENERIC, TILES, BLOCKS, PROGRAMS, GROUP)),
         ], [gl.num_warps(), LOADERS], [SHARE, REGISTERS])  # fmt: skip
 
 

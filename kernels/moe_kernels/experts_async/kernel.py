@@ -5,8 +5,8 @@ A program has partitions of warps that meet only at barriers in shared memory (m
 - `load` fills STAGES buffers in turn: the matrix by bulk tensor copies (TMA), and the rows by TMA
   where they are contiguous. Gathered rows go by TMA's gather on Blackwell. They go by cp.async on
   Hopper, whose TMA cannot gather.
-- `multiply`, once or twice, empties them: wgmma into registers on Hopper, tcgen05 into tensor memory
-  on Blackwell. Then it applies the epilogue.
+- `multiply`, once or twice, empties them: wgmma into registers on Hopper, tcgen05 into tensor
+  memory on Blackwell. Then it applies the epilogue.
 
 Programs are persistent. `load` runs ahead into the next tile while `multiply` is in its epilogue.
 All count the same turns: buffer turn % STAGES, and the phase of its barriers is the parity of

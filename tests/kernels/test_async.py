@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -155,17 +156,25 @@ def too_few_bytes(names):
 
 def early_release(names):
     products = names["hopper"].warpgroup_mma_wait
-    names["hopper"].warpgroup_mma_wait = lambda running, deps: products(running and 6, deps)
+    # A tile has more steps than buffers: the first ones are filled again before its last wait.
+    names["hopper"].warpgroup_mma_wait = lambda running, deps: products(100 * running, deps)
 
 
 def no_order(names):
     allocate, wait = names["mbarrier"].allocate_mbarrier, names["mbarrier"].wait
+    load = names["tma"].async_load
     made = []
     names["mbarrier"].allocate_mbarrier = lambda batch: made.append(allocate(batch)) or made[-1]
     # The order of the partitions that multiply is the last of the kernel's barriers.
     names["mbarrier"].wait = lambda barrier, parity: (
         None if barrier in (made[3].index(0), made[3].index(1)) else wait(barrier, parity)
     )
+
+    def late(*arguments):
+        time.sleep(0.02)  # the second partition is at its barrier before the first copy
+        load(*arguments)
+
+    names["tma"].async_load = late
 
 
 FAULTS = {

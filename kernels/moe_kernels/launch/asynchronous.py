@@ -3,9 +3,9 @@
 jax-triton 0.4.1 takes Gluon kernels and TMA descriptors, and two things break these:
 
 - It launches `num_warps`, which are the warps of the first partition alone. The PTX asks for those
-  of all partitions, and the driver refuses the launch.
-- It compiles Gluon by Triton's passes. They give descriptors other layouts than the kernel's (an
-  error for the gather), and pipeline its loops once more.
+  of all partitions (`.reqntid`), and CUDA refuses a launch of others.
+- It compiles Gluon by Triton's passes and not by Gluon's. They give descriptors other layouts than
+  the kernel's, which for the gather does not compile.
 
 So this module compiles with `triton.compile`, as the audit does, and hands the PTX to the launcher
 in jaxlib that jax-triton hands its own to.

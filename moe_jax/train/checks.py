@@ -3,15 +3,17 @@
 from pathlib import Path
 
 import jax
-from moe_kernels.launch import fp8_support, triton_support
+from moe_kernels.experts_async import misfit
+from moe_kernels.launch import async_support, fp8_support, triton_support
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
 from moe_jax.base.machine import require_memory, require_space
 from moe_jax.base.result import output_folder
-from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
+from moe_jax.config import ModelConfig, TrainConfig, from_dict, settings_that_must_match
 from moe_jax.config.learning import not_trained
 from moe_jax.model.attention import check_attention
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.moe.implementation import implementation, missing_kernels
 from moe_jax.train.checkpoint import Extra
 from moe_jax.train.engine import Engine
@@ -55,6 +57,8 @@ def check_kernels(config: TrainConfig) -> None:
         raise UserError(
             f"model.moe.implementation triton cannot run: {support.reason}; use auto or xla"
         )
+    if moe.implementation == "triton_async":
+        check_async(config.model)
     if hint := missing_kernels(moe.implementation):
         say(hint)
     if moe.precision != "fp8":
@@ -68,6 +72,17 @@ def check_kernels(config: TrainConfig) -> None:
         )
     if implementation(moe.implementation, moe.precision) == "xla":
         say("FP8 products are emulated in float32 here: their numerics, not their speed")
+
+
+def check_async(model: ModelConfig) -> None:
+    """Raises UserError where the asynchronous products cannot run, here or at these widths."""
+    support = async_support()
+    problem = support.reason if support.name == "none" else ""
+    problem = problem or misfit(compute_dtype(model), model.width, model.moe.expert_hidden)
+    if problem:
+        raise UserError(
+            f"model.moe.implementation triton_async cannot run: {problem}; use auto or triton"
+        )
 
 
 LENGTH = ("steps", "continue_to")

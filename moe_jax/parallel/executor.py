@@ -9,7 +9,7 @@ The executor knows no model. It takes three functions (Stages), and the layers b
 the last of them are its pieces. Gradients are split by parallel.gradient_split.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.parallel.gradient_split import Saveable, Split, everything, split
+from moe_jax.parallel.mesh import own_copies, varying_axes
 from moe_jax.parallel.schedules import Kind, PipelineSchedule
 from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, Part, TickTable, tick_table
 
@@ -401,7 +402,7 @@ class DeviceProgram:
 
         def equal(leaf: Array) -> Array:
             # It is the same on all of them, and pmax says so to the type.
-            axes = tuple(axis for axis in shares if axis in _varying(leaf))
+            axes = tuple(axis for axis in shares if axis in varying_axes(leaf))
             return lax.pmax(leaf, axes) if axes else leaf
 
         def summed(leaf: Array) -> Array:
@@ -425,26 +426,10 @@ def _when(predicate: Array, function: Callable[[Tree], Tree], carry: Tree) -> Tr
 
     def turn(state: tuple[Array, Tree]) -> tuple[Array, Tree]:
         old = state[1]
-        new = jax.tree.map(lambda a, like: own_copies(a, _varying(like)), function(old), old)
+        new = jax.tree.map(lambda a, like: own_copies(a, varying_axes(like)), function(old), old)
         return jnp.zeros_like(state[0]), new
 
     return lax.while_loop(lambda state: state[0], turn, (predicate, carry))[1]
-
-
-def own_copies(tree: Tree, axes: Iterable[str]) -> Tree:
-    """The tree with every leaf marked as the device's own over `axes` (lax.pcast)."""
-
-    def own(leaf: Array) -> Array:
-        missing = tuple(axis for axis in axes if axis not in _varying(leaf))
-        return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(own, tree)
-
-
-def _varying(array: Any) -> frozenset[str]:
-    """The mesh axes over which devices may have different values of an array, or of its shape."""
-    kind = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
-    return kind.manual_axis_type.varying
 
 
 def _rows(table: TickTable) -> Row:
@@ -491,6 +476,6 @@ def _zeros(shapes: Tree, *leading: int) -> Tree:
 
     def zeros(leaf: Any) -> Array:
         empty = jnp.zeros((*leading, *leaf.shape), leaf.dtype)
-        return own_copies(empty, {PIPE, *_varying(leaf)})
+        return own_copies(empty, {PIPE, *varying_axes(leaf)})
 
     return jax.tree.map(zeros, shapes)

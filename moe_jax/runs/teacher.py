@@ -57,6 +57,7 @@ def task_of(config: TrainConfig) -> Task:
         return Task(config.resolved())
     teacher = find_teacher(config.distill.teacher)
     config = with_tokenizer_of(teacher, config).resolved()
+    require_cacheable(config, teacher)
     if config.distill.upcycle:
         require_upcyclable(config, teacher.model)
     # The teacher computes as the student does, whatever it was trained with.
@@ -65,6 +66,19 @@ def task_of(config: TrainConfig) -> Task:
     dtype = config.model.compute_dtype
     model = replace(teacher.model, compute_dtype=dtype, attention=attention, moe=moe)
     return TeacherTask(config, teacher._replace(model=model))
+
+
+def require_cacheable(config: TrainConfig, teacher: Teacher) -> None:
+    """UserError: distill.cache stores more tokens of a distribution than the teacher has."""
+    if config.distill.cache_contents is None:
+        return
+    _, count = config.distill.cache_contents
+    tokens = teacher.tokenizer.vocabulary
+    require(
+        count < tokens,
+        f"distill.cache={config.distill.cache} stores {count} tokens of each distribution, and the "
+        f"teacher has {tokens}: lower the number, or set distill.cache to none",
+    )
 
 
 def with_tokenizer_of(teacher: Teacher, config: TrainConfig) -> TrainConfig:

@@ -34,7 +34,7 @@ WIDEST = 2**32 - 1
 
 
 class DamagedError(UserError):
-    """A file or a record was read and is not what was written. `fault` is its line without remedy."""
+    """A file or a record that was read is not what was written. `fault` is the line but its end."""
 
     def __init__(self, fault: str, remedy: str) -> None:
         super().__init__(f"{fault}: {remedy}")

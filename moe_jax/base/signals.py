@@ -5,9 +5,11 @@ end first is inside `stop_request`. `keeping` adds to the message what the next 
 """
 
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -159,16 +161,30 @@ def _watched(installed: bool) -> Iterator[None]:
 
 def _watch(reader: int) -> None:
     """Ends the process at a second signal, or at one that the main thread cannot heed."""
+    pipe = select.poll()  # select.select takes no descriptor above 1023
+    pipe.register(reader, select.POLLIN)
     count = 0
-    while byte := os.read(reader, 1):
+    unheeded: tuple[int, float] | None = None  # a signal, and when it must have been heeded
+    while True:
+        left = None if unheeded is None else max(0.0, unheeded[1] - time.monotonic())
+        if not pipe.poll(None if left is None else 1000 * left):
+            assert unheeded is not None
+            if not _Process.raised.is_set():
+                kept = _Process.kept[0]() if _Process.kept else ""
+                _end(unheeded[0], str(Stopped(unheeded[0], kept)))
+            unheeded = None
+            continue
+        byte = os.read(reader, 1)
+        if not byte:
+            break  # the block has ended
         number = byte[0]
         if number not in STOPPING:
             continue
         count += number != REPEATABLE
         if count > 1:
             _end(number, "ended at once by a second signal")
-        if not _Process.deferring and not _Process.raised.wait(GRACE):
-            _end(number, str(Stopped(number, _Process.kept[0]() if _Process.kept else "")))
+        if not _Process.deferring and unheeded is None:
+            unheeded = (number, time.monotonic() + GRACE)
     os.close(reader)
 
 

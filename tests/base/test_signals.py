@@ -1,9 +1,86 @@
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from moe_jax.base.signals import STOPPING, Stopped, handled, keeping, stop_request
+from moe_jax.base.signals import GRACE, STOPPING, Stopped, handled, keeping, stop_request
+
+BUSY = """
+import hashlib
+from contextlib import nullcontext
+from moe_jax.base.signals import handled, keeping, stop_request
+
+with handled(), keeping(lambda: "step 3 is saved"), {block}():
+    print("ready", flush=True)
+    # As in a compiler, no handler of Python's runs before this call returns, in some minutes.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+QUICKLY = 0.9 * GRACE
+"""Seconds that a busy machine may take to end a process at once."""
+
+
+class Busy:
+    """A real process whose main thread runs no handlers."""
+
+    def __init__(self, block):
+        code = BUSY.format(block=block)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def send(self, number):
+        self.process.send_signal(number)
+        self.sent = time.monotonic()
+
+    def lives(self, seconds):
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    def ended(self):
+        """Exit code, lines on stderr, seconds since the last signal."""
+        _, said = self.process.communicate(timeout=30)
+        return self.process.returncode, said.split("\n"), time.monotonic() - self.sent
+
+
+@pytest.mark.parametrize("block", ["nullcontext", "stop_request"])
+def test_a_second_signal_ends_a_process_at_once_that_heeds_none(block):
+    busy = Busy(block)
+    busy.send(signal.SIGTERM)
+    assert busy.lives(0.1)  # two signals of one kind at the same moment are one
+    busy.send(signal.SIGINT)
+    code, lines, seconds = busy.ended()
+    assert (code, seconds < QUICKLY) == (130, True)
+    assert "ended at once by a second signal" in lines
+    assert "Traceback" not in "".join(lines)
+
+
+def test_one_signal_leaves_a_second_of_grace():
+    busy = Busy("nullcontext")
+    busy.send(signal.SIGTERM)
+    code, lines, seconds = busy.ended()
+    assert code == 143
+    assert GRACE - 0.1 < seconds < GRACE + 5
+    assert [line for line in lines if line] == ["stopped by SIGTERM: step 3 is saved"]
+
+
+def test_a_request_that_repeats_is_no_second_signal():
+    busy = Busy("stop_request")
+    for _ in range(3):
+        busy.send(signal.SIGUSR1)
+        assert busy.lives(GRACE / 2)  # what saves has as long as it takes
+    busy.send(signal.SIGTERM)
+    assert busy.lives(0.1)
+    busy.send(signal.SIGTERM)
+    code, _, seconds = busy.ended()
+    assert (code, seconds < QUICKLY) == (143, True)
 
 
 def send(number):

@@ -10,7 +10,7 @@ from moe_jax.distill.teacher import Teacher
 from moe_jax.interop.gguf import GET_SMOLLM2, SMOLLM2
 from moe_jax.interop.hugging_face import HUB
 from moe_jax.model.count import count_parameters
-from moe_jax.model.dtype import compute_dtype
+from moe_jax.model.dtype import compute_dtype, slow_type
 from moe_jax.runs.load import load_run
 from moe_jax.train.task import Task
 from moe_jax.train.teacher import TeacherTask
@@ -51,6 +51,8 @@ def task_of(config: TrainConfig) -> Task:
     """
     # Once, here: the checkpoint has the type with which the run began. On a machine for which auto
     # would be another one the run is refused by name, and not continued in other numbers.
+    if line := slow_type(config.model):
+        say(line)
     model = replace(config.model, compute_dtype=compute_dtype(config.model).name)
     config = replace(config, model=model)
     if not config.distill.teacher:

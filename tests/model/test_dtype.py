@@ -77,8 +77,10 @@ def test_bfloat16_by_name_on_a_t4_is_a_line(monkeypatch, capsys, small_run):
     assert task_of(config).config.model.compute_dtype == "bfloat16"
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("model.compute_dtype=bfloat16 is kept. This GPU has compute capability")
-    assert said.endswith("7.5 and no bfloat16 products: values are rounded to bfloat16, and "
-        "multiplied in float32 (auto is float32 here)")
+    assert said.endswith(
+        "7.5 and no bfloat16 products: values are rounded to bfloat16, and "
+        "multiplied in float32 (auto is float32 here)"
+    )
     task_of(replace(config, model=replace(config.model, compute_dtype="auto")))
     on(monkeypatch, "gpu", NVIDIA, "8.0")
     task_of(config)

@@ -30,8 +30,8 @@ def slow_type(config: ModelConfig) -> str:
     if capability is None:
         return ""
     return (
-        f"model.compute_dtype=bfloat16 is kept. This GPU has compute capability {capability} and no "
-        "bfloat16 products: values are rounded to bfloat16, and multiplied in float32 (auto is "
+        f"model.compute_dtype=bfloat16 is kept. This GPU has compute capability {capability} and "
+        "no bfloat16 products: values are rounded to bfloat16, and multiplied in float32 (auto is "
         "float32 here)"
     )
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from moe_jax.base.console import progress
 from moe_jax.base.errors import UserError
+from moe_jax.base.hashes import digest
 from moe_jax.config import DataConfig
 from moe_jax.data.cache import HashIndex, cache_folder, entry, usable
 from moe_jax.data.corpus import Corpus, Opening, moved, open_corpus, sample, split
-from moe_jax.data.documents import digest
 from moe_jax.data.tokenizer import LONGEST_PIECE, Tokenizer, make_tokenizer
 from moe_jax.data.writer import open_split, write_split
 

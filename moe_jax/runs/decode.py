@@ -6,7 +6,6 @@ from. model.json is written last. Without it, or with a damaged trunk, the folde
 prepared. Experts are checked when they are read. Damaged ones are written again.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -23,6 +22,7 @@ from safetensors.numpy import save
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
 from moe_jax.base.files import disk_errors, patiently, write_atomically
+from moe_jax.base.hashes import digest_bytes
 from moe_jax.config import DecodePlacement, ModelConfig, TrainConfig, from_dict, require
 from moe_jax.config.checks import parse_bytes
 from moe_jax.data.tokenizer import Tokenizer
@@ -105,7 +105,7 @@ def _prepare(folder: Path, trained: Trained, source: list[Any]) -> None:
         write_atomically(folder / TRUNK, trunk)
     description = {
         "source": source,
-        "trunk": _digest(trunk),
+        "trunk": digest_bytes(trunk),
         "config": asdict(trained.config),
         "tokenizer": trained.tokenizer.to_json(),
     }
@@ -135,7 +135,7 @@ def _source(run: Path, step: int, dtype: str) -> list[Any]:
     """What a folder is prepared from: the checkpoint, by its manifest, and the experts' dtype."""
     with read_errors(run):
         manifest = patiently((run / "checkpoints" / str(step) / MANIFEST).read_bytes)
-    return [FORMAT, step, _digest(manifest), dtype]
+    return [FORMAT, step, digest_bytes(manifest), dtype]
 
 
 def _is_prepared(folder: Path, source: list[Any]) -> bool:
@@ -146,7 +146,7 @@ def _is_prepared(folder: Path, source: list[Any]) -> bool:
         if seal != _seal(description) or description["source"] != source:
             return False
         trunk = description.get("trunk")  # a folder of 8-bit copies has none
-        return trunk is None or trunk == _digest((folder / TRUNK).read_bytes())
+        return trunk is None or trunk == digest_bytes((folder / TRUNK).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -158,11 +158,7 @@ def _write_description(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _seal(description: dict[str, Any]) -> str:
-    return _digest(json.dumps(description, sort_keys=True).encode())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return digest_bytes(json.dumps(description, sort_keys=True).encode())
 
 
 def _read_all(files: ExpertFiles) -> Iterator[Layer]:

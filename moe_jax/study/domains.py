@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_jax.base.files import write_atomically
-from moe_jax.data.documents import digest
+from moe_jax.base.hashes import digest
 
 DOMAINS = ("code", "prose", "tables")
 LIMIT = 2_000_000

@@ -45,7 +45,7 @@ def check(engine: Engine, task: Task) -> Path:
     # One check for each folder: two that pass by themselves may not fit together.
     require_space(out, checkpoints + needed.pop(out, 0))
     for folder, size in needed.items():
-        require_space(output_folder(str(folder)), size)
+        require_space(output_folder(str(folder), "--placement.folder"), size)
     return out
 
 

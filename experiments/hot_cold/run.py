@@ -74,8 +74,8 @@ def main(argv: list[str]) -> None:
     which = (settings.seed, settings.quick, settings.locality)
     require(
         corpus == out or Path(model_config(corpus, *which).out).is_dir(),
-        f"--model '{settings.model}' holds no model of these settings (seed, quick, locality): give "
-        "the --out of traces.py or run.py, or leave it unset to train one",
+        f"--model '{settings.model}' holds no model of these settings (seed, quick, locality): "
+        "give the --out of traces.py or run.py, or leave it unset to train one",
     )
     run = trained_model(corpus, *which)
     experts = out / "experts"

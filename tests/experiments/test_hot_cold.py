@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments.hot_cold import run, traces
+from moe_jax.base.errors import UserError
 
 AGREED = {
     "decode_of_all_resident_at_50",

@@ -55,6 +55,8 @@ class _Process:
 
     raised = threading.Event()
     """A handler has raised Stopped."""
+    swallowed: int | None = None
+    """A signal whose Stopped was lost, because it was raised where Python ignores exceptions."""
     deferring = False
     """A stop_request is open: the work ends itself."""
     kept: tuple[Callable[[], str], ...] = ()
@@ -109,12 +111,13 @@ def handled() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         if not _Process.raised.is_set():  # otherwise the program is ending already
             _Process.raised.set()
-            raise Stopped(number)
+            raise Stopped(_Process.swallowed or number)
 
     _Process.raised.clear()
+    _Process.swallowed = None
     installed = False
     try:
-        with _handlers(interrupt) as installed, _watched(installed):
+        with _handlers(interrupt) as installed, _watched(installed), _raised_again(installed):
             yield
     finally:
         if installed and _Process.raised.is_set():
@@ -137,6 +140,35 @@ def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[bool
     finally:
         for number, old in before.items():
             signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+@contextmanager
+def _raised_again(installed: bool) -> Iterator[None]:
+    """Asks again where Stopped was raised in a finaliser, or a callback of the garbage collector.
+
+    Python ignores exceptions there, and the program would go on.
+    """
+    if not installed:
+        yield
+        return
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Stopped):
+            before(unraisable)
+            return
+        _Process.swallowed = unraisable.exc_value.number
+        _Process.raised.clear()
+        # Not now: the handler would run inside this very call.
+        again = threading.Timer(0.02, os.kill, (os.getpid(), REPEATABLE))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

@@ -18,6 +18,21 @@ with handled(), keeping(lambda: "step 3 is saved"), {block}():
     # As in a compiler, no handler of Python's runs before this call returns, in some minutes.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """
+SWALLOWING = """
+import gc, time
+from moe_jax.base.signals import handled, keeping
+
+def slow(phase, info):  # what is raised in here is ignored
+    if not ready:
+        ready.append(print("ready", flush=True))
+        time.sleep(1)
+
+ready = []
+gc.callbacks.append(slow)
+with handled(), keeping(lambda: "step 3 is saved"):
+    gc.collect()
+    time.sleep(20)
+"""
 QUICKLY = 0.9 * GRACE
 """Seconds that a busy machine may take to end a process at once."""
 
@@ -25,8 +40,7 @@ QUICKLY = 0.9 * GRACE
 class Busy:
     """A real process whose main thread runs no handlers."""
 
-    def __init__(self, block):
-        code = BUSY.format(block=block)
+    def __init__(self, code):
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -52,7 +66,7 @@ class Busy:
 
 @pytest.mark.parametrize("block", ["nullcontext", "stop_request"])
 def test_a_second_signal_ends_a_process_at_once_that_heeds_none(block):
-    busy = Busy(block)
+    busy = Busy(BUSY.format(block=block))
     busy.send(signal.SIGTERM)
     assert busy.lives(0.1)  # two signals of one kind at the same moment are one
     busy.send(signal.SIGINT)
@@ -63,7 +77,7 @@ def test_a_second_signal_ends_a_process_at_once_that_heeds_none(block):
 
 
 def test_one_signal_leaves_a_second_of_grace():
-    busy = Busy("nullcontext")
+    busy = Busy(BUSY.format(block="nullcontext"))
     busy.send(signal.SIGTERM)
     code, lines, seconds = busy.ended()
     assert code == 143
@@ -71,8 +85,19 @@ def test_one_signal_leaves_a_second_of_grace():
     assert [line for line in lines if line] == ["stopped by SIGTERM: step 3 is saved"]
 
 
+def test_a_signal_whose_exception_is_ignored_is_heeded_all_the_same():
+    busy = Busy(SWALLOWING)
+    assert busy.lives(0.1)
+    busy.send(signal.SIGTERM)
+    code, lines, seconds = busy.ended()
+    assert seconds < 5
+    assert code == 1  # Python's own: the exception left the program, which has no main
+    assert lines[-2] == "moe_jax.base.signals.Stopped: stopped by SIGTERM: step 3 is saved"
+    assert "Exception ignored" not in "".join(lines)
+
+
 def test_a_request_that_repeats_is_no_second_signal():
-    busy = Busy("stop_request")
+    busy = Busy(BUSY.format(block="stop_request"))
     for _ in range(3):
         busy.send(signal.SIGUSR1)
         assert busy.lives(GRACE / 2)  # what saves has as long as it takes

@@ -31,6 +31,7 @@ from moe_jax.base.errors import require
 from moe_jax.base.paths import user_path
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
+from moe_jax.config.checks import not_negative
 from moe_jax.placement.save_experts import save_experts
 from moe_jax.runs.load import Trained
 from moe_jax.study.results import publish
@@ -56,6 +57,9 @@ class Settings:
     """Also measure training with tiers."""
     model: str = ""
     """Folder of an earlier run (of traces.py, say) whose trained model is used. Unset: `out`."""
+
+    def __post_init__(self) -> None:
+        not_negative("", self, "locality")
 
 
 def write_experts(run: Trained, folder: Path, dtype: str) -> None:

@@ -34,9 +34,7 @@ def check(engine: Engine, task: Task) -> Path:
     check_attention(config.model, config.data.length)
     for part, reason in not_trained(config.model).items():
         say(f"not trained: {part} ({reason})")
-    state = engine.memory_bytes() + task.memory_bytes()
-    require_memory(config.preset, state)
-    check_activations(config, engine.mesh.size, state)
+    check_memory(config, engine.mesh.size, engine.memory_bytes() + task.memory_bytes())
     out = output_folder(config.out)
     # `keep` checkpoints or as many as there will be, the best one, and the one being written.
     saves = config.last_step // config.checkpoint.every + config.last_step // config.evaluate_every
@@ -49,8 +47,12 @@ def check(engine: Engine, task: Task) -> Path:
     return out
 
 
-def check_activations(config: TrainConfig, devices: int, state: int) -> None:
-    """UserError: the activations of a batch cannot fit beside `state` bytes (train.activations)."""
+def check_memory(config: TrainConfig, devices: int, state: int) -> None:
+    """UserError: `state` bytes on each device do not fit, or the activations beside them do not.
+
+    What activations need at least is said in train.activations.
+    """
+    require_memory(config.preset, state)
     available = available_bytes()
     training = training_bytes(config, devices)
     evaluation = evaluation_bytes(config, devices)

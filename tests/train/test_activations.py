@@ -62,18 +62,19 @@ def test_xla_reserves_more_than_the_bound(model):
 
 
 def test_a_batch_that_cannot_fit_is_refused_before_compiling(small_run, monkeypatch):
+    monkeypatch.setattr(machine, "available_bytes", lambda: None)
     monkeypatch.setattr(checks, "available_bytes", lambda: 3 * 10**9)
-    checks.check_activations(small_run, 1, 10**9)
+    checks.check_memory(small_run, 1, 10**9)
     large = replace(small_run, batch=2**20)
     with pytest.raises(UserError, match=r"^batch=1048576 of data.length=48 needs at least 56.0 GB"):
-        checks.check_activations(large, 1, 10**9)
+        checks.check_memory(large, 1, 10**9)
     with pytest.raises(UserError, match=r"has 2.0 GB .*: lower --batch or --data.length$"):
-        checks.check_activations(large, 1, 10**9)
+        checks.check_memory(large, 1, 10**9)
     monkeypatch.setattr(checks, "available_bytes", lambda: 55 * 10**9)
     with pytest.raises(UserError, match=r"or raise --optim.accumulation$"):
-        checks.check_activations(large, 1, 0)
+        checks.check_memory(large, 1, 0)
     monkeypatch.setattr(checks, "available_bytes", lambda: None)
-    checks.check_activations(large, 1, 10**9)
+    checks.check_memory(large, 1, 10**9)
 
 
 def test_a_program_that_may_be_too_large_is_said(monkeypatch, capsys):

@@ -18,27 +18,29 @@ from moe_jax.model.dtype import compute_dtype
 def training_bytes(config: TrainConfig, devices: int) -> int:
     """Bytes on each device that one update has in memory at once beside its state, at least.
 
-        rows · L · (layers · D · c + max(columns · o, H · L · c))
+        rows · L · (layers · D · c + max(columns · o, H · L · c)) / devices
 
-    rows = batch / accumulation / devices. c and o are the bytes of a value in the compute dtype and
-    in the logits' type. The backward pass needs the residual stream [rows, L, D] of every block,
-    whatever is recomputed. It is there while the logits are, [rows, L, columns]: all V columns, or
-    `distill.chunk` of them with a teacher. It is there as well while a block's attention scores
-    are, [rows, H, L, L], which only the implementation `reference` has.
+    rows = batch / accumulation. c and o are the bytes of a value in the compute dtype and in the
+    logits' type. Devices share rows, columns, heads or layers. The backward pass needs the residual
+    stream [rows, L, D] of every block, whatever is recomputed. It is there while the logits are,
+    [rows, L, columns]: all V columns, or `distill.chunk` of them with a teacher. It is there as
+    well while a block's attention scores are, [rows, H, L, L], which only the implementation
+    `reference` has.
     """
     model = config.model
-    rows = config.batch // config.optim.accumulation // devices
+    rows = config.batch // config.optim.accumulation
     streams = model.layers * model.width * compute_dtype(model).itemsize
-    return rows * config.data.length * (streams + _widest(config, _logit_bytes(config)))
+    of_a_token = streams + _widest(config, _logit_bytes(config))
+    return rows * config.data.length * of_a_token // devices
 
 
 def evaluation_bytes(config: TrainConfig, devices: int) -> int:
-    """As training_bytes, for a batch of held-out text: rows · L · max(V · o, H · L · c).
+    """As training_bytes, for a batch of held-out text: B · L · max(V · o, H · L · c) / devices.
 
-    rows = batch / devices: the evaluation takes no micro-batches. It takes no teacher, either.
+    The evaluation takes no micro-batches and no teacher.
     """
-    rows = config.batch // devices
-    return rows * config.data.length * _widest(config, _whole_logit_bytes(config))
+    of_a_token = _widest(config, _whole_logit_bytes(config))
+    return config.batch * config.data.length * of_a_token // devices
 
 
 def say_if_too_large(program: Any) -> None:

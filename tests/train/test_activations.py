@@ -40,7 +40,7 @@ def quadratic():
 
 
 def reserved(config: TrainConfig) -> int:
-    engine = DenseEngine(config, devices=1)
+    engine = DenseEngine(config, jax.devices()[:1])
     step = jax.jit(make_step(config), donate_argnums=0)
     compiled = step.lower(engine.abstract_state(), engine.abstract_batch()).compile()
     return compiled.memory_analysis().temp_size_in_bytes

@@ -11,10 +11,11 @@ from moe_jax.base.signals import GRACE, STOPPING, Stopped, handled, keeping, sto
 BUSY = """
 import hashlib
 from contextlib import nullcontext
+from threading import Timer
 from moe_jax.base.signals import handled, keeping, stop_request
 
 with handled(), keeping(lambda: "step 3 is saved"), {block}():
-    print("ready", flush=True)
+    Timer(0.5, print, ["ready"], dict(flush=True)).start()  # when the call below has begun
     # As in a compiler, no handler of Python's runs before this call returns, in some minutes.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """

@@ -118,7 +118,7 @@ def test_result_file(tmp_path):
 def test_an_output_folder_that_cannot_be_written():
     with pytest.raises(UserError, match="--out '/proc/x' cannot be written"):
         output_folder("/proc/x")
-    with pytest.raises(UserError, match="--placement.folder '/proc/x' cannot be written"):
+    with pytest.raises(UserError, match=r"--placement.folder '/proc/x' cannot be written"):
         output_folder("/proc/x", "--placement.folder")
 
 

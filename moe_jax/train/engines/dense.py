@@ -16,6 +16,7 @@ from moe_jax.model.layout import shardings
 from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.mesh import batch_parts, make_mesh
 from moe_jax.parallel.rules import batch_sharding, device_bytes, replicated, with_sharding
+from moe_jax.train.activations import say_if_too_large
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.state import Metrics, TrainState, abstract_state, init_state, tree_bytes
 from moe_jax.train.step import make_step
@@ -92,6 +93,7 @@ class DenseEngine:
         # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
         lowered = step.lower(self.abstract_state(), batch, *self._operands)
         self._step = lowered.compile()
+        say_if_too_large(self._step)
         self._evaluate = make_evaluator(self.config, validation, self.place)
 
     def make_step(self, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:

@@ -260,7 +260,15 @@ class DeviceProgram:
 
         piece = Piece(split(layer, p, x, (own, c), saveable))
         table = tick_table(schedule)
-        return cls(table, piece_numbers(schedule), stages, axes, arguments, piece, x)
+        return cls(
+            table=table,
+            placement=piece_numbers(schedule),
+            stages=stages,
+            axes=axes,
+            arguments=arguments,
+            piece=piece,
+            x=x,
+        )
 
     def run(self) -> Result:
         """All ticks, then the sums over devices."""

@@ -98,13 +98,13 @@ def split(
 
     def run_forward(p: Any, x: Any, c: Any) -> tuple[Any, list[Array]]:
         out = joint.run(forward, [*joint.outputs, *saved], p=p, x=x, c=c)
-        outputs, saved_values = out[: len(joint.outputs)], out[len(joint.outputs) :]
+        outputs, saved_values = _in_two(out, len(joint.outputs))
         return jax.tree.unflatten(joint.trees[0], outputs), saved_values
 
     def run_to_input(p: Any, c: Any, saved_values: Sequence[Array], dy: Any) -> Any:
         known_values = dict(zip(saved, saved_values, strict=True))
         out = joint.run(to_input, [*joint.dx, *kept], known_values, p=p, c=c, dy=dy)
-        dx, kept_values = out[: len(joint.dx)], out[len(joint.dx) :]
+        dx, kept_values = _in_two(out, len(joint.dx))
         return jax.tree.unflatten(joint.trees[1], dx), kept_values
 
     def run_to_weight(
@@ -227,6 +227,11 @@ def _cut(variables: Sequence[Any], trees: Sequence[Any]) -> list[list[Any]]:
     return [[next(rest) for _ in jax.tree.leaves(tree)] for tree in trees]
 
 
+def _in_two(values: Sequence[Any], number: int) -> tuple[list[Any], list[Any]]:
+    """The first `number` values, and the rest."""
+    return list(values[:number]), list(values[number:])
+
+
 def _unique(variables: Iterable[core.Var]) -> list[core.Var]:
     return list(dict.fromkeys(variables))
 
@@ -296,7 +301,8 @@ def _reduced(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
 
 def _reduced_while(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
     """A loop that carries what the used results and its condition depend on, and nothing else."""
-    condition, body = equation.params["cond_jaxpr"], equation.params["body_jaxpr"]
+    condition = equation.params["cond_jaxpr"]
+    body = equation.params["body_jaxpr"]
     condition_constants = equation.params["cond_nconsts"]
     body_constants = equation.params["body_nconsts"]
     _, in_condition = partial_eval.dce_jaxpr(condition.jaxpr, [True])

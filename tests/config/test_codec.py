@@ -9,6 +9,7 @@ from moe_jax.base.errors import UserError, require
 from moe_jax.config import (
     CheckpointConfig,
     DistillConfig,
+    ParallelConfig,
     PlacementConfig,
     TrainConfig,
     fields,
@@ -65,6 +66,7 @@ def test_a_continued_run_may_change_what_does_not_touch_the_training():
     assert may_differ == {
         *("out", "samples", "evaluate_every", "data.cache", "distill.teacher"),
         *(f"checkpoint.{f.name}" for f in dataclasses.fields(CheckpointConfig)),
+        *(f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)),
         *(f"placement.{f.name}" for f in dataclasses.fields(PlacementConfig) if f.name != "mode"),
     }
 

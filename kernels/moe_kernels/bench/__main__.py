@@ -27,9 +27,9 @@ from typing import Any
 from moe_kernels.bench.measure import measure_decoding, measure_launches, measure_layers
 from moe_kernels.bench.peers import load_peers
 from moe_kernels.bench.plot import draw
-from moe_kernels.bench.programs import first_line
 from moe_kernels.bench.shapes import SHAPES
 from moe_kernels.bench.tune import tune
+from moe_kernels.errors import first_line
 from moe_kernels.files import write_json
 from moe_kernels.launch import triton_support
 from moe_kernels.timing import device_report

@@ -128,7 +128,13 @@ def copy_call() -> Call:
 
 
 def measure_decoding(
-    name: str, shape: Shape, dtype: str, peers: Peers, *, rounds: int
+    name: str,
+    shape: Shape,
+    dtype: str,
+    peers: Peers,
+    *,
+    rounds: int,
+    tokens: Sequence[int] = DECODING,
 ) -> dict[str, Any]:
     """A row: microseconds of few tokens, and the fraction of the time that reading takes.
 
@@ -138,11 +144,11 @@ def measure_decoding(
     calls: dict[str, Call] = {}
     used = {}
     names = [layer for layer in peers.layers if layer not in RAGGED]
-    for tokens in DECODING:
-        inputs = make_inputs(shape._replace(tokens=tokens), dtype)
-        used[tokens] = len(np.unique(np.asarray(inputs.experts)))
+    for count in tokens:
+        inputs = make_inputs(shape._replace(tokens=count), dtype)
+        used[count] = len(np.unique(np.asarray(inputs.experts)))
         for call, run in layer_calls(inputs, peers, names, ("forward",)).items():
-            calls[f"{call} T={tokens}"] = run
+            calls[f"{call} T={count}"] = run
     calls["copy"] = copy_call()
     seconds = {call: float(np.median(times)) for call, times in paired(calls, rounds).items()}
     rate = 2 * COPIED_BYTES / seconds.pop("copy")

@@ -12,6 +12,7 @@ from jax import Array
 
 from moe_kernels.bench.peers import Layer, Peers
 from moe_kernels.bench.shapes import Inputs
+from moe_kernels.errors import first_line
 from moe_kernels.experts import grouped
 
 Call = Callable[[], Any]
@@ -46,11 +47,6 @@ def runnable(name: str, make: Callable[[], Call]) -> Call | None:
         print(f"{name}: left out: {first_line(error)}", flush=True)
         return None
     return call
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of an error's message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:150]
 
 
 def layer_calls(

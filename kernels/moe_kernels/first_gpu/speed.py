@@ -1,0 +1,147 @@
+"""Times: every launch by itself, layers beside their peers, memory, tiles, decoding."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_kernels.bench.measure import GEMM, measure_decoding, measure_launches, measure_layers
+from moe_kernels.bench.memory import measure_memory
+from moe_kernels.bench.peers import RAGGED, Peers, load_peers
+from moe_kernels.bench.shapes import SHAPES, Shape
+from moe_kernels.bench.tune import PICKED, tune
+from moe_kernels.first_gpu.context import Context, Measurement, Outcome
+
+MODEL = "OLMoE-1B-7B"
+THREE = (MODEL, "Qwen3-30B-A3B", "sonic 7B n=512")
+LARGE = "DeepSeek-V3"
+DRY = Shape(6, 16, 8, 2, 1)
+"""Sizes of every layer of a dry run."""
+DRY_GEMM = 32
+ROUNDS = 7
+TUNING_ROUNDS = 3
+
+
+class Sizes:
+    """What to measure, in full or in the interpreter."""
+
+    def __init__(self, context: Context) -> None:
+        settings = context.settings
+        self.dry = settings.dry_run
+        self.rounds = 1 if self.dry else ROUNDS
+        self.gemm = DRY_GEMM if self.dry else GEMM
+        self.dtype = "float32" if self.dry else "bfloat16"
+        self.peers = load_peers(settings.layers, settings.plan)
+
+    def shape(self, name: str) -> Shape:
+        """A layer's sizes by its name."""
+        return DRY if self.dry else SHAPES[name]
+
+    def without_ragged(self) -> Peers:
+        """The peers without those that compute every expert, or may take minutes to compile."""
+        layers = {name: layer for name, layer in self.peers.layers.items() if name not in RAGGED}
+        return self.peers._replace(layers=layers)
+
+
+def launches(context: Context) -> Outcome:
+    """Every launch of a training step on one model."""
+    return launches_of(context, MODEL)
+
+
+def large_launches(context: Context) -> Outcome:
+    """The same on DeepSeek-V3's sizes."""
+    return launches_of(context, LARGE)
+
+
+def launches_of(context: Context, name: str) -> Outcome:
+    """Reports seconds and rates of each launch."""
+    sizes = Sizes(context)
+    options = {"rounds": sizes.rounds, "size": sizes.gemm}
+    row = measure_launches(name, sizes.shape(name), sizes.dtype, sizes.peers, **options)
+    for launch, entry in row["calls"].items():
+        seconds = 1e-6 * entry.pop("microseconds")
+        context.report(_measurement(name, launch, seconds, launch=launch, **entry))
+    return Outcome(True)
+
+
+def layers(context: Context) -> Outcome:
+    """Three layers beside their peers. ragged_dot compiles for long: one model, forward only."""
+    left_out = []
+    sizes = Sizes(context)
+    for name in THREE:
+        if context.left() < 0:
+            left_out.append(name)
+            continue
+        peers = sizes.peers if name == MODEL else sizes.without_ragged()
+        layers_of(context, name, peers, forward_only=("ragged_dot",))
+    return Outcome(True, f"left out: {', '.join(left_out)}" if left_out else "")
+
+
+def large_layers(context: Context) -> Outcome:
+    """DeepSeek-V3's layer."""
+    layers_of(context, LARGE, Sizes(context).without_ragged())
+    return Outcome(True)
+
+
+def layers_of(context: Context, name: str, peers: Peers, forward_only: Sequence[str] = ()) -> None:
+    """Reports seconds, rates and bytes of each layer and of the single products."""
+    sizes = Sizes(context)
+    options = {"rounds": sizes.rounds, "size": sizes.gemm, "forward_only": forward_only}
+    row = measure_layers(name, sizes.shape(name), sizes.dtype, peers, **options)
+    for call, entry in row["calls"].items():
+        seconds = 1e-3 * entry.pop("milliseconds")
+        implementation, _, kind = call.rpartition(" ")
+        where = {"kind": kind, "implementation": implementation}
+        context.report(_measurement(name, call, seconds, **where, **entry))
+
+
+def memory(context: Context) -> Outcome:
+    """Bytes that layers keep for the backward pass, against the formula."""
+    sizes = Sizes(context)
+    row = measure_memory(sizes.shape(MODEL), sizes.dtype, sizes.without_ragged())
+    for name, entry in row.items():
+        ratio = entry["kept"] / entry["formula"]
+        measurement = _measurement(MODEL, f"{name} kept", entry["kept"], "bytes", ratio=ratio)
+        context.report({**measurement, **entry})
+    return Outcome(bool(row), "" if row else "no layer ran")
+
+
+def tiles(context: Context) -> Outcome:
+    """A few neighbours of the table's tiles, one operation after the other."""
+    sizes = Sizes(context)
+    tuned = {}
+    candidates: Callable[[str], Any] = lambda operation: [] if sizes.dry else PICKED[operation]  # noqa: E731
+    for operation in PICKED:
+        if context.left() < 0:
+            break
+        options = {"rounds": TUNING_ROUNDS, "candidates": candidates, "operations": [operation]}
+        row = tune(MODEL, sizes.shape(MODEL), sizes.dtype, sizes.peers, **options)
+        tuned |= row["tuned_ms"]
+        own = row["tuned_ms"][operation]["table"]
+        best = min(row["tuned_ms"][operation]["fastest"].values(), default=None)
+        if own and best:
+            call = f"{operation} table over fastest"
+            context.report(_measurement(MODEL, call, own / best, "x"))
+    left_out = [operation for operation in PICKED if operation not in tuned]
+    reason = f"left out: {', '.join(left_out)}" if left_out else ""
+    return Outcome(bool(tuned), reason, {"tuned_ms": tuned})
+
+
+def decoding(context: Context) -> Outcome:
+    """Few tokens on the smallest and the largest model."""
+    sizes = Sizes(context)
+    left_out = []
+    for name in (MODEL, LARGE):
+        if context.left() < 0:
+            left_out.append(name)
+            continue
+        options = {"rounds": sizes.rounds, "tokens": (1,)} if sizes.dry else {"rounds": ROUNDS}
+        row = measure_decoding(name, sizes.shape(name), sizes.dtype, sizes.peers, **options)
+        for call, entry in row["decoding"].items():
+            seconds = 1e-6 * entry.pop("microseconds")
+            context.report(_measurement(name, call, seconds, **entry))
+    return Outcome(True, f"left out: {', '.join(left_out)}" if left_out else "")
+
+
+def _measurement(
+    shape: str, call: str, value: float, unit: str = "s", **fields: Any
+) -> Measurement:
+    return {"name": f"{shape} {call}", "value": value, "unit": unit, "shape": shape, **fields}

@@ -29,8 +29,9 @@ PRODUCTS = {  # products of D·F numbers for an assignment: 3 in the forward pas
     "input gradient": 2,
 }
 """The launches that multiply. The input's gradient is the down projection's kernel on gate_up^T."""
-LAUNCHES = ("gate", "schedule", *PRODUCTS, "combine")
-"""All of a training step. `schedule` is four launches, and every other name is one."""
+LAUNCHES = ("gate", "schedule", *PRODUCTS, "combine", "combine, unweighted")
+"""All of a training step. `schedule` is four launches, and every other name is one. The sum without
+weights is the last step of the input's gradient."""
 
 
 class Work(NamedTuple):
@@ -81,6 +82,9 @@ def all_work(shape: Shape, dtype: str, peers: Peers) -> dict[str, Work]:
             lambda array: schedule(array, shape.experts, rows), (experts,), 0.0, sort_bytes
         ),
         "combine": Work(combine_rows, (y, plan.row, weights), 0.0, sum_bytes),
+        "combine, unweighted": Work(
+            partial(combine_rows, weights=None), (y, plan.row), 0.0, sum_bytes
+        ),
     }
 
 

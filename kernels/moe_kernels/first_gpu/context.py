@@ -32,8 +32,10 @@ class Outcome(NamedTuple):
     ok: bool
     reason: str = ""
     """Why it is not ok, or what it left out."""
-    details: dict[str, Any] = {}
+    details: dict[str, Any] | None = None
     """JSON that is no measurement."""
+    broken: bool = False
+    """Whether the process that ran the step may be in a bad state."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from moe_kernels.soak.check import attempt, fp8_fault
 from moe_kernels.soak.fixed import SIZES, at_most, fixed_case
 from moe_kernels.soak.search import soak
 
+DTYPES = ("bfloat16", "float32", "float16")
+"""What models run first."""
 DRY_LARGEST = 9
 """Largest size of a case in the interpreter."""
 LARGEST = 3000
@@ -16,8 +18,8 @@ LARGEST = 3000
 
 def correctness(context: Context) -> Outcome:
     """Every fixed case while time remains, without shrinking: faults are read afterwards."""
-    cases = [("FP8 whole blocks", fixed_case("whole blocks"))] if has_fp8() else []
-    cases = [*plain_cases(), *cases]
+    fp8 = [("FP8 whole blocks", fixed_case("whole blocks"))] if has_fp8() else []
+    cases = [*plain_cases()[: len(SIZES)], *fp8, *plain_cases()[len(SIZES) :]]
     if context.settings.dry_run:
         cases = [(name, at_most(case, DRY_LARGEST)) for name, case in cases[:2]]
     faults: dict[str, str] = {}
@@ -50,9 +52,6 @@ def plain_cases() -> list[tuple[str, Case]]:
     return [*sizes[first], *skews, *(case for dtype in others for case in sizes[dtype])]
 
 
-DTYPES = ("bfloat16", "float32", "float16")
-
-
 def has_fp8() -> bool:
     """Whether the FP8 kernels run here, compiled."""
     return fp8_support().name == "gpu"
@@ -61,7 +60,7 @@ def has_fp8() -> bool:
 def random_cases(context: Context) -> Outcome:
     """The soak until the time is up, without shrinking."""
     dry = context.settings.dry_run
-    minutes = min(context.left(), 2.0 if dry else float("inf")) / 60
+    minutes = min(context.left(), 1.0 if dry else float("inf")) / 60
     # The seed is the clock's: each run on a GPU is a chance to try other cases.
     seed = int(time.time())
     cases, failures = soak(minutes, seed, DRY_LARGEST if dry else LARGEST, shrinking=False)

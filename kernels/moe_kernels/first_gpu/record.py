@@ -66,7 +66,7 @@ class Record:
     def add_step(self, name: str, outcome: Outcome, seconds: float, allowed: float) -> None:
         """Adds it and writes the file."""
         step = {"name": name, "ok": outcome.ok, "seconds": round(seconds, 2)}
-        step |= {"deadline": round(allowed, 1), "reason": outcome.reason, **outcome.details}
+        step |= {"deadline": round(allowed, 1), "reason": outcome.reason, **(outcome.details or {})}
         self.environment |= step.pop("environment", {})
         self.steps.append(step)
         self.write()
@@ -87,7 +87,8 @@ class Record:
 
     def table(self) -> str:
         """Steps, then measurements, for a person."""
-        lines = ["", f"{'measurement':58} {'value':>10}  unit"]
+        title = "DRY RUN: tiny sizes in the interpreter" if self._head.get("dry_run") else ""
+        lines = ["", title, f"{'measurement':58} {'value':>10}  unit"]
         lines += [_measured(m) for m in self.measurements]
         judged = [m["inside"] for m in self.measurements if "inside" in m]
         if judged:

@@ -61,14 +61,14 @@ class Runner:
             while self.worker.connection.poll(max(0.0, deadline - time.monotonic())):
                 kind, content = self.worker.connection.recv()
                 if kind == "outcome":
-                    if content.details.get("exception"):
+                    if content.broken:
                         self.close()
                     return content
                 report(content)
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            return Outcome(False, f"its process ended with {self._exit()}", {"exception": True})
+            return Outcome(False, f"its process ended with {self._exit()}", broken=True)
         self.close()
-        return Outcome(False, f"ended at its deadline of {seconds:.0f} s", {"exception": True})
+        return Outcome(False, f"ended at its deadline of {seconds:.0f} s", broken=True)
 
     def _exit(self) -> str:
         """How the worker ended, in words. It is closed then."""

@@ -1,13 +1,14 @@
 """Times: every launch by itself, layers beside their peers, memory, tiles, decoding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from moe_kernels.bench.measure import GEMM, measure_decoding, measure_launches, measure_layers
+from moe_kernels.bench.measure import (DECODING, GEMM, measure_decoding, measure_launches, measure_layers)
 from moe_kernels.bench.memory import measure_memory
 from moe_kernels.bench.peers import RAGGED, Peers, load_peers
 from moe_kernels.bench.shapes import SHAPES, Shape
 from moe_kernels.bench.tune import PICKED, tune
+from moe_kernels.experts.shapes import Tiles
 from moe_kernels.first_gpu.context import Context, Measurement, Outcome
 
 MODEL = "OLMoE-1B-7B"
@@ -34,6 +35,10 @@ class Sizes:
     def shape(self, name: str) -> Shape:
         """A layer's sizes by its name."""
         return DRY if self.dry else SHAPES[name]
+
+    def candidates(self, operation: str) -> list[Tiles]:
+        """Tiles beside the table's own."""
+        return [] if self.dry else PICKED[operation]
 
     def without_ragged(self) -> Peers:
         """The peers without those that compute every expert, or may take minutes to compile."""
@@ -66,7 +71,8 @@ def layers(context: Context) -> Outcome:
     """Three layers beside their peers. ragged_dot compiles for long: one model, forward only."""
     left_out = []
     sizes = Sizes(context)
-    for name in THREE:
+    # The sizes of a dry run are the same for all names.
+    for name in THREE[:1] if sizes.dry else THREE:
         if context.left() < 0:
             left_out.append(name)
             continue
@@ -108,11 +114,14 @@ def tiles(context: Context) -> Outcome:
     """A few neighbours of the table's tiles, one operation after the other."""
     sizes = Sizes(context)
     tuned = {}
-    candidates: Callable[[str], Any] = lambda operation: [] if sizes.dry else PICKED[operation]  # noqa: E731
     for operation in PICKED:
         if context.left() < 0:
             break
-        options = {"rounds": TUNING_ROUNDS, "candidates": candidates, "operations": [operation]}
+        options = {
+            "rounds": TUNING_ROUNDS,
+            "candidates": sizes.candidates,
+            "operations": [operation],
+        }
         row = tune(MODEL, sizes.shape(MODEL), sizes.dtype, sizes.peers, **options)
         tuned |= row["tuned_ms"]
         own = row["tuned_ms"][operation]["table"]
@@ -133,8 +142,14 @@ def decoding(context: Context) -> Outcome:
         if context.left() < 0:
             left_out.append(name)
             continue
-        options = {"rounds": sizes.rounds, "tokens": (1,)} if sizes.dry else {"rounds": ROUNDS}
-        row = measure_decoding(name, sizes.shape(name), sizes.dtype, sizes.peers, **options)
+        row = measure_decoding(
+            name,
+            sizes.shape(name),
+            sizes.dtype,
+            sizes.peers,
+            rounds=sizes.rounds,
+            tokens=DECODING[:1] if sizes.dry else DECODING,
+        )
         for call, entry in row["decoding"].items():
             seconds = 1e-6 * entry.pop("microseconds")
             context.report(_measurement(name, call, seconds, **entry))

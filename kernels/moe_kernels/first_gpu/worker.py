@@ -34,7 +34,7 @@ def serve(connection: Connection, parent: int, settings: Settings) -> None:
             outcome = STEPS[name](context)
         except Exception as error:  # noqa: BLE001 - the next step must run whatever this one did
             traceback.print_exc()
-            outcome = Outcome(False, first_line(error), {"exception": True})
+            outcome = Outcome(False, first_line(error), broken=True)
         connection.send(("outcome", outcome))
 
 

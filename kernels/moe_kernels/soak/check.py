@@ -68,7 +68,7 @@ def fp8_fault(case: Case) -> str | None:
     )
     try:
         out = experts_fp8.mixture(*inputs[:4], plan)
-        difference = calc_diff(out, experts_oracle(inputs)["out"])
+        difference = calc_diff(out, jnp.asarray(experts_oracle(inputs)["out"]))
     except Exception as error:  # noqa: BLE001 - as in attempt
         return first_line(error)
     return None if difference < FP8_DIFFERENCE else f"FP8: calc_diff {difference:.2g}"

@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moe_kernels.bench.measure import (DECODING, GEMM, measure_decoding, measure_launches, measure_layers)
+from moe_kernels.bench.measure import (
+    DECODING,
+    GEMM,
+    measure_decoding,
+    measure_launches,
+    measure_layers,
+)
 from moe_kernels.bench.memory import measure_memory
 from moe_kernels.bench.peers import RAGGED, Peers, load_peers
 from moe_kernels.bench.shapes import SHAPES, Shape

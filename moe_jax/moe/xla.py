@@ -10,7 +10,7 @@ results are never read and have weight 0 in the gradients, so no mask touches th
 The backward pass keeps x, the pre-activation z of the batched product, and the routing. The output
 of the second product is not kept. With dA' = dO down^T, the gradient of the gate's weight is the
 row sum of dA' · A, as in SonicMoE (arXiv:2512.14080), where A is recomputed from z. The loop keeps
-nothing and recomputes its z.
+nothing and recomputes its z. In 16 bits it adds in float32.
 
 Why this design: rates as fractions of the rate of a batched GEMM of the same FLOPs, at T=2048,
 D=512, F=256, E=64, K=6 in float32 on two cores. A line gives forward, then forward + backward.
@@ -37,7 +37,7 @@ that loses (3% of the backward pass). Transposing the activations as well gains 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -163,11 +163,19 @@ class Gradients(NamedTuple):
 
 
 def _pull(
-    x_t: Array, z: Array, d_out: Array, weight: Array, gate_up: Array, down: Array
+    x_t: Array,
+    z: Array,
+    d_out: Array,
+    weight: Array,
+    gate_up: Array,
+    down: Array,
+    *,
+    sums_in: Any = None,
 ) -> Gradients:
     """The gradients of weight · (swiglu(z) down), where z = x gate_up, from the cotangent d_out.
 
     x_t is x transposed. Leading axes are those of the batch [E, C, …], or none in a turn [n, …].
+    The matrices' gradients are of the dtype `sums_in`, by default x's.
     """
     weight = weight[..., None].astype(z.dtype)
     d_hidden = jnp.einsum("...cd,...fd->...cf", d_out, down)
@@ -178,9 +186,50 @@ def _pull(
     return Gradients(
         x=jnp.einsum("...cf,...df->...cd", dz, gate_up),
         weight=jnp.sum(d_hidden * hidden, axis=-1, dtype=jnp.float32),
-        gate_up=x_t @ dz,
-        down=jnp.einsum("...cf,...cd->...fd", weight * hidden, d_out),
+        gate_up=jnp.matmul(x_t, dz, preferred_element_type=sums_in),
+        down=jnp.einsum(
+            "...cf,...cd->...fd", weight * hidden, d_out, preferred_element_type=sums_in
+        ),
     )
+
+
+class Totals(NamedTuple):
+    """The gradients that the loop adds to."""
+
+    sums: Gradients
+    """x [T, D] and weight [S] in float32, the matrices' gradients as they are returned."""
+    expert: Int[Array, ""]
+    """The expert of the last turn."""
+    gate_up: Float[Array, "D twoF"]
+    """That expert's gradients in float32. Zeros where the matrices are float32 themselves."""
+    down: Float[Array, "F D"]
+
+
+def _add_to_matrices(totals: Totals, expert: Array, d: Gradients) -> Totals:
+    """totals with a turn's gradients of one expert's matrices.
+
+    The turns of an expert follow each other. Their sum is kept in float32 and written after each
+    turn, so an expert is rounded once in each loop, and not once a turn.
+    """
+    sums = totals.sums
+    if sums.gate_up.dtype == jnp.float32:
+        gate_up = sums.gate_up.at[expert].add(d.gate_up)
+        return totals._replace(
+            sums=sums._replace(gate_up=gate_up, down=sums.down.at[expert].add(d.down))
+        )
+    same = expert == totals.expert
+
+    def extended(sum_of_expert: Array, written: Array, turn: Array) -> Array:
+        before = jnp.where(same, sum_of_expert, written[expert].astype(jnp.float32))
+        return before + turn
+
+    gate_up = extended(totals.gate_up, sums.gate_up, d.gate_up)
+    down = extended(totals.down, sums.down, d.down)
+    sums = sums._replace(
+        gate_up=sums.gate_up.at[expert].set(gate_up.astype(sums.gate_up.dtype)),
+        down=sums.down.at[expert].set(down.astype(sums.down.dtype)),
+    )
+    return Totals(sums, expert, gate_up, down)
 
 
 def _backward(
@@ -206,21 +255,26 @@ def _backward(
         d_weight = jnp.where(slots.inside, _take(d.weight.reshape(-1), slots.index), 0.0)
         sums = d._replace(x=dx, weight=d_weight.reshape(-1))
 
-    def turn(expert: Array, rows: Rows, sums: Gradients) -> Gradients:
+    def turn(expert: Array, rows: Rows, totals: Totals) -> Totals:
         x_rows = _take(x, rows.source)
         up = gate_up[expert]
         d_rows = _take(d_out, rows.source)
         z = (rounding.rows(x_rows) @ rounding.matrices(up[None], 2)[0]).astype(x.dtype)
-        d = _pull(x_rows.T, z, d_rows, rows.weight, up, down[expert])
+        d = _pull(x_rows.T, z, d_rows, rows.weight, up, down[expert], sums_in=jnp.float32)
+        totals = _add_to_matrices(totals, expert, d)
+        sums = totals.sums
         # Rows that are not the expert's own are out of range, and dropped.
-        return Gradients(
-            x=sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
-            weight=sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
-            gate_up=sums.gate_up.at[expert].add(d.gate_up),
-            down=sums.down.at[expert].add(d.down),
+        return totals._replace(
+            sums=sums._replace(
+                x=sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
+                weight=sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
+            )
         )
 
-    sums = _loop(plan, weights, share, turn, sums)
+    # No expert has the number -1: the first turn begins with the batch's gradient.
+    zeros = [jnp.zeros(matrix.shape[1:], jnp.float32) for matrix in (gate_up, down)]
+    totals = Totals(sums, jnp.int32(-1), *zeros)
+    sums = _loop(plan, weights, share, turn, totals).sums
     d_weights = sums.weight.reshape(weights.shape).astype(weights.dtype)
     return sums.x.astype(x.dtype), d_weights, sums.gate_up, sums.down, None
 

@@ -93,15 +93,15 @@ def test_bfloat16_is_the_reference_but_for_rounding():
 
 
 def test_an_expert_of_many_turns_is_not_rounded_in_each_of_them():
-    """12,000 rows of one expert in bfloat16: 47 turns. Rounded after each turn, the errors of the
-    matrices' gradients were 0.0088 and 0.0106. In float32 they are 0.0055 and 0.0041."""
+    """12,000 rows of one expert in bfloat16, in about 47 turns. Rounded after each turn, the errors
+    of both matrices' gradients were 0.0100. With float32 sums they are 0.0069 and 0.0061."""
     experts = np.full((4000, K), 4, np.int32)
     expected = results(reference.mixture, experts, dtype=jnp.float32)
     found = results(xla.mixture, experts, dtype=jnp.bfloat16)
     for key in ("gate_up", "down"):
         wanted = np.asarray(expected[key], np.float64)
         error = np.asarray(found[key], np.float64) - wanted
-        assert np.sqrt((error**2).mean() / (wanted**2).mean()) < 0.007, key
+        assert np.sqrt((error**2).mean() / (wanted**2).mean()) < 0.008, key
         assert found[key].dtype == jnp.bfloat16
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from moe_kernels.bench.launches import LAUNCHES
 from moe_kernels.bench.measure import (
     DECODING,
     GEMM,
@@ -70,31 +71,36 @@ def launches_of(context: Context, name: str) -> Outcome:
     for launch, entry in row["calls"].items():
         seconds = 1e-6 * entry.pop("microseconds")
         context.report(_measurement(name, launch, seconds, launch=launch, **entry))
-    return Outcome(True)
+    missing = [launch for launch in LAUNCHES if launch not in row["calls"]]
+    return Outcome(not missing, f"failed: {', '.join(missing)}" if missing else "")
 
 
 def layers(context: Context) -> Outcome:
     """Three layers beside their peers. ragged_dot compiles for long: one model, forward only."""
-    left_out = []
+    missing: list[str] = []
     sizes = Sizes(context)
     # The sizes of a dry run are the same for all names.
     for name in THREE[:1] if sizes.dry else THREE:
         if context.left() < 0:
-            left_out.append(name)
+            missing.append(name)
             continue
         peers = sizes.peers if name == MODEL else sizes.without_ragged()
-        layers_of(context, name, peers, forward_only=("ragged_dot",))
-    return Outcome(True, f"left out: {', '.join(left_out)}" if left_out else "")
+        missing += layers_of(context, name, peers, forward_only=("ragged_dot",))
+    return _without(missing)
 
 
 def large_layers(context: Context) -> Outcome:
     """DeepSeek-V3's layer."""
-    layers_of(context, LARGE, Sizes(context).without_ragged())
-    return Outcome(True)
+    return _without(layers_of(context, LARGE, Sizes(context).without_ragged()))
 
 
-def layers_of(context: Context, name: str, peers: Peers, forward_only: Sequence[str] = ()) -> None:
-    """Reports seconds, rates and bytes of each layer and of the single products."""
+def layers_of(
+    context: Context, name: str, peers: Peers, forward_only: Sequence[str] = ()
+) -> list[str]:
+    """Reports seconds, rates and bytes of each layer and of the single products.
+
+    Returns the layers that did not run. A peer may be too large for the device.
+    """
     sizes = Sizes(context)
     options = {"rounds": sizes.rounds, "size": sizes.gemm, "forward_only": forward_only}
     row = measure_layers(name, sizes.shape(name), sizes.dtype, peers, **options)
@@ -103,6 +109,19 @@ def layers_of(context: Context, name: str, peers: Peers, forward_only: Sequence[
         implementation, _, kind = call.rpartition(" ")
         where = {"kind": kind, "implementation": implementation}
         context.report(_measurement(name, call, seconds, **where, **entry))
+    wanted = {
+        f"{layer} {kind}"
+        for layer in peers.layers
+        for kind in ("forward", "train")
+        if kind == "forward" or layer not in forward_only
+    }
+    return [f"{name} {call}" for call in sorted(wanted - row["calls"].keys())]
+
+
+def _without(missing: list[str]) -> Outcome:
+    """Not ok where something of our own is missing. Without a peer it is, and says so."""
+    own = any(call in THREE or " triton " in call for call in missing)
+    return Outcome(not own, f"without {', '.join(missing)}" if missing else "")
 
 
 def memory(context: Context) -> Outcome:
@@ -113,7 +132,7 @@ def memory(context: Context) -> Outcome:
         ratio = entry["kept"] / entry["formula"]
         measurement = _measurement(MODEL, f"{name} kept", entry["kept"], "bytes", ratio=ratio)
         context.report({**measurement, **entry})
-    return Outcome(bool(row), "" if row else "no layer ran")
+    return Outcome("triton" in row, "" if "triton" in row else "the kernels did not run")
 
 
 def tiles(context: Context) -> Outcome:
@@ -135,18 +154,18 @@ def tiles(context: Context) -> Outcome:
         if own and best:
             call = f"{operation} table over fastest"
             context.report(_measurement(MODEL, call, own / best, "x"))
-    left_out = [operation for operation in PICKED if operation not in tuned]
+    left_out = [o for o in PICKED if not tuned.get(o, {}).get("fastest")]
     reason = f"left out: {', '.join(left_out)}" if left_out else ""
-    return Outcome(bool(tuned), reason, {"tuned_ms": tuned})
+    return Outcome(len(left_out) < len(PICKED), reason, {"tuned_ms": tuned})
 
 
 def decoding(context: Context) -> Outcome:
     """Few tokens on the smallest and the largest model."""
     sizes = Sizes(context)
-    left_out = []
+    missing: list[str] = []
     for name in (MODEL, LARGE):
         if context.left() < 0:
-            left_out.append(name)
+            missing.append(name)
             continue
         row = measure_decoding(
             name,
@@ -159,7 +178,9 @@ def decoding(context: Context) -> Outcome:
         for call, entry in row["decoding"].items():
             seconds = 1e-6 * entry.pop("microseconds")
             context.report(_measurement(name, call, seconds, **entry))
-    return Outcome(True, f"left out: {', '.join(left_out)}" if left_out else "")
+        if not any(call.startswith("triton") for call in row["decoding"]):
+            missing.append(f"{name} triton forward")
+    return _without(missing)
 
 
 def _measurement(

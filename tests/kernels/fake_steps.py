@@ -28,7 +28,8 @@ def hang(context):
 
 def leave_a_child(context):
     """Starts a program and hangs."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    command = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    child = subprocess.Popen(command, process_group=0)
     context.report({**MEASUREMENT, "value": child.pid})
     time.sleep(1000)
 

@@ -159,7 +159,8 @@ def test_a_tool_is_run_and_its_errors_are_counted(monkeypatch, tmp_path):
     assert outcome.reason == "2 errors; ========= ERROR SUMMARY: 2 errors"
     assert reported == [{"name": "memcheck_errors", "value": 2, "unit": "errors"}]
     assert "SUMMARY" in (tmp_path / "memcheck.txt").read_text()
-    tool.write_text("#!/bin/sh\necho begun\nexec /bin/sleep 1000\n")
+    # With a program of its own, which outlives it and would keep its output open.
+    tool.write_text("#!/bin/sh\necho begun\n/bin/sleep 1000 &\nwait\n")
     assert programs.racecheck(context(1.0)).reason == "0 errors; ended when its time was up"
 
 

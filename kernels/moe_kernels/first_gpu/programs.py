@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ METRICS = (
     "Registers Per Thread",
 )
 """Names in Nsight Compute's report of what is taken into measurements."""
+ENDED = 124
+"""Exit code of a program whose time was up, as that of timeout(1)."""
 MOST_OUTPUT = 200_000
 """Characters of a program's output that are kept, its end."""
 
@@ -65,11 +68,15 @@ def racecheck(context: Context) -> Outcome:
 
 def sanitized(context: Context, tool: str) -> Outcome:
     """Every kernel once under a tool of compute-sanitizer. The output goes into the folder."""
-    prefix = tool_command(context, SANITIZER, ["--tool", tool, "--error-exitcode", "1"])
+    options = ["--tool", tool, "--error-exitcode", "1"]
+    if tool == "memcheck":
+        # XLA asks the driver for much that a device may refuse. Only accesses count.
+        options += ["--report-api-errors", "no"]
+    prefix = tool_command(context, SANITIZER, options)
     if prefix is None:
         return Outcome(False, f"{SANITIZER} is not installed")
     # Each array is an allocation of its own then, so that an access beside it is seen.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+    environment = {**plain_launches(), "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
     code, output = watched([*prefix, *SMALL], context, environment)
     (context.settings.folder / f"{tool}.txt").write_text(output)
     errors = sum(int(n) for n in re.findall(r"SUMMARY: (\d+) (?:errors?|hazards?)", output))
@@ -93,14 +100,20 @@ def profile(context: Context) -> Outcome:
             continue
         sizes = [] if context.settings.dry_run else ["--shape", MODEL]
         command = [*prefix, *SMALL, *sizes, "--launch", launch]
-        code, output = watched(command, context, os.environ)
+        code, output = watched(command, context, plain_launches())
         reports.append(output)
-        failed += [] if code == 0 else [launch]
+        failed += [] if code == 0 else [f"{launch} ({last_line(output)})"]
         for name, unit, value in profiled_metrics(output):
             name = f"{MODEL} {launch} {name}"
             context.report({"name": name, "value": value, "unit": unit})
     (context.settings.folder / "profile.txt").write_text("\n".join(reports)[-MOST_OUTPUT:])
     return Outcome(not failed, f"without {', '.join(failed)}" if failed else "")
+
+
+def plain_launches() -> dict[str, str]:
+    """Variables for a program that is watched: each kernel is launched, none as part of a graph."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+    return {**os.environ, "XLA_FLAGS": flags.strip()}
 
 
 def profiled_metrics(output: str) -> list[tuple[str, str, float]]:
@@ -127,22 +140,27 @@ def watched(
     """(exit code, the end of its output), which is printed as well. Ended when the time is up."""
     # The package and its neighbours may be on sys.path without an installation.
     paths = os.pathsep.join(path for path in sys.path if path)
-    try:
-        done = subprocess.run(
+    # A file and not a pipe, which a program of the program would hold open.
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        process = subprocess.Popen(
             command,
             env={**environment, "PYTHONPATH": paths},
-            stdout=subprocess.PIPE,
+            stdout=file,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=max(1.0, context.left()),
-            check=False,
+            process_group=0,  # so that the tool and the program under it are ended together
         )
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode(errors="replace") if error.stdout else ""
-        return 124, f"{output[-MOST_OUTPUT:]}\nended when its time was up"
-    print(done.stdout[-MOST_OUTPUT // 10 :], flush=True)
-    return done.returncode, done.stdout[-MOST_OUTPUT:]
+        try:
+            code = process.wait(max(1.0, context.left()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = ENDED
+        file.seek(0)
+        output = file.read()[-MOST_OUTPUT:]
+    if code == ENDED:
+        output += "\nended when its time was up"
+    print(output[-MOST_OUTPUT // 10 :], flush=True)
+    return code, output
 
 
 def last_line(output: str) -> str:

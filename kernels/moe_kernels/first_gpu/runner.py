@@ -8,14 +8,13 @@ process, and every later call there would fail.
 """
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
 
 from moe_kernels.first_gpu.context import Measurement, Outcome, Settings
-from moe_kernels.first_gpu.worker import serve
+from moe_kernels.first_gpu.worker import end_session, serve
 
 PATIENCE = 5.0
 """Seconds for a killed process to go away. One that waits for the device may stay."""
@@ -36,10 +35,8 @@ class Worker:
         """Ends the process and all that it started."""
         pid = self.process.pid
         assert pid is not None  # it was started
-        try:
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has not got as far as a session of its own, or is gone
-            self.process.kill()
+        if self.process.is_alive():
+            end_session(pid)
         self.process.join(PATIENCE)
         self.connection.close()
 

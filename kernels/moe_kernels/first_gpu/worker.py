@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from moe_kernels.errors import first_line
 from moe_kernels.first_gpu.context import Context, Outcome, Settings
@@ -51,4 +52,21 @@ def end_with(parent: int) -> None:
     """Ends this session when the parent has gone, which can be killed itself."""
     while os.getppid() == parent:
         time.sleep(1)
-    os.killpg(0, signal.SIGKILL)
+    end_session(os.getpid())
+
+
+def end_session(leader: int) -> None:
+    """Ends the process `leader` and all of its session, the programs that it started included.
+
+    A program may have started others, or have a process group of its own. The session is what they
+    share. The leader is the last, because it may be this process.
+    """
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # After the name, which may hold anything: state, parent, process group, session.
+            session = int(path.read_text().rpartition(")")[2].split()[3])
+            if session == leader and int(path.parent.name) != leader:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+        except (OSError, ValueError):
+            continue  # it has gone by now, or is another user's
+    os.kill(leader, signal.SIGKILL)

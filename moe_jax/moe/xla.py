@@ -271,9 +271,10 @@ def _backward(
             )
         )
 
-    # No expert has the number -1: the first turn begins with the batch's gradient.
-    zeros = [jnp.zeros(matrix.shape[1:], jnp.float32) for matrix in (gate_up, down)]
-    totals = Totals(sums, jnp.int32(-1), *zeros)
+    # No expert has the number -1: the first turn begins with the batch's gradient. Like the arrays
+    # that they are made from, these differ from device to device inside shard_map.
+    zeros = [jnp.zeros_like(matrix[0], jnp.float32) for matrix in (gate_up, down)]
+    totals = Totals(sums, jnp.full_like(plan.counts[0], -1), *zeros)
     sums = _loop(plan, weights, share, turn, totals).sums
     d_weights = sums.weight.reshape(weights.shape).astype(weights.dtype)
     return sums.x.astype(x.dtype), d_weights, sums.gate_up, sums.down, None

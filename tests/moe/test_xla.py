@@ -105,6 +105,7 @@ def test_an_expert_of_many_turns_is_not_rounded_in_each_of_them():
         assert found[key].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_the_loop_in_16_bits_on_two_devices():
     """Inside shard_map each device has turns of its own, and its part of the gradients."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     peers = Settings(
         folder=ROOT,  # --out replaces it
         layers=("xla=moe_jax.moe.xla:mixture",),
-        plan="moe_jax.moe.plan:make_plan",
+        plan="moe_jax.moe.plan:plan_by_kernels",
         ladder=ROOT / "experiments/kernel_ladder/run.py",
     )
     sys.exit(main(sys.argv[1:], peers, ROOT / "kernels/results/predicted.json"))

@@ -16,7 +16,7 @@ from moe_kernels.first_gpu.runner import Runner
 from tests.kernels import fake_steps
 
 ROOT = Path(__file__).parents[2]
-PEERS = {"layers": ("xla=moe_jax.moe.xla:mixture",), "plan": "moe_jax.moe.plan:make_plan"}
+PEERS = {"layers": ("xla=moe_jax.moe.xla:mixture",), "plan": "moe_jax.moe.plan:plan_by_kernels"}
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@
 
 DIR/first_gpu.json has the steps and their measurements. It is written anew after each of them, so a
 run that is killed keeps what it has. A step that fails, hangs or crashes its process is recorded,
-and the next one runs. A table ends the output. Where predicted.json is in the folder "results"
-beside this file, each time is compared with its prediction.
+and the next one runs. A table ends the output. On the device for which
+kernels/results/predicted.json was made, each time is compared with its prediction.
 
 No installation is needed: kernels/README.md names the packages.
 """

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from moe_kernels.first_gpu import command, programs
+from moe_kernels.bench.launches import LAUNCHES
+from moe_kernels.first_gpu import command, programs, speed
 from moe_kernels.first_gpu.context import Context, Outcome, Settings
 from moe_kernels.first_gpu.record import Predictions, Record
 from moe_kernels.first_gpu.runner import Runner
@@ -142,6 +143,18 @@ def test_times_are_compared_with_what_was_predicted(tmp_path):
     table = record.table()
     assert "OUTSIDE 1 to 2" in table
     assert "predictions: 1 of 2 measurements inside" in table
+
+
+def test_everything_of_our_own_that_is_measured_was_predicted():
+    """The names of the recorded prediction are those of the measurements."""
+    predicted = Predictions(ROOT / "kernels/results/predicted.json")
+    for shape in (*speed.THREE, speed.LARGE):
+        expected = {(shape, launch) for launch in LAUNCHES}
+        expected |= {(shape, kind, "triton") for kind in ("forward", "train")}
+        assert expected <= predicted.intervals.keys()
+    where = {"shape": speed.MODEL, "launch": "up", "value": 1.0}
+    assert predicted.judged(where, predicted.device)["inside"] is False  # a whole second
+    assert predicted.judged(where, "NVIDIA A10") == where
 
 
 def test_a_tool_is_run_and_its_errors_are_counted(monkeypatch, tmp_path):

@@ -93,6 +93,8 @@ class Record:
         judged = [m["inside"] for m in self.measurements if "inside" in m]
         if judged:
             lines.append(f"predictions: {sum(judged)} of {len(judged)} measurements inside")
+        elif self.predictions.intervals:
+            lines.append(f"predictions: for {self.predictions.device}, compared with nothing here")
         lines += ["", f"{'step':20} {'result':7} {'seconds':>8}  reason"]
         for step in self.steps:
             result = "ok" if step["ok"] else "FAILED"

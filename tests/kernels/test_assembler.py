@@ -37,6 +37,24 @@ def test_the_oldest_assembler_decides(monkeypatch, tmp_path):
     assert os.environ["TRITON_PTXAS_BLACKWELL_PATH"] == "the user's"
 
 
+def test_triton_keeps_an_assembler_that_is_as_old(monkeypatch, tmp_path):
+    own = {"ptxas": fake(tmp_path, "12.8"), "ptxas-blackwell": fake(tmp_path, "13.4")}
+    other = fake(tmp_path, "13.0")
+    monkeypatch.setattr(assembler, "candidates", lambda: iter([other]))
+    monkeypatch.setattr(assembler, "bundled", own.__getitem__)
+    for variable in assembler.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    assembler.choose_assembler()
+    # PTX for 12.8 is taken by 13.0 and by everything between. PTX for 13.4 is not.
+    assert "TRITON_PTXAS_PATH" not in os.environ
+    assert os.environ.pop("TRITON_PTXAS_BLACKWELL_PATH") == str(other)
+
+
+def test_tritons_own_assemblers_are_found():
+    pytest.importorskip("triton")
+    assert assembler.release_of(assembler.bundled("ptxas")) is not None
+
+
 def test_without_an_assembler_triton_keeps_its_own(monkeypatch):
     monkeypatch.setattr(assembler, "candidates", lambda: iter([]))
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 
 import jax
 from rich.console import Console
@@ -21,6 +22,12 @@ def say(line: str) -> None:
     """Prints one line, from the first process only."""
     if jax.process_index() == 0:
         console.print(line, markup=False)  # brackets in paths are no markup
+
+
+@cache
+def say_once(line: str) -> None:
+    """Prints a line the first time that it is to be said in this process."""
+    say(line)
 
 
 def duration(seconds: float) -> str:

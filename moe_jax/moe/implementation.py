@@ -9,11 +9,14 @@ from moe_kernels import experts_async as triton_experts_async
 from moe_kernels import experts_fp8 as triton_experts_fp8
 from moe_kernels.launch import (
     MINIMUM_CAPABILITY,
+    Support,
     fp8_support,
+    launch_fault,
     missing_package,
     triton_support,
 )
 
+from moe_jax.base.console import say_once
 from moe_jax.base.machine import compute_capability
 from moe_jax.config import MoEConfig
 from moe_jax.moe import reference, xla
@@ -34,14 +37,25 @@ def implementation(name: str, precision: str = "compute") -> str:
     """The name of the implementation that runs, which is `name` itself unless it is "auto".
 
     `auto` is triton on GPUs that can run it (compute capability 8.0, or 8.9 for precision fp8), and
-    xla anywhere else. It is never triton_async, which no GPU has run yet. A name given explicitly
-    is never replaced: train.checks refuses a run that cannot have it.
+    xla anywhere else. A GPU on which a small kernel fails has XLA's path, and the reason is said
+    once. It is never triton_async, which no GPU has run yet. A name given explicitly is never
+    replaced: train.checks refuses a run that cannot have it.
     """
     if name != "auto":
         return name
     # "lower": no GPU here, but the programs are compiled for one (moe_kernels.launch).
     support = fp8_support() if precision == "fp8" else triton_support()
+    if support.name == "gpu" and (fault := obstacle(support)):
+        say_once(f"experts run on XLA's path: {fault}")
+        return "xla"
     return "triton" if support.name in ("gpu", "lower") else "xla"
+
+
+def obstacle(support: Support) -> str:
+    """Why kernels cannot run here, empty where they can. On a GPU a small kernel is run, once."""
+    if support.name == "none":
+        return support.reason
+    return launch_fault() if support.name == "gpu" else ""
 
 
 def missing_kernels(name: str) -> str:

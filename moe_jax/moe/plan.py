@@ -86,6 +86,11 @@ def make_plan(
     return _plan_in_xla(experts, num_experts, capacity, rows, most)
 
 
+def plan_by_kernels(experts: Int[Array, "T K"], num_experts: int) -> Plan:
+    """make_plan by the kernels, under a name for benchmarks of layers that share it."""
+    return make_plan(experts, num_experts, kernels=True)
+
+
 def _plan_in_xla(
     experts: Int[Array, "T K"], num_experts: int, capacity: int | None, rows: int, most: int
 ) -> Plan:

@@ -10,7 +10,7 @@ results are never read and have weight 0 in the gradients, so no mask touches th
 The backward pass keeps x, the pre-activation z of the batched product, and the routing. The output
 of the second product is not kept. With dA' = dO down^T, the gradient of the gate's weight is the
 row sum of dA' · A, as in SonicMoE (arXiv:2512.14080), where A is recomputed from z. The loop keeps
-nothing and recomputes its z.
+nothing and recomputes its z. In 16 bits it adds in float32.
 
 Why this design: rates as fractions of the rate of a batched GEMM of the same FLOPs, at T=2048,
 D=512, F=256, E=64, K=6 in float32 on two cores. A line gives forward, then forward + backward.
@@ -45,6 +45,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.moe.experts import swiglu
+from moe_jax.moe.gradients import Gradients, Totals, add_to_matrices, pull_rows
 from moe_jax.moe.plan import Plan
 from moe_jax.moe.precision import NONE, Rounding
 
@@ -153,36 +154,6 @@ def _save(
     return out, (x, z, weights, gate_up, down, plan)
 
 
-class Gradients(NamedTuple):
-    """The gradients of a set of rows, and of the matrices that they were multiplied by."""
-
-    x: Float[Array, "*rows D"]
-    weight: Float[Array, "*rows"]
-    gate_up: Float[Array, "*experts D twoF"]
-    down: Float[Array, "*experts F D"]
-
-
-def _pull(
-    x_t: Array, z: Array, d_out: Array, weight: Array, gate_up: Array, down: Array
-) -> Gradients:
-    """The gradients of weight · (swiglu(z) down), where z = x gate_up, from the cotangent d_out.
-
-    x_t is x transposed. Leading axes are those of the batch [E, C, …], or none in a turn [n, …].
-    """
-    weight = weight[..., None].astype(z.dtype)
-    d_hidden = jnp.einsum("...cd,...fd->...cf", d_out, down)
-    hidden, pull = jax.vjp(swiglu, z)
-    (dz,) = pull(weight * d_hidden)
-    # The weight's gradient, d_out · y with y = hidden down, equals d_hidden · hidden. So y need not
-    # be kept.
-    return Gradients(
-        x=jnp.einsum("...cf,...df->...cd", dz, gate_up),
-        weight=jnp.sum(d_hidden * hidden, axis=-1, dtype=jnp.float32),
-        gate_up=x_t @ dz,
-        down=jnp.einsum("...cf,...cd->...fd", weight * hidden, d_out),
-    )
-
-
 def _backward(
     rounding: Rounding,
     saved: tuple[Array, Array | None, Array, Array, Array, Plan],
@@ -200,27 +171,33 @@ def _backward(
         rows = _batch_rows(plan, weights, share)
         # The barrier keeps XLA from folding the transposition into the product, which is slower.
         x_t = lax.optimization_barrier(_take(x, rows.source).mT)
-        d = _pull(x_t, z, _take(d_out, rows.source), rows.weight, gate_up, down)
+        d = pull_rows(x_t, z, _take(d_out, rows.source), rows.weight, gate_up, down)
         slots = _slots(plan, share)
         dx = _sum_slots(d.x, slots, slots.inside.astype(jnp.float32))
         d_weight = jnp.where(slots.inside, _take(d.weight.reshape(-1), slots.index), 0.0)
         sums = d._replace(x=dx, weight=d_weight.reshape(-1))
 
-    def turn(expert: Array, rows: Rows, sums: Gradients) -> Gradients:
+    def turn(expert: Array, rows: Rows, totals: Totals) -> Totals:
         x_rows = _take(x, rows.source)
         up = gate_up[expert]
         d_rows = _take(d_out, rows.source)
         z = (rounding.rows(x_rows) @ rounding.matrices(up[None], 2)[0]).astype(x.dtype)
-        d = _pull(x_rows.T, z, d_rows, rows.weight, up, down[expert])
+        d = pull_rows(x_rows.T, z, d_rows, rows.weight, up, down[expert], sums_in=jnp.float32)
+        totals = add_to_matrices(totals, expert, d)
+        sums = totals.sums
         # Rows that are not the expert's own are out of range, and dropped.
-        return Gradients(
-            x=sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
-            weight=sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
-            gate_up=sums.gate_up.at[expert].add(d.gate_up),
-            down=sums.down.at[expert].add(d.down),
+        return totals._replace(
+            sums=sums._replace(
+                x=sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
+                weight=sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
+            )
         )
 
-    sums = _loop(plan, weights, share, turn, sums)
+    # No expert has the number -1: the first turn begins with the batch's gradient. Like the arrays
+    # that they are made from, these differ from device to device inside shard_map.
+    zeros = [jnp.zeros_like(matrix[0], jnp.float32) for matrix in (gate_up, down)]
+    totals = Totals(sums, jnp.full_like(plan.counts[0], -1), *zeros)
+    sums = _loop(plan, weights, share, turn, totals).sums
     d_weights = sums.weight.reshape(weights.shape).astype(weights.dtype)
     return sums.x.astype(x.dtype), d_weights, sums.gate_up, sums.down, None
 

@@ -14,7 +14,7 @@ from moe_jax.config import ModelConfig, TrainConfig, from_dict, settings_that_mu
 from moe_jax.config.learning import not_trained
 from moe_jax.model.attention import check_attention
 from moe_jax.model.dtype import compute_dtype
-from moe_jax.moe.implementation import implementation, missing_kernels
+from moe_jax.moe.implementation import implementation, missing_kernels, obstacle
 from moe_jax.train.activations import evaluation_bytes, training_bytes
 from moe_jax.train.checkpoint import Extra
 from moe_jax.train.engine import Engine
@@ -75,25 +75,23 @@ def check_kernels(config: TrainConfig) -> None:
     One named explicitly is never replaced. FP8 is emulated on a GPU only if xla was named.
     """
     moe = config.model.moe
-    support = triton_support()
-    if moe.implementation == "triton" and support.name == "none":
-        raise UserError(
-            f"model.moe.implementation triton cannot run: {support.reason}; use auto or xla"
-        )
+    named = moe.implementation == "triton"
+    if named and (problem := obstacle(triton_support())):
+        raise UserError(f"model.moe.implementation triton cannot run: {problem}; use auto or xla")
     if moe.implementation == "triton_async":
         check_async(config.model)
+    chosen = implementation(moe.implementation, moe.precision)  # it says where `auto` falls back
     if hint := missing_kernels(moe.implementation):
         say(hint)
     if moe.precision != "fp8":
         return
-    fp8 = fp8_support()
     on_gpu = moe.implementation == "auto" and jax.default_backend() == "gpu"
-    if fp8.name == "none" and (moe.implementation == "triton" or on_gpu):
+    if (named or on_gpu) and (problem := obstacle(fp8_support())):
         raise UserError(
-            f"model.moe.precision fp8 cannot run: {fp8.reason}; use precision compute, or "
+            f"model.moe.precision fp8 cannot run: {problem}; use precision compute, or "
             "implementation xla, which emulates it"
         )
-    if implementation(moe.implementation, moe.precision) == "xla":
+    if chosen == "xla":
         say("FP8 products are emulated in float32 here: their numerics, not their speed")
 
 

@@ -8,28 +8,7 @@ from pathlib import Path
 import pytest
 from moe_kernels.launch import assembler
 
-LAYER = """
-import sys
-import jax, jax.numpy as jnp
-from moe_kernels.experts import mixture
-from moe_kernels.gate import GateConfig, gate
-from moe_kernels.launch import lowering_for
-from moe_kernels.schedule import schedule
-
-def layer(logits, x, gate_up, down):
-    chosen = gate(logits, None, GateConfig(2, "softmax"))
-    plan = schedule(chosen.experts, 4, 16)
-    return mixture(x, chosen.weights, gate_up, down, plan).sum()
-
-bf16 = jnp.bfloat16
-shapes = [((64, 4), jnp.float32), ((64, 64), bf16), ((4, 64, 64), bf16), ((4, 32, 64), bf16)]
-arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-for arch in map(int, sys.argv[1:]):
-    jax.clear_caches()  # the architecture is no argument of what is traced
-    with lowering_for(arch):
-        step = jax.jit(jax.grad(layer, argnums=(0, 1, 2, 3))).trace(*arrays)
-        step.lower(lowering_platforms=("cuda",))
-"""
+LAYER = Path(__file__).with_name("lower_layer.py")
 
 
 def fake(folder, release):
@@ -58,6 +37,24 @@ def test_the_oldest_assembler_decides(monkeypatch, tmp_path):
     assert os.environ["TRITON_PTXAS_BLACKWELL_PATH"] == "the user's"
 
 
+def test_triton_keeps_an_assembler_that_is_as_old(monkeypatch, tmp_path):
+    own = {"ptxas": fake(tmp_path, "12.8"), "ptxas-blackwell": fake(tmp_path, "13.4")}
+    other = fake(tmp_path, "13.0")
+    monkeypatch.setattr(assembler, "candidates", lambda: iter([other]))
+    monkeypatch.setattr(assembler, "bundled", own.__getitem__)
+    for variable in assembler.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    assembler.choose_assembler()
+    # PTX for 12.8 is taken by 13.0 and by everything between. PTX for 13.4 is not.
+    assert "TRITON_PTXAS_PATH" not in os.environ
+    assert os.environ.pop("TRITON_PTXAS_BLACKWELL_PATH") == str(other)
+
+
+def test_tritons_own_assemblers_are_found():
+    pytest.importorskip("triton")
+    assert assembler.release_of(assembler.bundled("ptxas")) is not None
+
+
 def test_without_an_assembler_triton_keeps_its_own(monkeypatch):
     monkeypatch.setattr(assembler, "candidates", lambda: iter([]))
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
@@ -73,19 +70,18 @@ def test_an_older_assembler_takes_the_ptx_of_a_layer(tmp_path):
     drop = ("TRITON_INTERPRET", *assembler.VARIABLES)
     environment = {k: v for k, v in os.environ.items() if k not in drop}
     environment |= {"JAX_TRITON_DUMP_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "c")}
-    command = [sys.executable, "-c", LAYER, "80", "89", "90", "100"]
+    command = [sys.executable, LAYER, "80", "89", "90", "100"]
     subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    sources = list(Path(tmp_path).rglob("*.ptx"))
+    assert assembled(tmp_path, oldest.path) == {"sm_80", "sm_89", "sm_90a", "sm_100a"}
+
+
+def assembled(folder, ptxas):
+    """The architectures of all PTX below a folder, which the assembler must take."""
     targets = set()
-    for source in sources:
+    for source in folder.rglob("*.ptx"):
         target = source.read_text().split(".target ")[1].split()[0].strip(",")
         targets.add(target)
-        output = ["-o", tmp_path / "kernel.cubin"]
-        done = subprocess.run(
-            [oldest.path, f"--gpu-name={target}", source, *output],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [ptxas, f"--gpu-name={target}", source, "-o", folder / "kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    assert targets == {"sm_80", "sm_89", "sm_90a", "sm_100a"}
+    return targets

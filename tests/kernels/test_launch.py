@@ -1,6 +1,7 @@
 """Where kernels can run, and the reason where they cannot."""
 
 import importlib.util
+import re
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,7 @@ import moe_kernels.bench.__main__ as bench
 import moe_kernels.soak.__main__ as soak
 import numpy as np
 import pytest
-from moe_kernels.launch import capability, lowering_for, triton_support
+from moe_kernels.launch import capability, launch_fault, lowering_for, probe, triton_support
 from moe_kernels.quantise import quantise_rows
 
 
@@ -59,6 +60,39 @@ def test_a_gpu_of_another_maker_has_no_support(monkeypatch):
     on_gpu(monkeypatch, "gfx942")
     assert triton_support() == ("none", "card (gfx942) is not an NVIDIA GPU")
     assert capability() == 90
+
+
+def test_a_small_kernel_shows_whether_the_way_to_the_device_holds(monkeypatch):
+    # Inside a trace as well, where `auto` asks: it is run there, and not traced.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    faults = []
+
+    def traced(x):
+        faults.append(launch_fault.__wrapped__())
+        return x
+
+    jax.jit(traced)(1.0)
+    assert faults == [""]
+
+
+@pytest.mark.parametrize(
+    ("result", "fault"),
+    [
+        (
+            RuntimeError("Unsupported .version 9.4"),
+            r"fails: RuntimeError: Unsupported .* \(ptxas: ",
+        ),
+        (jnp.zeros((64, 64)), "gives wrong numbers"),
+    ],
+)
+def test_a_small_kernel_that_fails_gives_the_reason_and_the_assemblers(monkeypatch, result, fault):
+    def product(a, b):
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(probe, "probe_product", product)
+    assert re.search(fault, launch_fault.__wrapped__())
 
 
 def test_lowering_for_a_card_that_is_too_old():

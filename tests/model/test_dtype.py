@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moe_jax.base.errors import UserError
 from moe_jax.config import ModelConfig
 from moe_jax.config.presets import PRESETS
 from moe_jax.model.attention.cudnn import obstacle
@@ -21,14 +22,16 @@ NVIDIA = SimpleNamespace(platform_version="PJRT C API cuda 13000")
 AMD = SimpleNamespace(platform_version="PJRT C API rocm 70000")
 
 
-def on(monkeypatch, backend, client=None, capability=None, installed=True):
-    """Makes JAX report such a device. `installed`: whether the kernels' packages are there."""
+def on(monkeypatch, backend, client=None, capability=None, installed=True, fault=""):
+    """Makes JAX report such a device. `installed`: whether the kernels' packages are there.
+    `fault`: why a small kernel fails on it."""
     device = SimpleNamespace(device_kind="card", client=client, compute_capability=capability)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     spec = object() if installed else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr("moe_jax.moe.implementation.launch_fault", lambda: fault)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,24 @@ def test_a_gpu_without_the_packages_is_told_what_to_install(monkeypatch, capsys,
     assert missing_kernels("auto") == ""  # the packages would not help
     on(monkeypatch, "cpu", installed=False)
     assert missing_kernels("auto") == ""
+
+
+def test_a_gpu_on_which_kernels_fail_takes_xlas_path_and_says_why_once(
+    monkeypatch, capsys, small_run
+):
+    fault = "a small Triton kernel fails: XlaRuntimeError: Unsupported .version 9.4 (ptxas: 12.8)"
+    on(monkeypatch, "gpu", NVIDIA, "9.0", fault=fault)
+    assert implementation("auto") == "xla"
+    checks.check_kernels(small_run)
+    assert implementation("auto", "fp8") == "xla"
+    said = capsys.readouterr()
+    assert (said.out + said.err).count(f"experts run on XLA's path: {fault}") == 1
+    assert implementation("triton") == "triton"  # a name is never replaced
+    # A choice by name, and FP8, which is not emulated on a GPU unasked, are refused in one line.
+    for change in ({"implementation": "triton"}, {"precision": "fp8"}):
+        moe = replace(small_run.model.moe, **change)
+        with pytest.raises(UserError, match=r"cannot run: a small Triton kernel fails: .* 9\.4"):
+            checks.check_kernels(replace(small_run, model=replace(small_run.model, moe=moe)))
 
 
 def test_a_run_keeps_the_type_that_it_began_with(monkeypatch, tmp_path, small_model):

@@ -98,6 +98,7 @@ def on_a_gpu(monkeypatch, capability):
     reason = f"compute capability {capability} has no FP8 matrix units"
     for module in (checks, moe_implementation):
         monkeypatch.setattr(module, "triton_support", lambda: support)
+        monkeypatch.setattr("moe_jax.moe.implementation.launch_fault", lambda: "")
         fp8 = support if capability >= 8.9 else Support("none", reason)
         monkeypatch.setattr(module, "fp8_support", lambda fp8=fp8: fp8)
 

@@ -92,6 +92,50 @@ def test_bfloat16_is_the_reference_but_for_rounding():
         assert (error / scale).max() < 5e-2, key
 
 
+def test_an_expert_of_many_turns_is_not_rounded_in_each_of_them():
+    """12,000 rows of one expert in bfloat16, in about 47 turns. Rounded after each turn, the errors
+    of both matrices' gradients were 0.0100. With float32 sums they are 0.0069 and 0.0061."""
+    experts = np.full((4000, K), 4, np.int32)
+    expected = results(reference.mixture, experts, dtype=jnp.float32)
+    found = results(xla.mixture, experts, dtype=jnp.bfloat16)
+    for key in ("gate_up", "down"):
+        wanted = np.asarray(expected[key], np.float64)
+        error = np.asarray(found[key], np.float64) - wanted
+        assert np.sqrt((error**2).mean() / (wanted**2).mean()) < 0.008, key
+        assert found[key].dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+def test_the_loop_in_16_bits_on_two_devices():
+    """Inside shard_map each device has turns of its own, and its part of the gradients."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    experts = jnp.full((200, K), 4, jnp.int32)
+    arrays = draw((200, D), 1), draw((E, D, 2 * F), 3), draw((E, F, D), 4)
+    weights = draw((200, K), 2)
+
+    def layer(x, gate_up, down, weights, experts):
+        return xla.mixture(x, weights, gate_up, down, make_plan(experts, E))
+
+    def local(x, gate_up, down, *rest):
+        own = [jax.lax.pcast(a, "data", to="varying") for a in (gate_up, down)]
+        return layer(x, *own, *rest)
+
+    rows = jax.P("data")
+    specs = (rows, jax.P(), jax.P(), rows, rows)
+    spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows)
+    gradients = {}
+    for name, function in {"one": layer, "two": spread}.items():
+        loss = partial(lambda function, *a: function(*a, weights, experts).sum(), function)
+        given = [a.astype(jnp.bfloat16) for a in arrays]
+        gradients[name] = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
+    for one, two in zip(gradients["one"], gradients["two"], strict=True):
+        wanted = np.asarray(one, np.float32)
+        # Two sums of half the rows are rounded to 8 bits and added.
+        np.testing.assert_allclose(
+            np.asarray(two, np.float32), wanted, atol=2**-7 * np.abs(wanted).max()
+        )
+
+
 def test_bitwise_the_same_from_run_to_run():
     experts = ROUTES["half of all rows on one expert"]
     first, second = results(xla.mixture, experts), results(xla.mixture, experts)

@@ -47,6 +47,11 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     return {"kernel": kernel, "config": config, "arch": arch} | _measure(compiled, arch)
 
 
+def ptx_version(launch: Launch, arch: int) -> str:
+    """The version that Triton stamps on the PTX of a launch, such as "8.7"."""
+    return re.findall(r"\.version (\S+)", _compile(launch, arch).asm["ptx"])[0]
+
+
 def _compile_gluon(launch: Launch, arch: int) -> Any:
     arrays = (*launch.inputs, *launch.outputs)
     warps = launch.tuning.warps

@@ -1,15 +1,23 @@
-"""Rows of the benchmark: large batches against a plain GEMM, and decoding against reading."""
+"""Rows of the benchmark: layers and launches against a plain GEMM, decoding against reading."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_kernels.bench.launches import Work, all_work
 from moe_kernels.bench.peers import RAGGED, Peers
-from moe_kernels.bench.programs import gemm_calls, layer_calls
+from moe_kernels.bench.programs import (
+    KINDS,
+    Call,
+    Program,
+    gemm_calls,
+    layer_calls,
+    plain_gemm,
+    runnable,
+)
 from moe_kernels.bench.shapes import Shape, make_inputs
 from moe_kernels.timing import paired, ratio
 
@@ -22,14 +30,28 @@ COPIED_BYTES = 1 << 28
 
 
 def measure_layers(
-    name: str, shape: Shape, dtype: str, peers: Peers, *, rounds: int, size: int = GEMM
+    name: str,
+    shape: Shape,
+    dtype: str,
+    peers: Peers,
+    *,
+    rounds: int,
+    size: int = GEMM,
+    forward_only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A row: milliseconds, TFLOP/s, the fraction of the plain GEMM's rate, and allocated bytes."""
+    """A row: milliseconds, TFLOP/s, the fraction of the plain GEMM's rate, and allocated bytes.
+
+    The layers of `forward_only` have no backward pass in it. Raises RuntimeError where not even the
+    plain GEMM runs.
+    """
     inputs = make_inputs(shape, dtype)
-    calls = gemm_calls(inputs, peers, size) | layer_calls(inputs, peers, list(peers.layers))
+    calls = gemm_calls(inputs, peers, size)
+    for layer in peers.layers:
+        kinds = ("forward",) if layer in forward_only else KINDS
+        calls |= layer_calls(inputs, peers, [layer], kinds)
     seconds = paired(calls, rounds)
     gemm_flops = 2.0 * size**3
-    gemm = np.asarray(seconds["plain gemm"])
+    gemm = plain_gemm_seconds(seconds)
 
     def entry(times: Sequence[float], flops: float, allocated: int | None) -> dict[str, Any]:
         median = float(np.median(times))
@@ -56,25 +78,78 @@ def measure_layers(
     return {"name": name, "dtype": dtype, **shape._asdict(), "calls": entries}
 
 
+def plain_gemm_seconds(seconds: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """Seconds of the limit by round. Raises RuntimeError where it did not run."""
+    if "plain gemm" not in seconds:
+        raise RuntimeError("the plain GEMM, with which all is compared, did not run")
+    return np.asarray(seconds["plain gemm"])
+
+
+def measure_launches(
+    name: str, shape: Shape, dtype: str, peers: Peers, *, rounds: int, size: int = GEMM
+) -> dict[str, Any]:
+    """A row: each launch of a training step by itself, beside the plain GEMM and a plain copy.
+
+    A product has TFLOP/s and the fraction of the GEMM's rate. Another launch has bytes per second
+    and the fraction of the copy's rate, both from the least that it has to read and write.
+    """
+    work = all_work(shape, dtype, peers)
+    makers = {
+        "plain gemm": partial(plain_gemm, size, dtype),
+        "copy": copy_call,
+        **{launch: partial(Program, w.function, w.arrays) for launch, w in work.items()},
+    }
+    calls = {launch: call for launch, make in makers.items() if (call := runnable(launch, make))}
+    seconds = paired(calls, rounds)
+    gemm = plain_gemm_seconds(seconds) / (2.0 * size**3)
+    copy = np.asarray(seconds["copy"]) / (2.0 * COPIED_BYTES) if "copy" in seconds else None
+    entries: dict[str, Any] = {}
+    for launch, times in seconds.items():
+        median = float(np.median(times))
+        entry: dict[str, Any] = {"microseconds": 1e6 * median}
+        if flops := 2.0 * size**3 if launch == "plain gemm" else _flops(work, launch):
+            entry["teraflops"] = flops / median / 1e12
+            entry["of_gemm"] = ratio(times, list(gemm * flops))
+        elif copy is not None:
+            moved = 2.0 * COPIED_BYTES if launch == "copy" else work[launch].bytes
+            entry["gigabytes_per_second"] = moved / median / 1e9
+            entry["of_copy"] = ratio(times, list(copy * moved))
+        entries[launch] = entry
+    return {"name": name, "dtype": dtype, **shape._asdict(), "calls": entries}
+
+
+def _flops(work: Mapping[str, Work], launch: str) -> float:
+    return work[launch].flops if launch in work else 0.0
+
+
+def copy_call() -> Call:
+    """A negation, which reads and writes every byte once."""
+    return Program(jnp.negative, (jnp.ones(COPIED_BYTES, jnp.int8),))
+
+
 def measure_decoding(
-    name: str, shape: Shape, dtype: str, peers: Peers, *, rounds: int
+    name: str,
+    shape: Shape,
+    dtype: str,
+    peers: Peers,
+    *,
+    rounds: int,
+    tokens: Sequence[int] = DECODING,
 ) -> dict[str, Any]:
     """A row: microseconds of few tokens, and the fraction of the time that reading takes.
 
     Reading is of the experts that are used, at the rate at which the same device copies. Layers by
     ragged_dot are left out: they compute every expert.
     """
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Call] = {}
     used = {}
     names = [layer for layer in peers.layers if layer not in RAGGED]
-    for tokens in DECODING:
-        inputs = make_inputs(shape._replace(tokens=tokens), dtype)
-        used[tokens] = len(np.unique(np.asarray(inputs.experts)))
-        for call, run in layer_calls(inputs, peers, names).items():
-            if call.endswith("forward"):
-                calls[f"{call} T={tokens}"] = run
-    # A negation reads and writes every byte once.
-    calls["copy"] = partial(jax.jit(jnp.negative), jnp.ones(COPIED_BYTES, jnp.int8))
+    for count in tokens:
+        inputs = make_inputs(shape._replace(tokens=count), dtype)
+        used[count] = len(np.unique(np.asarray(inputs.experts)))
+        for call, run in layer_calls(inputs, peers, names, ("forward",)).items():
+            calls[f"{call} T={count}"] = run
+    calls["copy"] = copy_call()
     seconds = {call: float(np.median(times)) for call, times in paired(calls, rounds).items()}
     rate = 2 * COPIED_BYTES / seconds.pop("copy")
     bytes_per_expert = 3 * shape.width * shape.hidden * jnp.dtype(dtype).itemsize

@@ -146,6 +146,11 @@ def tiles(operation: str, dtype: jnp.dtype, block_rows: int) -> Tiles:
 
 
 def matrix_gradient_tiles(dtype: jnp.dtype, columns: int) -> tuple[int, Tiles]:
-    """The entry of MATRIX_GRADIENT, half as wide for a matrix that would not fill a tile."""
+    """The entry of MATRIX_GRADIENT, half as wide for a matrix that would not fill a tile.
+
+    `using` replaces its columns, depth and tuning under the name "matrix gradient".
+    """
     rows, entry = MATRIX_GRADIENT[jnp.dtype(dtype).itemsize]
+    if chosen := (_override.get() or {}).get("matrix gradient"):
+        return rows, chosen
     return rows, entry if columns >= entry.bn else entry._replace(bn=entry.bn // 2)

@@ -7,6 +7,7 @@ from moe_kernels.launch.asynchronous import (
     require_async,
 )
 from moe_kernels.launch.call import Launch, Tuning, launch, next_power_of_two, recording
+from moe_kernels.launch.probe import launch_fault
 from moe_kernels.launch.support import (
     FP8_CAPABILITY,
     MINIMUM_CAPABILITY,
@@ -43,6 +44,7 @@ __all__ = [
     "has_small_memory",
     "interpreting",
     "launch",
+    "launch_fault",
     "lowering_for",
     "missing_package",
     "multiprocessors",

@@ -2,9 +2,10 @@
 
 Triton brings a ptxas of its own and stamps PTX with the version of that one. jaxlib assembles the
 PTX with another ptxas. An assembler takes PTX of its own version or an older one, and refuses newer
-PTX. So Triton is pointed to the oldest assembler that jaxlib may find.
+PTX. So Triton is pointed to the oldest assembler that jaxlib may find, unless its own is older.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -15,8 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
-"""Triton reads the first below compute capability 9.0 and the second from there."""
+VARIABLES = {"TRITON_PTXAS_PATH": "ptxas", "TRITON_PTXAS_BLACKWELL_PATH": "ptxas-blackwell"}
+"""Triton's variables, and the programs in its package that they replace. Which of the two it takes
+depends on the compute capability and on its version."""
 PACKAGES = ("nvidia/cu13/bin/ptxas", "nvidia/cuda_nvcc/bin/ptxas")
 """Where the packages of CUDA 13 and CUDA 12 have it, below a folder of Python's path."""
 
@@ -31,13 +33,23 @@ class Assembler(NamedTuple):
 def choose_assembler() -> None:
     """Points Triton to the oldest ptxas, once, before its first compilation.
 
-    A variable that the user has set stays. Where no ptxas is found besides Triton's, jaxlib has one
-    built in or fails by itself.
+    A variable that the user has set stays, and so does a ptxas of Triton's that is as old. Where
+    none is found besides Triton's, jaxlib has one built in or fails by itself.
     """
     oldest = oldest_assembler()
-    if oldest is not None:
-        for variable in VARIABLES:
+    if oldest is None:
+        return
+    for variable, program in VARIABLES.items():
+        own = release_of(bundled(program))
+        if own is None or oldest.release < own:
             os.environ.setdefault(variable, str(oldest.path))
+
+
+def bundled(program: str) -> Path:
+    """A program in Triton's own package, which may lack it."""
+    package = importlib.util.find_spec("triton")
+    folder = Path(package.origin).parent if package and package.origin else Path()
+    return folder / "backends/nvidia/bin" / program
 
 
 @cache

@@ -49,7 +49,7 @@ def async_support() -> Support:
         return support
     if capability() not in ASYNC_CAPABILITIES:
         return Support("none", f"compute capability {capability() / 10} is neither 9.0 nor 10.0")
-    problem = _old_triton() or _old_jaxlib()
+    problem = old_triton() or _old_jaxlib()
     return Support("none", problem) if problem else support
 
 
@@ -62,7 +62,8 @@ def require_async() -> None:
         )
 
 
-def _old_triton() -> str:
+def old_triton() -> str:
+    """Why Triton cannot compile them, empty where it can."""
     found = importlib.metadata.version("triton")
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) >= TRITON:
         return ""

@@ -25,8 +25,13 @@ def shrink(case: Case) -> Case:
     return case
 
 
-def soak(minutes: float, seed: int, largest: int) -> tuple[int, list[dict[str, str]]]:
-    """(cases run, failures). Each failure is printed as it happens."""
+def soak(
+    minutes: float, seed: int, largest: int, shrinking: bool = True
+) -> tuple[int, list[dict[str, str]]]:
+    """(cases run, failures). Each failure is printed as it happens.
+
+    Without `shrinking` a failure is given as it is: its reduction may outlast the minutes.
+    """
     random = np.random.default_rng(seed)
     failures: list[dict[str, str]] = []
     cases = 0
@@ -36,7 +41,8 @@ def soak(minutes: float, seed: int, largest: int) -> tuple[int, list[dict[str, s
         fault = attempt(case)
         cases += 1
         if fault:
-            line = f'python -m moe_kernels.soak --case "{shrink(case)}"'
+            least = shrink(case) if shrinking else case
+            line = f'python -m moe_kernels.soak --case "{least}"'
             failures.append({"fault": fault, "case": str(case), "reproduction": line})
             print(f"FAILED {fault}\n  {case}\n  {line}", flush=True)
         elif cases % 20 == 0:

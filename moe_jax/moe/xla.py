@@ -46,7 +46,7 @@ from jaxtyping import Bool, Float, Int
 
 from moe_jax.moe.experts import swiglu
 from moe_jax.moe.plan import Plan
-from moe_jax.moe.precision import NONE, Rounding
+from moe_jax.moe.precision import NONE, Rounding, wide
 
 State = TypeVar("State")
 
@@ -124,7 +124,7 @@ def _forward(
     """(out, z of the batch [E, C, 2F], or None where there is no batch)"""
     share = _share(plan)
     dtype = x.dtype
-    out = jnp.zeros_like(x, jnp.float32)
+    out = jnp.zeros_like(x, wide(dtype))
     z = None
     x = rounding.rows(x)
     gate_up = rounding.matrices(gate_up, 2)
@@ -139,7 +139,7 @@ def _forward(
     def turn(expert: Array, rows: Rows, out: Array) -> Array:
         hidden = swiglu(_take(x, rows.source) @ gate_up[expert])
         y = (rounding.rows(hidden) @ down[expert]).astype(dtype)
-        weighted = rows.weight[:, None] * y.astype(jnp.float32)
+        weighted = rows.weight[:, None] * y.astype(wide(dtype))
         return out.at[rows.token].add(weighted, mode="drop")
 
     out = _loop(plan, weights, share, turn, out)
@@ -177,7 +177,7 @@ def _pull(
     # be kept.
     return Gradients(
         x=jnp.einsum("...cf,...df->...cd", dz, gate_up),
-        weight=jnp.sum(d_hidden * hidden, axis=-1, dtype=jnp.float32),
+        weight=jnp.sum(d_hidden * hidden, axis=-1, dtype=wide(z.dtype)),
         gate_up=x_t @ dz,
         down=jnp.einsum("...cf,...cd->...fd", weight * hidden, d_out),
     )
@@ -191,8 +191,8 @@ def _backward(
     x, z, weights, gate_up, down, plan = saved
     share = _share(plan)
     sums = Gradients(
-        x=jnp.zeros_like(x, jnp.float32),
-        weight=jnp.zeros_like(weights, jnp.float32).reshape(-1),
+        x=jnp.zeros_like(x, wide(x.dtype)),
+        weight=jnp.zeros_like(weights, wide(x.dtype)).reshape(-1),
         gate_up=jnp.zeros_like(gate_up),
         down=jnp.zeros_like(down),
     )
@@ -202,7 +202,7 @@ def _backward(
         x_t = lax.optimization_barrier(_take(x, rows.source).mT)
         d = _pull(x_t, z, _take(d_out, rows.source), rows.weight, gate_up, down)
         slots = _slots(plan, share)
-        dx = _sum_slots(d.x, slots, slots.inside.astype(jnp.float32))
+        dx = _sum_slots(d.x, slots, slots.inside.astype(wide(x.dtype)))
         d_weight = jnp.where(slots.inside, _take(d.weight.reshape(-1), slots.index), 0.0)
         sums = d._replace(x=dx, weight=d_weight.reshape(-1))
 
@@ -214,7 +214,7 @@ def _backward(
         d = _pull(x_rows.T, z, d_rows, rows.weight, up, down[expert])
         # Rows that are not the expert's own are out of range, and dropped.
         return Gradients(
-            x=sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
+            x=sums.x.at[rows.token].add(d.x.astype(wide(x.dtype)), mode="drop"),
             weight=sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
             gate_up=sums.gate_up.at[expert].add(d.gate_up),
             down=sums.down.at[expert].add(d.down),
@@ -229,8 +229,8 @@ _mixture.defvjp(_save, _backward)
 
 
 def _share(plan: Plan) -> int:
-    """batch_share, from shapes alone."""
-    return batch_share(plan.most, plan.counts.size, plan.row.shape[0])
+    """batch_share of the rows that a balanced router gives."""
+    return batch_share(plan.expected, plan.counts.size, plan.row.shape[0])
 
 
 def _take(table: Array, index: Array) -> Array:
@@ -271,9 +271,9 @@ def _sum_slots(rows: Array, slots: Slots, weights: Array) -> Array:
     # XLA:CPU vectorises a chain of gathers along D, and not a sum over a gathered K (0.9 ms against
     # 2.7 ms).
     flat = rows.reshape(-1, rows.shape[-1])
-    out = jnp.zeros((len(weights), rows.shape[-1]), jnp.float32)
+    out = jnp.zeros((len(weights), rows.shape[-1]), wide(rows.dtype))
     for k in range(weights.shape[1]):
-        out += weights[:, k, None] * _take(flat, slots.index[:, k]).astype(jnp.float32)
+        out += weights[:, k, None] * _take(flat, slots.index[:, k]).astype(out.dtype)
     return out
 
 

@@ -66,6 +66,7 @@ def test_a_continued_run_may_change_what_does_not_touch_the_training():
         *("out", "samples", "evaluate_every", "data.cache", "distill.teacher"),
         *(f"checkpoint.{f.name}" for f in dataclasses.fields(CheckpointConfig)),
         *(f"placement.{f.name}" for f in dataclasses.fields(PlacementConfig) if f.name != "mode"),
+        *(name for name in fields(TrainConfig()) if name.startswith("parallel.")),
     }
 
 

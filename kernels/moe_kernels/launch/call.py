@@ -67,6 +67,7 @@ def launch(
     grid: Grid,
     tuning: Tuning,
     boxes: Boxes | None = None,
+    *,
     cost: Cost | None = None,
     **constants: Any,
 ) -> list[Array]:

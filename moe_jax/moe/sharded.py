@@ -15,7 +15,7 @@ from moe_jax.base.errors import require
 from moe_jax.config import MoEConfig
 from moe_jax.moe.expert_parallel import Experts, Sharding, expert_parallel
 from moe_jax.moe.hops import Assigned
-from moe_jax.moe.implementation import mixture_of, uses_kernels
+from moe_jax.moe.implementation import implementation, mixture_of, uses_kernels
 from moe_jax.moe.lanes import Matrices
 from moe_jax.moe.layer import Choice, Gate, Layer, RouterStats, choose, mix, moe_layer
 from moe_jax.moe.rules import RoutingContext
@@ -120,14 +120,14 @@ def _mix_exchanged(
     """(layer.mix with every expert on its own device of the expert axis, copies that waited)."""
     wide = sum_dtype(x.dtype, gradient)
     matrices = Matrices(*_gathered(experts, specs, wide, x.dtype, keep=(EXPERT,)))
-    kernels = uses_kernels(config)
+    reads_sources = implementation(config.implementation, config.precision) == "triton"
     sharding = Sharding(
         EXPERT,
         manual_axes()[EXPERT],
         exchange_in_force(),
         mixture_of(config),
-        kernels=kernels,
-        in_place=kernels and config.precision == "compute",
+        kernels=uses_kernels(config),
+        in_place=reads_sources and config.precision == "compute",
     )
     x, weights = _on_tensor_devices((x, choice.routing.weights))
     # The plan's experts and not the router's: it has dropped what is beyond a capacity.

@@ -11,6 +11,7 @@ from moe_jax.config.checkpoint import CheckpointConfig
 from moe_jax.config.codec import fields, from_dict, settings_that_must_match
 from moe_jax.config.data import DataConfig
 from moe_jax.config.distill import DistillConfig
+from moe_jax.config.exchange import ExchangeConfig
 from moe_jax.config.model import DType, ModelConfig
 from moe_jax.config.moe import MoEConfig
 from moe_jax.config.optim import OptimConfig
@@ -25,6 +26,7 @@ __all__ = [
     "DataConfig",
     "DecodePlacement",
     "DistillConfig",
+    "ExchangeConfig",
     "MoEConfig",
     "ModelConfig",
     "OnMiss",

@@ -24,13 +24,17 @@ class MoEConfig:
     gate: Literal["softmax", "sigmoid"] = "sigmoid"
     """How router logits become scores.
     `sigmoid` is DeepSeek-V3's, with a router bias that acts on the selection only."""
-    rule: Literal["top_k", "noisy_top_k", "expert_choice", "token_rounding", "hash"] = "top_k"
+    rule: Literal["top_k", "noisy_top_k", "expert_choice", "token_rounding", "hash", "balanced"] = (
+        "top_k"
+    )
     """How scores become choices (moe/rules.py).
     `noisy_top_k` adds learned noise to the router logits in training.
     `expert_choice`: experts choose tokens, so a token's route depends on later tokens.
     `token_rounding` rounds each expert's load to a multiple of rounding_tile in training.
     `hash` is a baseline without learning: a fixed hash of the token id chooses.
-    Its router is not trained, and balance losses change nothing."""
+    Its router is not trained, and balance losses change nothing.
+    `balanced` forces equal loads for benchmarks: experts in turn, whatever the scores.
+    The scores still give the weights."""
     allow_acausal: bool = False
     """Let rule=expert_choice train an autoregressive model.
     The model then sees which later tokens compete for its experts.
@@ -147,11 +151,12 @@ class MoEConfig:
             "future (set allow_acausal to train with it anyway)",
         )
         require(
-            self.rule not in ("expert_choice", "hash") or self.bias_rate == 0,
+            self.rule not in ("expert_choice", "hash", "balanced") or self.bias_rate == 0,
             f"{rule} uses no selection bias: set bias_rate={self.bias_rate} to 0",
         )
         require(
-            self.rule not in ("expert_choice", "hash") or self.groups_per_token == self.groups,
+            self.rule not in ("expert_choice", "hash", "balanced")
+            or self.groups_per_token == self.groups,
             f"{rule} knows no groups: set groups_per_token={self.groups_per_token} to "
             f"groups={self.groups}",
         )

@@ -1,11 +1,12 @@
 """Settings that spread a run over devices."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from moe_jax.base.errors import require
 from moe_jax.config.checks import known_choices, not_negative, positive
+from moe_jax.config.exchange import ExchangeConfig
 
 if TYPE_CHECKING:
     from moe_jax.config.train import TrainConfig
@@ -43,6 +44,9 @@ class ParallelConfig:
     fake_devices: int = 0
     """Run on the CPU as if it were this many devices. 0: use the devices that are there.
     For trying out a layout: it makes nothing faster."""
+
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    """How tokens reach experts on other devices of the axis `expert`."""
 
     def __post_init__(self) -> None:
         owner = "parallel"
@@ -108,6 +112,7 @@ def check_layout(config: "TrainConfig") -> None:
     model = config.model
     if model.moe_layers:
         _divides(parallel, "expert", "model.moe.experts", model.moe.experts)
+        parallel.exchange.check(model.moe.experts, parallel.expert)
         _divides(parallel, "tensor", "model.moe.expert_hidden", model.moe.expert_hidden)
     if model.dense_layers:
         _divides(parallel, "tensor", "model.dense_hidden", model.dense_hidden)

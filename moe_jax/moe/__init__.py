@@ -10,4 +10,6 @@ combine.py         5. weighted sum a token
 
 implementation.py  what runs steps 3 to 5: reference.py, xla.py, or Triton (moe_kernels)
 precision.py       operands rounded to FP8
+
+expert_parallel.py tokens to experts on other devices: hops.py, slots.py, lanes.py, wire.py
 """

@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from moe_jax.moe.plan import Plan
+from moe_jax.moe.precision import wide
 
 
 @jax.custom_vjp
@@ -21,7 +22,7 @@ def combine(
     # [T, K, D]. A dropped assignment has row R, out of range, which fills 0.
     gathered = jnp.take(rows, plan.row, axis=0, mode="fill", fill_value=0)
     out = jnp.einsum(
-        "tk,tkd->td", weights.astype(rows.dtype), gathered, preferred_element_type=jnp.float32
+        "tk,tkd->td", weights.astype(rows.dtype), gathered, preferred_element_type=wide(rows.dtype)
     )
     return out.astype(rows.dtype)
 
@@ -40,7 +41,7 @@ def _backward(saved: tuple[Array, Array, Plan], d_out: Array) -> tuple[Array, Ar
     d_rows = row_weight * jnp.take(d_out, plan.assignment // per_token, axis=0, mode="clip")
     gathered = jnp.take(rows, plan.row, axis=0, mode="fill", fill_value=0)
     d_weights = jnp.einsum(
-        "td,tkd->tk", d_out, gathered, preferred_element_type=jnp.float32
+        "td,tkd->tk", d_out, gathered, preferred_element_type=wide(rows.dtype)
     ).astype(weights.dtype)
     return d_rows.astype(rows.dtype), d_weights, None  # the plan is integers
 

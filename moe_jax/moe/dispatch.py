@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from moe_jax.moe.plan import Plan
+from moe_jax.moe.precision import wide
 
 
 @jax.custom_vjp
@@ -28,7 +29,7 @@ def _forward(x: Array, plan: Plan) -> tuple[Array, Plan]:
 
 def _backward(plan: Plan, d_rows: Array) -> tuple[Array, None]:
     gathered = jnp.take(d_rows, plan.row, axis=0, mode="fill", fill_value=0)  # [T, K, D]
-    return gathered.astype(jnp.float32).sum(axis=1).astype(d_rows.dtype), None
+    return gathered.astype(wide(d_rows.dtype)).sum(axis=1).astype(d_rows.dtype), None
 
 
 dispatch.defvjp(_forward, _backward)

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe_jax.moe.experts import swiglu
+from moe_jax.moe.precision import wide
 
 
 class Gradients(NamedTuple):
@@ -42,7 +43,7 @@ def pull_rows(
     # be kept.
     return Gradients(
         x=jnp.einsum("...cf,...df->...cd", dz, gate_up),
-        weight=jnp.sum(d_hidden * hidden, axis=-1, dtype=jnp.float32),
+        weight=jnp.sum(d_hidden * hidden, axis=-1, dtype=wide(z.dtype)),
         gate_up=jnp.matmul(x_t, dz, preferred_element_type=sums_in),
         down=jnp.einsum(
             "...cf,...cd->...fd", weight * hidden, d_out, preferred_element_type=sums_in
@@ -69,7 +70,7 @@ def add_to_matrices(totals: Totals, expert: Array, d: Gradients) -> Totals:
     turn, so an expert is rounded once in each loop, and not once a turn.
     """
     sums = totals.sums
-    if sums.gate_up.dtype == jnp.float32:
+    if sums.gate_up.dtype == wide(sums.gate_up.dtype):
         gate_up = sums.gate_up.at[expert].add(d.gate_up)
         return totals._replace(
             sums=sums._replace(gate_up=gate_up, down=sums.down.at[expert].add(d.down))
@@ -77,7 +78,7 @@ def add_to_matrices(totals: Totals, expert: Array, d: Gradients) -> Totals:
     same = expert == totals.expert
 
     def extended(sum_of_expert: Array, written: Array, turn: Array) -> Array:
-        before = jnp.where(same, sum_of_expert, written[expert].astype(jnp.float32))
+        before = jnp.where(same, sum_of_expert, written[expert].astype(sum_of_expert.dtype))
         return before + turn
 
     gate_up = extended(totals.gate_up, sums.gate_up, d.gate_up)

@@ -26,6 +26,8 @@ class RouterStats(NamedTuple):
     """balance.router_entropy."""
     loss: Float[Array, ""]
     """The weighted balance losses, to be added to the objective."""
+    waited: Int[Array, ""]
+    """Copies of tokens that did not fit the exchange's buffer and were sent in a further round."""
     experts: Int[Array, "B L K"] | None = None
     """Each token's experts, E for no expert. Objectives drop them, because the statistics of a step
     would keep them in memory."""
@@ -137,6 +139,7 @@ def router_stats(
         dropped=sum_over_batch(dropped),
         entropy=balance.router_entropy(scores, counted),
         loss=loss,
+        waited=jnp.zeros((), jnp.int32),
         experts=routing.experts.reshape(*shape, -1),
     )
 

@@ -43,6 +43,8 @@ class Plan:
     """Rows of a block."""
     most: int = dataclasses.field(metadata={"static": True})
     """The experts compute at most so many rows together: S, or E times the expert capacity."""
+    expected: int = dataclasses.field(metadata={"static": True})
+    """Rows that they compute together if the router is balanced. It decides sizes, not results."""
 
 
 def sort_with_index(keys: Int[Array, "S"], below: int) -> tuple[Int[Array, "S"], Int[Array, "S"]]:
@@ -67,23 +69,27 @@ def make_plan(
     num_experts: int,
     capacity: int | None = None,
     kernels: bool = False,
+    expected: int | None = None,
 ) -> Plan:
     """Sorts the assignments by expert, earlier tokens first, and lays out the blocks.
 
     An assignment to expert `num_experts` is to no expert and has no row. With a `capacity`, an
     expert keeps its first so many assignments, and its others have no row either. Without one,
     nothing is dropped. Inside a shard_map the tokens of earlier devices take their share of the
-    capacity first. With `kernels`, Triton kernels compute the same arrays.
+    capacity first. With `kernels`, Triton kernels compute the same arrays. `expected` is
+    Plan.expected, for callers many of whose assignments are to no expert.
     """
     assignments = experts.size
     most = assignments if capacity is None else min(assignments, num_experts * capacity)
-    rows = choose_block_rows(most, num_experts)
+    expected = most if expected is None else min(most, expected)
+    rows = choose_block_rows(expected, num_experts)
     # The kernels know no capacity that differs between experts.
     if kernels and (capacity is None or shared_by() == 1):
         blocks = block_count(most, num_experts, rows)
         scheduled = schedule(experts, num_experts, rows, blocks, capacity)
-        return Plan(**vars(scheduled), most=most)
-    return _plan_in_xla(experts, num_experts, capacity, rows, most)
+        return Plan(**vars(scheduled), most=most, expected=expected)
+    plan = _plan_in_xla(experts, num_experts, capacity, rows, most)
+    return dataclasses.replace(plan, expected=expected)
 
 
 def plan_by_kernels(experts: Int[Array, "T K"], num_experts: int) -> Plan:
@@ -143,4 +149,5 @@ def _plan_in_xla(
         block_expert=block_expert,
         block_rows=rows,
         most=most,
+        expected=most,
     )

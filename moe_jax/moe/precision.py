@@ -4,8 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 from moe_kernels.quantise.reference import round_matrices, round_rows
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of sums over numbers of this dtype: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 class Rounding(NamedTuple):

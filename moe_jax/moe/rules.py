@@ -113,12 +113,25 @@ def hash_tokens(
     return lax.top_k(word ^ (word >> 16), config.experts_per_token)[1]
 
 
+def balanced(
+    selection: Float[Array, "T E"], config: MoEConfig, context: RoutingContext
+) -> Int[Array, "T K"]:
+    """Expert (t + floor(k E / K)) mod E is the k-th of token t: perfect balance, for benchmarks.
+
+    A token's experts are spread over all devices. t counts one device's tokens.
+    """
+    number = config.experts_per_token
+    steps = jnp.arange(number) * config.experts // number
+    return (jnp.arange(len(selection))[:, None] + steps) % config.experts
+
+
 RULES: dict[str, Rule] = {
     "top_k": top_k,
     "noisy_top_k": top_k,
     "expert_choice": expert_choice,
     "token_rounding": token_rounding,
     "hash": hash_tokens,
+    "balanced": balanced,
 }
 """By `model.moe.rule`. Noisy top-k differs in its logits alone (route.add_noise)."""
 EXPERTS_CHOOSE = ("expert_choice", "token_rounding")

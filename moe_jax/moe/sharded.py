@@ -6,16 +6,30 @@ Exchange between devices lies above the mixture: no implementation of the expert
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from moe_jax.base.errors import require
 from moe_jax.config import MoEConfig
+from moe_jax.moe.expert_parallel import Experts, Sharding, expert_parallel
+from moe_jax.moe.hops import Assigned
+from moe_jax.moe.implementation import implementation, mixture_of, uses_kernels
+from moe_jax.moe.lanes import Matrices
 from moe_jax.moe.layer import Choice, Gate, Layer, RouterStats, choose, mix, moe_layer
 from moe_jax.moe.rules import RoutingContext
+from moe_jax.parallel.exchange import exchange_in_force
 from moe_jax.parallel.gather import gather, sum_dtype
-from moe_jax.parallel.mesh import TENSOR, axis_sizes, batch_axes, free_axes, manual_axes
+from moe_jax.parallel.mesh import (
+    EXPERT,
+    TENSOR,
+    axis_sizes,
+    batch_axes,
+    free_axes,
+    manual_axes,
+    sum_over_batch,
+)
 from moe_jax.parallel.rules import place
 
 GATE_UP = ("E", "D", "2F")
@@ -37,6 +51,7 @@ def over_data(
     """
     sizes = axis_sizes()
     rows = batch_axes()
+    exchange = exchange_in_force()
     if not rows and TENSOR not in sizes:
         out, choice = moe_layer(x, layer, config, context)
         return out, choice.stats
@@ -58,9 +73,11 @@ def over_data(
             gate = jax.tree.map(lambda a: lax.pcast(a, rows, to="varying"), gate)
         own = RoutingContext(tokens, key, documents, noise)
         choice = choose(x, gate, config, own)
-        out = _mix_gathered(x, choice, experts, specs, config, gradient)
+        mixed = _mix_exchanged if EXPERT in sizes and exchange.kind != "weights" else _mix_gathered
+        out, waited = mixed(x, choice, experts, specs, config, gradient)
+        stats = choice.stats._replace(experts=None, waited=sum_over_batch(waited))
         # The chosen experts are rows of the batch. The other statistics are the same everywhere.
-        return (out, choice.stats.experts), choice.stats._replace(experts=None)
+        return (out, choice.stats.experts), stats
 
     spread = jax.shard_map(
         local,
@@ -74,8 +91,6 @@ def over_data(
     return out, stats._replace(experts=experts)
 
 
-# Expert parallelism is another function of this form: `experts` are this device's parts, split as
-# `specs` say, and routing and plan in `choice` are over all E experts.
 def _mix_gathered(
     x: Float[Array, "B L D"],
     choice: Choice,
@@ -83,20 +98,73 @@ def _mix_gathered(
     specs: tuple[P, P],
     config: MoEConfig,
     gradient: str,
-) -> Float[Array, "B L D"]:
-    """layer.mix with all experts gathered to every device.
+) -> tuple[Float[Array, "B L D"], Int[Array, ""]]:
+    """(layer.mix with all experts gathered to every device, 0 copies that waited).
 
     On the tensor axis each device has its hidden units of every expert, and outputs are summed.
     """
+    gate_up, down = _gathered(experts, specs, sum_dtype(x.dtype, gradient), x.dtype)
+    x, weights = _on_tensor_devices((x, choice.routing.weights))
+    out = mix(x, weights, choice.plan, gate_up, down, config)
+    return _sum_over_tensor(out), jnp.int32(0)
+
+
+def _mix_exchanged(
+    x: Float[Array, "B L D"],
+    choice: Choice,
+    experts: tuple[Array, Array],
+    specs: tuple[P, P],
+    config: MoEConfig,
+    gradient: str,
+) -> tuple[Float[Array, "B L D"], Int[Array, ""]]:
+    """(layer.mix with every expert on its own device of the expert axis, copies that waited)."""
     wide = sum_dtype(x.dtype, gradient)
-    gate_up = gather(experts[0], specs[0], x.dtype, wide)
-    down = gather(experts[1], specs[1], x.dtype, wide, keep=(TENSOR,))
-    weights = choice.routing.weights
+    matrices = Matrices(*_gathered(experts, specs, wide, x.dtype, keep=(EXPERT,)))
+    reads_sources = implementation(config.implementation, config.precision) == "triton"
+    sharding = Sharding(
+        EXPERT,
+        manual_axes()[EXPERT],
+        exchange_in_force(),
+        mixture_of(config),
+        kernels=uses_kernels(config),
+        in_place=reads_sources and config.precision == "compute",
+    )
+    x, weights = _on_tensor_devices((x, choice.routing.weights))
+    # The plan's experts and not the router's: it has dropped what is beyond a capacity.
+    assigned = Assigned(choice.plan.experts, weights)
+    tokens = x.reshape(-1, x.shape[-1])
+    out, waited = expert_parallel(tokens, assigned, Experts(matrices), sharding)
+    return _sum_over_tensor(out).reshape(x.shape), _once_for_all_tensor_devices(waited)
+
+
+def _gathered(
+    experts: tuple[Array, Array],
+    specs: tuple[P, P],
+    gradient: jnp.dtype,
+    dtype: jnp.dtype,
+    keep: tuple[str, ...] = (),
+) -> tuple[Array, Array]:
+    """(gate_up, down) with this device's hidden units. They stay split over the axes `keep`."""
+    gate_up = gather(experts[0], specs[0], dtype, gradient, keep)
+    down = gather(experts[1], specs[1], dtype, gradient, (*keep, TENSOR))
+    return (_own_columns(gate_up, down.shape[1]) if TENSOR in manual_axes() else gate_up), down
+
+
+def _on_tensor_devices(arrays: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The same arrays, each device of the tensor axis with a gradient of its own."""
     if TENSOR not in manual_axes():
-        return mix(x, weights, choice.plan, gate_up, down, config)
-    gate_up = _own_columns(gate_up, down.shape[1])
-    x, weights = (lax.pcast(a, TENSOR, to="varying") for a in (x, weights))
-    return lax.psum(mix(x, weights, choice.plan, gate_up, down, config), TENSOR)
+        return arrays
+    return tuple(lax.pcast(a, TENSOR, to="varying") for a in arrays)  # pyright: ignore
+
+
+def _sum_over_tensor(out: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+    return lax.psum(out, TENSOR) if TENSOR in manual_axes() else out
+
+
+def _once_for_all_tensor_devices(number: Int[Array, ""]) -> Int[Array, ""]:
+    """A number that is the same on all devices of the tensor axis."""
+    varying = jax.typeof(number).manual_axis_type.varying
+    return lax.pmax(number, TENSOR) if TENSOR in varying else number
 
 
 def _own_columns(gate_up: Float[Array, "E D twoF"], hidden: int) -> Float[Array, "E D columns"]:

@@ -47,7 +47,7 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.moe.experts import swiglu
 from moe_jax.moe.gradients import Gradients, Totals, add_to_matrices, pull_rows
 from moe_jax.moe.plan import Plan
-from moe_jax.moe.precision import NONE, Rounding
+from moe_jax.moe.precision import NONE, Rounding, wide
 
 State = TypeVar("State")
 
@@ -125,7 +125,7 @@ def _forward(
     """(out, z of the batch [E, C, 2F], or None where there is no batch)"""
     share = _share(plan)
     dtype = x.dtype
-    out = jnp.zeros_like(x, jnp.float32)
+    out = jnp.zeros_like(x, wide(dtype))
     z = None
     x = rounding.rows(x)
     gate_up = rounding.matrices(gate_up, 2)
@@ -140,7 +140,7 @@ def _forward(
     def turn(expert: Array, rows: Rows, out: Array) -> Array:
         hidden = swiglu(_take(x, rows.source) @ gate_up[expert])
         y = (rounding.rows(hidden) @ down[expert]).astype(dtype)
-        weighted = rows.weight[:, None] * y.astype(jnp.float32)
+        weighted = rows.weight[:, None] * y.astype(wide(dtype))
         return out.at[rows.token].add(weighted, mode="drop")
 
     out = _loop(plan, weights, share, turn, out)
@@ -162,8 +162,8 @@ def _backward(
     x, z, weights, gate_up, down, plan = saved
     share = _share(plan)
     sums = Gradients(
-        x=jnp.zeros_like(x, jnp.float32),
-        weight=jnp.zeros_like(weights, jnp.float32).reshape(-1),
+        x=jnp.zeros_like(x, wide(x.dtype)),
+        weight=jnp.zeros_like(weights, wide(x.dtype)).reshape(-1),
         gate_up=jnp.zeros_like(gate_up),
         down=jnp.zeros_like(down),
     )
@@ -173,7 +173,7 @@ def _backward(
         x_t = lax.optimization_barrier(_take(x, rows.source).mT)
         d = pull_rows(x_t, z, _take(d_out, rows.source), rows.weight, gate_up, down)
         slots = _slots(plan, share)
-        dx = _sum_slots(d.x, slots, slots.inside.astype(jnp.float32))
+        dx = _sum_slots(d.x, slots, slots.inside.astype(wide(x.dtype)))
         d_weight = jnp.where(slots.inside, _take(d.weight.reshape(-1), slots.index), 0.0)
         sums = d._replace(x=dx, weight=d_weight.reshape(-1))
 
@@ -182,20 +182,20 @@ def _backward(
         up = gate_up[expert]
         d_rows = _take(d_out, rows.source)
         z = (rounding.rows(x_rows) @ rounding.matrices(up[None], 2)[0]).astype(x.dtype)
-        d = pull_rows(x_rows.T, z, d_rows, rows.weight, up, down[expert], sums_in=jnp.float32)
+        d = pull_rows(x_rows.T, z, d_rows, rows.weight, up, down[expert], sums_in=wide(x.dtype))
         totals = add_to_matrices(totals, expert, d)
         sums = totals.sums
         # Rows that are not the expert's own are out of range, and dropped.
         return totals._replace(
             sums=sums._replace(
-                x=sums.x.at[rows.token].add(d.x.astype(jnp.float32), mode="drop"),
+                x=sums.x.at[rows.token].add(d.x.astype(wide(x.dtype)), mode="drop"),
                 weight=sums.weight.at[rows.assignment].add(d.weight, mode="drop"),
             )
         )
 
     # No expert has the number -1: the first turn begins with the batch's gradient. Like the arrays
     # that they are made from, these differ from device to device inside shard_map.
-    zeros = [jnp.zeros_like(matrix[0], jnp.float32) for matrix in (gate_up, down)]
+    zeros = [jnp.zeros_like(matrix[0], wide(x.dtype)) for matrix in (gate_up, down)]
     totals = Totals(sums, jnp.full_like(plan.counts[0], -1), *zeros)
     sums = _loop(plan, weights, share, turn, totals).sums
     d_weights = sums.weight.reshape(weights.shape).astype(weights.dtype)
@@ -206,8 +206,8 @@ _mixture.defvjp(_save, _backward)
 
 
 def _share(plan: Plan) -> int:
-    """batch_share, from shapes alone."""
-    return batch_share(plan.most, plan.counts.size, plan.row.shape[0])
+    """batch_share of the rows that a balanced router gives."""
+    return batch_share(plan.expected, plan.counts.size, plan.row.shape[0])
 
 
 def _take(table: Array, index: Array) -> Array:
@@ -248,9 +248,9 @@ def _sum_slots(rows: Array, slots: Slots, weights: Array) -> Array:
     # XLA:CPU vectorises a chain of gathers along D, and not a sum over a gathered K (0.9 ms against
     # 2.7 ms).
     flat = rows.reshape(-1, rows.shape[-1])
-    out = jnp.zeros((len(weights), rows.shape[-1]), jnp.float32)
+    out = jnp.zeros((len(weights), rows.shape[-1]), wide(rows.dtype))
     for k in range(weights.shape[1]):
-        out += weights[:, k, None] * _take(flat, slots.index[:, k]).astype(jnp.float32)
+        out += weights[:, k, None] * _take(flat, slots.index[:, k]).astype(out.dtype)
     return out
 
 

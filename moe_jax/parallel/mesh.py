@@ -13,7 +13,8 @@ from jaxtyping import Num
 
 from moe_jax.config import ParallelConfig
 
-BATCH = ("data", "fsdp", "expert")
+EXPERT = "expert"
+BATCH = ("data", "fsdp", EXPERT)
 """Axes over which the rows of a batch are split, outermost first."""
 TENSOR = "tensor"
 AXES = ("pipe", *BATCH, TENSOR)

@@ -20,6 +20,7 @@ from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokens import TokenData, prepare
 from moe_jax.model.dtype import compute_dtype
+from moe_jax.parallel.exchange import exchanging
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints, Extra, Restored
 from moe_jax.train.checks import check_same_run, check_same_task
 from moe_jax.train.engine import Engine
@@ -64,9 +65,10 @@ def train(task: Task, engine: Engine, out: Path) -> RunSummary:
             check_same_run(task.config, saved, out)
         data = prepare_data(task, saved)
         say(describe_data(data))
+        exchange = task.config.parallel.exchange
         # Outside the mesh: what it computes runs on the one device that its model was loaded on.
         task = task.prepare(data)
-        with jax.set_mesh(engine.mesh), closing(engine):
+        with jax.set_mesh(engine.mesh), exchanging(exchange), closing(engine):
             run = start(task, engine, out, data, checkpoints)
             # The request is the outer block, because it ends with Stopped once all is saved.
             with stop_request() as stop, disk_errors(out):

@@ -127,6 +127,7 @@ def describe(step: int, metrics: Metrics, with_load: bool) -> dict[str, Any]:
         layers = _all_layers(metrics.stats)
         line["load_imbalance"] = imbalance(np.asarray(layers.load)).tolist()
         line["dropped"] = int(np.sum(layers.dropped))
+        line["exchange_waited"] = int(np.sum(layers.waited))
         line["router_entropy"] = np.asarray(layers.entropy).tolist()
         line["router_bias_max"] = float(metrics.router_bias)
         if with_load:

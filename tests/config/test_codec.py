@@ -68,6 +68,7 @@ def test_a_continued_run_may_change_what_does_not_touch_the_training():
         *(f"checkpoint.{f.name}" for f in dataclasses.fields(CheckpointConfig)),
         *(f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)),
         *(f"placement.{f.name}" for f in dataclasses.fields(PlacementConfig) if f.name != "mode"),
+        *(name for name in fields(TrainConfig()) if name.startswith("parallel.")),
     }
 
 

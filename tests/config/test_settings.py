@@ -33,6 +33,7 @@ from moe_jax.config import (
         (lambda: MoEConfig(gate="softmax"), "bias_rate=0.001 needs gate=sigmoid"),
         (lambda: MoEConfig(rule="expert_choice", bias_rate=0), "expert_choice is not causal"),
         (lambda: MoEConfig(rule="hash"), "rule=hash uses no selection bias"),
+        (lambda: MoEConfig(rule="balanced"), "rule=balanced uses no selection bias"),
         (
             lambda: MoEConfig(rule="hash", bias_rate=0, groups=2, groups_per_token=1),
             "rule=hash knows no groups",
@@ -40,7 +41,7 @@ from moe_jax.config import (
         (
             lambda: MoEConfig(rule="token_rouding"),  # type: ignore[arg-type]
             "model.moe.rule is 'token_rouding': use one of top_k, noisy_top_k, expert_choice, "
-            "token_rounding, hash (did you mean token_rounding?)",
+            "token_rounding, hash, balanced (did you mean token_rounding?)",
         ),
         (lambda: OptimConfig(learning_rate=float("inf")), "learning_rate is inf: it must be below"),
         (lambda: MoEConfig(device_loss=0.1), "device_loss=0.1 needs groups of experts"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moe_kernels.audit import VARIANTS
-from moe_kernels.experts import combine, grouped, launches, mixture
+from moe_kernels.experts import Source, combine, grouped, launches, mixture
 from moe_kernels.experts.reference import mixture as reference
 from moe_kernels.experts.shapes import tiles, using
 
@@ -197,3 +197,19 @@ def test_instructions_of_combine_change_no_bit(name):
     with using({"combine": entry}):
         changed = combine(rows, plan.row)
     assert np.asarray(plain).tobytes() == np.asarray(changed).tobytes()
+
+
+def test_matrices_are_read_in_a_source_and_get_their_own_gradients():
+    """Experts 3 to 5 of 8. What lies in the place of the matrices is not read."""
+    experts = jnp.asarray([[0, 2], [2, 1], [2, 3], [3, 3]], jnp.int32)  # 3 stands for no expert
+    (x, weights, gate_up, down), d_out = make_inputs((4, 16, 16, 8), experts, jnp.float32)
+    own = (gate_up[3:6], down[3:6])
+    plan = make_plan(experts, 3)
+    source = Source(gate_up, down, jnp.int32(3))
+    nothing = [jnp.full_like(a, jnp.nan) for a in own]
+    out, pull = jax.vjp(lambda *a: mixture(*a, plan, source), x, weights, *nothing)
+    expected, pull_expected = jax.vjp(lambda *a: mixture(*a, plan), x, weights, *own)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(mixture(x, weights, *nothing, plan, source), expected)
+    for one, two in zip(pull(d_out), pull_expected(d_out), strict=True):
+        np.testing.assert_array_equal(one, two)

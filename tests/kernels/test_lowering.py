@@ -29,6 +29,9 @@ for capability in capabilities:
         step = jax.jit(make_step(config)).trace(state, batch)
         text = step.lower(lowering_platforms=("cuda",)).as_text()
     counts[capability] = text.count("triton_kernel_call")
+    # Products tell XLA's scheduler their cost: once a call, and not for each of its results.
+    priced = [line for line in text.splitlines() if "latency_metadata" in line]
+    assert len(priced) >= 8 and all("custom_call" in line for line in priced), priced
 print(json.dumps(counts))
 """
 

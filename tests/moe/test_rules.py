@@ -166,3 +166,20 @@ def test_nan_logits_show_in_the_weights(config):
 def test_expert_choice_is_refused_for_autoregressive_training():
     with pytest.raises(UserError, match=r"expert_choice is not causal.*allow_acausal"):
         replace(CHOICE, allow_acausal=False)
+
+
+@pytest.mark.parametrize(("experts", "per_token"), [(8, 2), (7, 3), (5, 5)])
+def test_balanced_equals_the_formula_and_loads_are_equal(experts, per_token):
+    config = replace(SOFTMAX, experts=experts, experts_per_token=per_token, rule="balanced")
+    tokens = 2 * experts
+    logits = np.random.default_rng(0).normal(size=(tokens, experts)).astype(np.float32)
+    found = route(jnp.asarray(logits), jnp.zeros(experts), config)
+    for t in range(tokens):
+        expected = [(t + k * experts // per_token) % experts for k in range(per_token)]
+        assert found.experts[t].tolist() == expected
+        assert len(set(expected)) == per_token
+    scores = oracle.softmax(logits.astype(np.float64))
+    chosen = np.take_along_axis(scores, np.asarray(found.experts), axis=1)
+    expected = chosen / chosen.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.weights, expected, rtol=1e-5)
+    assert set(np.bincount(np.asarray(found.experts).ravel())) == {2 * per_token}

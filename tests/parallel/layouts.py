@@ -20,6 +20,7 @@ from moe_jax.config import (
     AttentionConfig,
     DataConfig,
     DistillConfig,
+    ExchangeConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -27,8 +28,10 @@ from moe_jax.config import (
     TrainConfig,
 )
 from moe_jax.model.layout import shardings
+from moe_jax.moe.layer import RouterStats
 from moe_jax.objectives.distillation import online_objective
 from moe_jax.objectives.next_token import next_token
+from moe_jax.parallel.exchange import exchanging
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import batch_sharding
 from moe_jax.train.state import TrainState, init_state
@@ -108,6 +111,12 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "fsdp-tensor": ParallelConfig(fsdp=4, tensor=2),
     "expert-tensor": ParallelConfig(expert=4, tensor=2),
     "three": ParallelConfig(fsdp=2, expert=2, tensor=2),
+    "weights": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig("weights")),
+    "all_gather": ParallelConfig(expert=4, tensor=2, exchange=ExchangeConfig("all_gather")),
+    "chunks": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig(chunks=2)),
+    "ring": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig("ring")),
+    "copies": ParallelConfig(expert=4, tensor=2, exchange=ExchangeConfig("copies", node=2)),
+    "overflow": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig(buffer=0.2)),
 }
 """Those without the tensor axis split a batch into eight parts, the others into four."""
 
@@ -161,9 +170,20 @@ def update(name: str) -> Any:
         (total, parts), gradients = gradient(state.parameters, state.router, batch, key, *operands)
         whole = Gradient(gradients, optax.tree.norm(gradients), parts)
         after = apply(state, whole)
-        return total, parts, gradients, after.state.router, after.metrics
+        return _but_waited((total, parts, gradients, after.state.router, after.metrics))
 
     return everything
+
+
+def _but_waited(tree: Any) -> Any:
+    """How many copies waited for room depends on the layout, and nothing else does."""
+
+    def is_stats(node: Any) -> bool:
+        return isinstance(node, RouterStats)
+
+    return jax.tree.map(
+        lambda node: node._replace(waited=None) if is_stats(node) else node, tree, is_leaf=is_stats
+    )
 
 
 @cache
@@ -176,7 +196,7 @@ def alone(name: str) -> Any:
 def spread(name: str, layout: ParallelConfig) -> Any:
     """The results on a mesh."""
     mesh = make_mesh(layout)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), exchanging(layout.exchange):
         state, _, operands = start(name)
         placed = [jax.device_put(tree, shardings(mesh, tree)) for tree in (state, operands)]
         batch = jax.device_put(start(name)[1], batch_sharding(mesh))

@@ -160,7 +160,7 @@ def experts_launches(case: ExpertsCase) -> list[Launch]:
     jax.clear_caches()  # JAX does not trace a function twice, and the architecture is no argument
     with recording(case.arch) as recorded, using(variant_tiles(case)):
         arrays = _shapes(case, TOKENS)
-        layers = [experts.mixture]
+        layers: list[Any] = [experts.mixture]
         if jnp.dtype(case.dtype).itemsize == 2 and fp8_support().name != "none":
             layers.append(experts_fp8.mixture)
         for mixture in layers:

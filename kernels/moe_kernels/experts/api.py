@@ -1,10 +1,11 @@
 """mixture: the experts' outputs summed for each token, with gradients, all through kernels."""
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int
 
 from moe_kernels.experts.launches import (
@@ -19,6 +20,15 @@ from moe_kernels.experts.plan import Plan
 from moe_kernels.launch import require_triton
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+class Source(NamedTuple):
+    """Matrices of more experts than a plan has, as of a stack of layers: its expert e is number
+    `first` + e."""
+
+    gate_up: Float[Array, "experts D twoF"]
+    down: Float[Array, "experts F D"]
+    first: int | Int[Array, ""] = 0
 
 
 class Saved(NamedTuple):
@@ -38,6 +48,7 @@ def mixture(
     gate_up: Float[Array, "E D twoF"],
     down: Float[Array, "E F D"],
     plan: Plan,
+    source: Source | None = None,
 ) -> Float[Array, "T D"]:
     """out[t] = sum_k weights[t, k] · swiglu(x[t] gate_up[e]) down[e], e the k-th expert of t.
 
@@ -52,6 +63,10 @@ def mixture(
     In float16 z overflows above 65,504. The output does not, because it comes from the float32
     accumulators. The gradients of such a number are inf or NaN.
 
+    With a `source`, which has the same matrices among others, the kernels read them there, where
+    they lie. gate_up and down are then not read. They only receive the gradients, so that nothing
+    is copied out of a stack of layers.
+
     Raises UnavailableError where kernels cannot run, and ValueError for dtypes or shapes that do
     not fit.
     """
@@ -59,6 +74,8 @@ def mixture(
     check(x, weights, gate_up, down)
     if x.size == 0:  # a grid of no programs cannot be launched
         return x
+    if source is not None:
+        return _mixture_from(x, weights, gate_up, down, source, plan)
     return _mixture(x, weights, gate_up, down, plan)
 
 
@@ -89,18 +106,65 @@ def _mixture(x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan) 
     return combine(grouped_product(hidden, down, plan), plan.row, weights)
 
 
+@jax.custom_vjp
+def _mixture_from(
+    x: Array, weights: Array, gate_up: Array, down: Array, source: Source, plan: Plan
+) -> Array:
+    shifted = _at_source(plan, source)
+    hidden, _ = up_projection(x, source.gate_up, shifted, save=False)
+    return combine(grouped_product(hidden, source.down, shifted), plan.row, weights)
+
+
+def _save_from(
+    x: Array, weights: Array, gate_up: Array, down: Array, source: Source, plan: Plan
+) -> tuple[Array, tuple[Saved, Plan]]:
+    out, saved = _save(x, weights, source.gate_up, source.down, _at_source(plan, source))
+    return out, (saved, plan)
+
+
+def _backward_from(
+    saved: tuple[Saved, Plan], d_out: Array
+) -> tuple[Array, Array, Array, Array, None, None]:
+    dx, d_weights, d_gate_up, d_down, _ = backward(saved[0], d_out, saved[1])
+    return dx, d_weights, d_gate_up, d_down, None, None
+
+
+_mixture_from.defvjp(_save_from, _backward_from)
+
+
+def _at_source(plan: Any, source: Source) -> Plan:
+    """The plan with the numbers that its experts have in the source. The others have no rows."""
+
+    def among_all(counts: Array) -> Array:
+        of_all = jnp.zeros(len(source.down), counts.dtype)
+        return lax.dynamic_update_slice(of_all, counts, (source.first,))
+
+    return replace(
+        plan,
+        block_expert=plan.block_expert + source.first,
+        starts=among_all(plan.starts),
+        counts=among_all(plan.counts),
+    )
+
+
 def _save(x: Array, weights: Array, gate_up: Array, down: Array, plan: Plan) -> tuple[Array, Saved]:
     hidden, z = up_projection(x, gate_up, plan, save=True)
     out = combine(grouped_product(hidden, down, plan), plan.row, weights)
     return out, Saved(x, weights, gate_up, down, plan, z)
 
 
-def backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, Array, None]:
-    """Gradients of x, weights, gate_up and down. The plan is integers and has none."""
+def backward(
+    saved: Saved, d_out: Array, own: Plan | None = None
+) -> tuple[Array, Array, Array, Array, None]:
+    """Gradients of x, weights, gate_up and down. The plan is integers and has none.
+
+    `own` is the plan of the experts that get gradients, if saved.plan numbers those of a source.
+    """
     x, weights, gate_up, down, plan, z = saved
+    own = plan if own is None else own
     dz, weighted, d_row = hidden_gradient(d_out, down, z, weights, plan)
-    d_down = matrix_gradient(weighted, d_out, plan, gathered="right")
-    d_gate_up = matrix_gradient(x, dz, plan, gathered="left")
+    d_down = matrix_gradient(weighted, d_out, own, gathered="right")
+    d_gate_up = matrix_gradient(x, dz, own, gathered="left")
     dx = combine(grouped_product(dz, gate_up, plan, transposed=True), plan.row)
     # Rows of unused blocks were never written and may be NaN. `where` keeps them out; a product
     # with zero would not.

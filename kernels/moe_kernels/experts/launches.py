@@ -16,7 +16,7 @@ from moe_kernels.experts.shapes import (
     matrix_gradient_tiles,
     tiles,
 )
-from moe_kernels.launch import interpreting, launch, multiprocessors, next_power_of_two
+from moe_kernels.launch import Cost, interpreting, launch, multiprocessors, next_power_of_two
 
 
 def arithmetic(dtype: jnp.dtype) -> dict[str, Any]:
@@ -54,6 +54,19 @@ def _block_grid(
     return (programs,), constants
 
 
+def _cost(plan: Plan, depth: int, columns: int, dtype: jnp.dtype, traffic: int) -> Cost:
+    """The cost of a product of every row, with matrices [depth, columns] of every expert.
+
+    `traffic` is the numbers that are read and written for each row.
+    """
+    # A plan may have room for far more rows than a balanced router gives.
+    rows = getattr(plan, "expected", plan.row.size)
+    # `load` has the plan's own experts alone, also where counts are those of a whole source.
+    experts = getattr(plan, "load", plan.counts).size
+    numbers = rows * traffic + experts * depth * columns
+    return Cost(2 * rows * depth * columns, numbers * dtype.itemsize)
+
+
 def up_projection(x: Array, gate_up: Array, plan: Plan, *, save: bool) -> tuple[Array, Array]:
     """(hidden [R, F], z [R, 2F]). z is [1, 1] and not written unless `save`."""
     from moe_kernels.experts.kernel import up_kernel
@@ -72,6 +85,9 @@ def up_projection(x: Array, gate_up: Array, plan: Plan, *, save: bool) -> tuple[
         ),
         grid,
         entry.tuning,
+        cost=_cost(
+            plan, width, 2 * hidden_width, x.dtype, width + (3 if save else 1) * hidden_width
+        ),
         S=plan.row.size,
         D=width,
         F=hidden_width,
@@ -101,6 +117,7 @@ def grouped_product(
         (ShapeDtypeStruct((plan.assignment.size, columns), rows.dtype),),
         grid,
         entry.tuning,
+        cost=_cost(plan, depth, columns, rows.dtype, depth + columns),
         S=plan.row.size,
         KD=depth,
         N=columns,
@@ -134,6 +151,7 @@ def hidden_gradient(
         ),
         grid,
         entry.tuning,
+        cost=_cost(plan, hidden_width, width, z.dtype, width + 5 * hidden_width),
         S=plan.row.size,
         D=width,
         F=hidden_width,
@@ -163,6 +181,7 @@ def matrix_gradient(
         (ShapeDtypeStruct((experts, m, n), left.dtype),),
         (experts * tiles_m * tiles_n,),
         entry.tuning,
+        cost=_cost(plan, m, n, left.dtype, m + n),
         S=plan.row.size,
         M=m,
         N=n,
@@ -228,6 +247,7 @@ def combine_rows(rows: Array, row: Array, weights: Array | None) -> Array:
         (tokens, -(-width // tile)),
         # 128 columns a warp are 4 a thread.
         entry.tuning._replace(warps=max(1, min(entry.tuning.warps, tile // 128))),
+        cost=Cost(0, (min(rows.size, row.size * width) + tokens * width) * rows.dtype.itemsize),
         R=len(rows),
         D=width,
         K=per_token,

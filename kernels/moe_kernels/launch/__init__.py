@@ -7,6 +7,7 @@ from moe_kernels.launch.asynchronous import (
     require_async,
 )
 from moe_kernels.launch.call import Launch, Tuning, launch, next_power_of_two, recording
+from moe_kernels.launch.cost import Cost
 from moe_kernels.launch.probe import launch_fault
 from moe_kernels.launch.support import (
     FP8_CAPABILITY,
@@ -33,6 +34,7 @@ __all__ = [
     "MINIMUM_CAPABILITY",
     "MULTIPROCESSORS",
     "SMALL_MEMORY",
+    "Cost",
     "Launch",
     "Support",
     "Tuning",

@@ -12,6 +12,7 @@ from jax import Array, ShapeDtypeStruct, lax
 
 from moe_kernels.launch.assembler import choose_assembler
 from moe_kernels.launch.asynchronous import Boxes, call_gluon
+from moe_kernels.launch.cost import Cost, priced
 from moe_kernels.launch.gluon_interpreter import interpret_gluon
 from moe_kernels.launch.interpreter import interpret
 from moe_kernels.launch.support import interpreting, lowering_for, lowering_target, require_triton
@@ -66,15 +67,18 @@ def launch(
     grid: Grid,
     tuning: Tuning,
     boxes: Boxes | None = None,
+    *,
+    cost: Cost | None = None,
     **constants: Any,
 ) -> list[Array]:
     """Runs `kernel(*inputs, *outputs, **constants)`, a function under triton.jit, on a grid.
 
     With `boxes` it is a function under gluon.jit, which gets TMA descriptors for those inputs.
 
-    Outputs are not initialised, so the kernel must write every number that is read later. It works
-    under jit, shard_map and vmap (one element after the other). Gradients are the caller's, by
-    custom_vjp. Raises UnavailableError where kernels cannot run.
+    Outputs are not initialised, so the kernel must write every number that is read later. `cost`
+    tells XLA's scheduler how long the kernel takes. It works under jit, shard_map and vmap (one
+    element after the other). Gradients are the caller's, by custom_vjp. Raises UnavailableError
+    where kernels cannot run.
     """
     require_triton()
     launches = _record.get()
@@ -94,7 +98,8 @@ def launch(
             )
         if interpreting():
             return interpret(kernel, arrays, outputs, grid, constants)
-        return _compile(kernel, arrays, outputs, grid, tuning, constants)
+        results = _compile(kernel, arrays, outputs, grid, tuning, constants)
+        return priced(results, cost) if cost else results
 
     axes = frozenset().union(*(_varying_axes(array) for array in inputs))
     return [_mark_varying(result, axes) for result in run(*inputs)]

@@ -31,7 +31,11 @@ def find_place(config: ProcessesConfig, environment: Mapping[str, str]) -> Place
     UserError: no launcher's variables are there, or one of them is no number.
     """
     if config.count != "auto":
-        return ALONE if config.count == 1 else Place(config.count, config.index or 0, config.coordinator)
+        return (
+            ALONE
+            if config.count == 1
+            else Place(config.count, config.index or 0, config.coordinator)
+        )
     for marker, read in LAUNCHERS.items():
         if marker in environment:
             place = read(environment)

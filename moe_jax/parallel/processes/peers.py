@@ -28,6 +28,8 @@ class Peers:
 
     index = 0
     count = 1
+    leaving = False
+    """Whether this process has told the others that it ends, or was told to."""
 
     def exchange(self, name: str, value: Any = None) -> list[Any]:
         """The values of all processes, in their order, once each has called this with `name`.
@@ -79,7 +81,7 @@ class Group(Peers):
         self._held = False
         self._stop: tuple[int, int] | None = None
         self._told = False
-        self._leaving = False
+        self.leaving = False
 
     def exchange(self, name: str, value: Any = None) -> list[Any]:
         self._send({"put": name, "value": value})
@@ -102,8 +104,8 @@ class Group(Peers):
             return agreed if done >= step else None
 
     def leave(self, error: BaseException) -> None:
-        if not self._leaving:
-            self._leaving = True
+        if not self.leaving:
+            self.leaving = True
             line, code = describe_end(error)
             self._send({"bye": line, "code": code})
 
@@ -111,7 +113,7 @@ class Group(Peers):
         """Acts on a message of process 0, in the thread that received it."""
         if "all" in message:
             with self._changed:
-                self._leaving |= message["all"] == FAREWELL
+                self.leaving |= message["all"] == FAREWELL
                 self._answers[message["all"]] = message["values"]
                 self._changed.notify_all()
         elif "asked" in message:
@@ -128,9 +130,9 @@ class Group(Peers):
 
     def end(self, line: str, code: int) -> None:
         """Ends this process with one line, unless it is already leaving."""
-        if self._leaving:
+        if self.leaving:
             return
-        self._leaving = True
+        self.leaving = True
         text = f"\n{named(line)}\n" if os.isatty(2) else f"{named(line)}\n"
         with suppress(OSError):
             sys.stdout.flush()

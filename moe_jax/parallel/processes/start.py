@@ -58,7 +58,7 @@ def connected(config: ProcessesConfig, same: Mapping[str, Any]) -> Iterator[Peer
         _start_jax(group, place, config)
         yield group
     except BaseException as error:
-        if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
+        if isinstance(error, ValueError | RuntimeError | OSError):
             # Another process's end looks like an error of a collective, and is told of in a moment.
             time.sleep(BLAME_SECONDS)
         group.leave(error)

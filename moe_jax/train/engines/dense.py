@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
@@ -15,6 +17,7 @@ from moe_jax.data.tokens import TokenArray
 from moe_jax.model.layout import shardings
 from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.mesh import batch_parts, make_mesh
+from moe_jax.parallel.rows import global_batch, own_rows
 from moe_jax.parallel.rules import batch_sharding, device_bytes, replicated, with_sharding
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.state import Metrics, TrainState, abstract_state, init_state, tree_bytes
@@ -63,12 +66,11 @@ class DenseEngine:
     def resume(self, out: Path, state: TrainState, checkpoint: Path) -> TrainState:
         return state
 
+    def rows(self) -> np.ndarray:
+        return own_rows(batch_sharding(self.mesh), self.config.batch)
+
     def place(self, batch: Batch) -> Batch:
-        # Every process reads its own rows (data.batches), which together are the global batch.
-        sharding = batch_sharding(self.mesh)
-        return jax.tree.map(
-            lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
-        )
+        return global_batch(batch_sharding(self.mesh), self.config.batch, self.rows(), batch)
 
     def abstract_batch(self) -> Batch:
         config = self.config
@@ -92,7 +94,7 @@ class DenseEngine:
         # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
         lowered = step.lower(self.abstract_state(), batch, *self._operands)
         self._step = lowered.compile()
-        self._evaluate = make_evaluator(self.config, validation, self.place)
+        self._evaluate = make_evaluator(self.config, validation, self.place, self.rows())
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self._step(state, batch, *self._operands)
@@ -110,7 +112,7 @@ class DenseEngine:
         """The parameters and router biases. Nothing that samples reads the moments."""
         own = state._replace(optimizer=())
         size = tree_bytes(own)
-        available = available_bytes()
+        available = least_of_all(available_bytes())
         if self.mesh.size > 1 and available is not None and size > available:
             say(f"no samples: one device has no room for the model's {size / 1e9:,.1f} GB")
             return None
@@ -125,3 +127,17 @@ class DenseEngine:
 
     def close(self) -> None:
         pass
+
+
+def least_of_all(number: int | None) -> int | None:
+    """The least of all processes' numbers, in each of them, so that they decide alike.
+
+    None: a process has none.
+    """
+    if jax.process_count() == 1:
+        return number
+    # As float64 on the host: a device's integers have 32 bits.
+    parts = np.frombuffer(np.float64(-1 if number is None else number).tobytes(), np.uint32)
+    gathered = np.asarray(multihost_utils.process_allgather(parts))
+    least = int(np.frombuffer(gathered.tobytes(), np.float64).min())
+    return None if least < 0 else least

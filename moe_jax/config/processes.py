@@ -17,7 +17,7 @@ class ProcessesConfig:
     """The processes of a run. One is the default, and needs no other setting here.
 
     With several, every process gets the same command, but for `index`. Each computes on its own
-    devices and reads its own share of every batch. --out must lie on a disk that all of them see."""
+    devices and reads its own share of every batch. All must see the same folder --out."""
 
     count: int | Literal["auto"] = 1
     """Number of processes. `auto` finds count, index and coordinator in the environment: SLURM,

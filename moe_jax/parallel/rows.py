@@ -15,8 +15,9 @@ def own_rows(sharding: Sharding, batch: int) -> Int[np.ndarray, "rows"]:
     hold the same rows, as on an axis over which the batch is not split, read the same ones.
     """
     held = np.zeros(batch, bool)
-    for rows, *_ in sharding.addressable_devices_indices_map((batch,)).values():
-        held[rows] = True
+    held_by_device: Any = sharding.addressable_devices_indices_map((batch,))
+    for index in held_by_device.values():
+        held[index] = True
     return np.flatnonzero(held)
 
 
@@ -27,7 +28,7 @@ def global_batch(sharding: Sharding, batch: int, rows: np.ndarray, local: Any) -
     """
 
     def place(part: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             begin, end, _ = index[0].indices(batch)
             # The rows of a device are consecutive in the batch, and so they are in `part`.
             first = int(np.searchsorted(rows, begin))

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_jax.base.errors import UserError, require
 from moe_jax.parallel.processes.peers import FAREWELL, LOST_CODE, Group, describe_loss
-from moe_jax.parallel.processes.wire import Lost, Message, Wire
+from moe_jax.parallel.processes.wire import LostError, Message, Wire
 
 BEATS = 5
 """Signs of life in the time after which a silent process counts as lost."""
@@ -67,13 +67,13 @@ class Hub:
         """One connection, from its first message to its end."""
         try:
             hello = wire.receive()
-        except Lost:
+        except LostError:
             wire.close()  # a stranger
             return
-        index = hello.get("hello")
+        index: Any = hello.get("hello")
         problem = self._problem(index, hello.get("count"))
         if problem is not None:
-            with contextlib.suppress(Lost):
+            with contextlib.suppress(LostError):
                 wire.send({"end": f"error: {problem}", "code": 2})
             wire.close()
             return
@@ -83,7 +83,7 @@ class Hub:
         try:
             while True:
                 self._take(index, wire.receive())
-        except Lost as reason:
+        except LostError as reason:
             if not self._ended:
                 self._end_all(index, describe_loss(index, reason), LOST_CODE)
 
@@ -158,5 +158,5 @@ class Hub:
     def _send_all(self, message: Message, but: int | None = None) -> None:
         for index, wire in list(self._wires.items()):
             if index != but:
-                with contextlib.suppress(Lost):  # its own thread notices it
+                with contextlib.suppress(LostError):  # its own thread notices it
                     wire.send(message)

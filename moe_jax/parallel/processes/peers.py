@@ -7,6 +7,7 @@ minutes, and ends the others with pages of text. These connections see it at onc
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 from moe_jax.base.errors import UserError, brief
 from moe_jax.base.process import named
 from moe_jax.base.signals import stopped
-from moe_jax.parallel.processes.wire import Lost, Message
+from moe_jax.parallel.processes.wire import LostError, Message
 
 LOST_CODE = 75
 """Exit code of a process that another one left alone (EX_TEMPFAIL): the command may be given
 again."""
+BLAME_SECONDS = 5.0
+"""Time that an unexpected error has to turn out as another process's end."""
 FAREWELL = "end"
 """The exchange after which connections may end."""
 
@@ -71,7 +74,7 @@ class Group(Peers):
     """One of several processes. `handle` gets what process 0 sends."""
 
     def __init__(self, index: int, count: int, send: Callable[[Message], None]) -> None:
-        """`send` takes a message to process 0. Lost: it cannot be sent."""
+        """`send` takes a message to process 0. LostError: it cannot be sent."""
         self.index = index
         self.count = count
         self._send_to_first = send
@@ -104,6 +107,9 @@ class Group(Peers):
             return agreed if done >= step else None
 
     def leave(self, error: BaseException) -> None:
+        if isinstance(error, ValueError | RuntimeError | OSError):
+            # Another process's end looks like an error of a collective, and is told of in a moment.
+            time.sleep(BLAME_SECONDS)
         if not self.leaving:
             self.leaving = True
             line, code = describe_end(error)
@@ -140,16 +146,18 @@ class Group(Peers):
         # At once: the main thread may wait for ever for the process that is gone.
         os._exit(code)
 
-    def lost(self, index: int, reason: Lost) -> None:
+    def lost(self, index: int, reason: LostError) -> None:
         """Ends this process, because process `index` is gone."""
         self.end(describe_loss(index, reason), LOST_CODE)
 
     def _send(self, message: Message) -> None:
-        with suppress(Lost):  # whoever receives from process 0 notices it too, and ends this one
+        with suppress(
+            LostError
+        ):  # whoever receives from process 0 notices it too, and ends this one
             self._send_to_first(message)
 
 
-def describe_loss(index: int, reason: Lost) -> str:
+def describe_loss(index: int, reason: LostError) -> str:
     """The line with which a process ends that lost another one."""
     return (
         f"error: process {index} is lost ({reason}): the run ends here, the same command continues "

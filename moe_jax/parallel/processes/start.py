@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -22,10 +22,8 @@ from moe_jax.parallel.processes.found import Place, find_place
 from moe_jax.parallel.processes.hub import BEATS, Hub
 from moe_jax.parallel.processes.peers import ALONE, FAREWELL, Group, Peers
 from moe_jax.parallel.processes.tunnel import open_tunnel
-from moe_jax.parallel.processes.wire import Lost, Wire, connect, host_and_port, listen
+from moe_jax.parallel.processes.wire import LostError, Wire, connect, host_and_port, listen
 
-BLAME_SECONDS = 5.0
-"""Time that an unexpected error has to turn out as another process's end."""
 JAX_TIMEOUT = 100
 """JAX's own seconds of silence, its default. The connections here are quicker."""
 
@@ -58,9 +56,6 @@ def connected(config: ProcessesConfig, same: Mapping[str, Any]) -> Iterator[Peer
         _start_jax(group, place, config)
         yield group
     except BaseException as error:
-        if isinstance(error, ValueError | RuntimeError | OSError):
-            # Another process's end looks like an error of a collective, and is told of in a moment.
-            time.sleep(BLAME_SECONDS)
         group.leave(error)
         raise
     group.exchange(FAREWELL)
@@ -89,20 +84,18 @@ def _join(place: Place, config: ProcessesConfig) -> Group:
         try:
             while True:
                 group.handle(wire.receive())
-        except Lost as reason:
+        except LostError as reason:
             group.lost(0, reason)
 
     def beat() -> None:
-        try:
+        with suppress(LostError):  # the other thread notices it
             while True:
                 wire.send({"beat": 1})
                 time.sleep(config.timeout / BEATS)
-        except Lost:
-            pass  # the other thread notices it
 
     try:
         wire.send({"hello": place.index, "count": place.count})
-    except Lost as reason:
+    except LostError as reason:
         raise UserError(f"process 0 at {place.coordinator} is lost ({reason})") from reason
     for target in (listen_to_first, beat):
         threading.Thread(target=target, daemon=True).start()

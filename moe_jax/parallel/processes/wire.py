@@ -18,7 +18,7 @@ LENGTH = struct.Struct(">I")
 RETRY_SECONDS = 0.2
 
 
-class Lost(Exception):
+class LostError(Exception):
     """The connection has ended, or was silent for too long. The message says which."""
 
 
@@ -33,26 +33,26 @@ class Wire:
         self._sending = threading.Lock()
 
     def send(self, message: Message) -> None:
-        """Lost: it cannot be sent."""
+        """LostError: it cannot be sent."""
         data = json.dumps(message).encode()
         assert len(data) <= LARGEST
         try:
             with self._sending:
                 self._connection.sendall(LENGTH.pack(len(data)) + data)
         except OSError as error:
-            raise Lost(_reason(error)) from error
+            raise LostError(_reason(error)) from error
 
     def receive(self) -> Message:
-        """The next message. Lost: there is none, or it is none of ours."""
+        """The next message. LostError: there is none, or it is none of ours."""
         (length,) = LENGTH.unpack(self._read(LENGTH.size))
         if length > LARGEST:
-            raise Lost("it speaks another language")
+            raise LostError("it speaks another language")
         try:
             message = json.loads(self._read(length))
         except (ValueError, RecursionError):
-            raise Lost("it speaks another language") from None
+            raise LostError("it speaks another language") from None
         if not isinstance(message, dict):
-            raise Lost("it speaks another language")
+            raise LostError("it speaks another language")
         return message
 
     def close(self) -> None:
@@ -67,9 +67,9 @@ class Wire:
             try:
                 part = self._connection.recv(min(length - len(parts), 1 << 16))
             except OSError as error:
-                raise Lost(_reason(error)) from error
+                raise LostError(_reason(error)) from error
             if not part:
-                raise Lost("its connection has ended")
+                raise LostError("its connection has ended")
             parts += part
         return bytes(parts)
 

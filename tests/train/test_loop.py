@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from moe_jax.base import machine
@@ -99,9 +100,9 @@ def test_what_a_stopped_run_keeps(finished_run, tmp_path):
     assert "step 12, the last one, is saved: the same command writes" in what_is_kept(out, 12)
 
 
-def test_several_processes_are_refused_in_each(small_run, monkeypatch):
-    monkeypatch.setattr(run.jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="2 processes were started"):
+def test_processes_that_jax_alone_connects_are_refused_in_each(small_run, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="2 processes were started with jax.distributed: give proc"):
         run_training(small_run)
     assert not Path(small_run.out).exists()
 

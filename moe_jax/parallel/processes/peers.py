@@ -110,6 +110,8 @@ class Group(Peers):
         if isinstance(error, ValueError | RuntimeError | OSError):
             # Another process's end looks like an error of a collective, and is told of in a moment.
             time.sleep(BLAME_SECONDS)
+        if isinstance(error, KeyboardInterrupt) and self._stop is not None:
+            self.exchange(FAREWELL)  # all of them stop, each with a line of its own
         if not self.leaving:
             self.leaving = True
             line, code = describe_end(error)

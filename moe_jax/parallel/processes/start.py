@@ -52,7 +52,7 @@ def connected(config: ProcessesConfig, same: Mapping[str, Any]) -> Iterator[Peer
     try:
         if hub is not None:
             hub.wait_for_all(config.patience)
-        _require_same(group, same)
+        require_same(group, same)
         _start_jax(group, place, config)
         yield group
     except BaseException as error:
@@ -76,9 +76,20 @@ def _open_hub(place: Place, config: ProcessesConfig) -> Hub:
 
 
 def _join(place: Place, config: ProcessesConfig) -> Group:
-    """Connects with process 0, and starts the threads that listen to it and give signs of life."""
     wire = Wire(connect(place.coordinator, config.patience), config.timeout)
-    group = Group(place.index, place.count, wire.send)
+    try:
+        return join_group(wire, place.index, place.count, config.timeout)
+    except LostError as reason:
+        raise UserError(f"process 0 at {place.coordinator} is lost ({reason})") from reason
+
+
+def join_group(wire: Wire, index: int, count: int, timeout: float) -> Group:
+    """Presents this process to process 0, and starts the threads that listen and give signs of life.
+
+    LostError: process 0 does not take it.
+    """
+    group = Group(index, count, wire.send)
+    wire.send({"hello": index, "count": count})
 
     def listen_to_first() -> None:
         try:
@@ -91,27 +102,23 @@ def _join(place: Place, config: ProcessesConfig) -> Group:
         with suppress(LostError):  # the other thread notices it
             while True:
                 wire.send({"beat": 1})
-                time.sleep(config.timeout / BEATS)
+                time.sleep(timeout / BEATS)
 
-    try:
-        wire.send({"hello": place.index, "count": place.count})
-    except LostError as reason:
-        raise UserError(f"process 0 at {place.coordinator} is lost ({reason})") from reason
     for target in (listen_to_first, beat):
         threading.Thread(target=target, daemon=True).start()
     return group
 
 
-def _require_same(group: Group, same: Mapping[str, Any]) -> None:
+def require_same(group: Group, same: Mapping[str, Any]) -> None:
     """UserError: a process was given other settings than process 0, or has another version."""
     given = group.exchange("settings", dict(same) | {"version of JAX": jax.__version__})
     for index, settings in enumerate(given):
         for name in {**given[0], **settings}:
-            mine, its = given[0].get(name), settings.get(name)
+            first, its = given[0].get(name), settings.get(name)
             require(
-                mine == its,
+                first == its,
                 f"process {index} was started with {name}={brief(its)}, and process 0 with "
-                f"{brief(mine)}: give all processes the same command",
+                f"{brief(first)}: give all processes the same command",
             )
 
 

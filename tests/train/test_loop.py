@@ -102,7 +102,7 @@ def test_what_a_stopped_run_keeps(finished_run, tmp_path):
 
 def test_processes_that_jax_alone_connects_are_refused_in_each(small_run, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="2 processes were started with jax.distributed: give proc"):
+    with pytest.raises(UserError, match=r"2 processes were started with jax\.distributed: g"):
         run_training(small_run)
     assert not Path(small_run.out).exists()
 

@@ -84,7 +84,7 @@ def _join(place: Place, config: ProcessesConfig) -> Group:
 
 
 def join_group(wire: Wire, index: int, count: int, timeout: float) -> Group:
-    """Presents this process to process 0, and starts the threads that listen and give signs of life.
+    """Presents this process to process 0, and starts threads that listen and give signs of life.
 
     LostError: process 0 does not take it.
     """
@@ -124,7 +124,7 @@ def require_same(group: Group, same: Mapping[str, Any]) -> None:
 
 def _start_jax(group: Group, place: Place, config: ProcessesConfig) -> None:
     """Starts jax.distributed, and lets all devices compute a sum once."""
-    port = group.from_first("port", _free_port() if group.index == 0 else None)
+    port = group.from_first("port", free_port() if group.index == 0 else None)
     address = f"127.0.0.1:{port}"
     if group.index != 0:
         host = place.coordinator.rpartition(":")[0]
@@ -175,7 +175,8 @@ def _silent_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody uses just now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

@@ -42,6 +42,11 @@ def run_training(config: TrainConfig) -> Path:
 def run_with(peers: Peers, config: TrainConfig, folder: Path) -> Path:
     """run_training in a process that is connected with the others."""
     require_devices(config.parallel)
+    require(
+        peers.count == 1 or config.distill.on_policy == 0,
+        f"distill.on_policy={config.distill.on_policy} and {peers.count} processes: the student "
+        "writes its own text in one process only, set distill.on_policy to 0",
+    )
     # The task first: a teacher's tokenizer decides the vocabulary that the engine needs.
     task = task_of(config)
     # The first process decides, because others may see its files a little later.

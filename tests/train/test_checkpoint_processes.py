@@ -87,7 +87,7 @@ def test_a_lost_part_of_one_process_is_a_damaged_checkpoint(written, tmp_path):
     shutil.copytree(written, folder)
     parts = sorted((folder / "checkpoints/3/state/split").glob("[0-9]*"))
     parts[1].unlink()
-    found, (line,) = restore(folder, like(jax.devices()[0]))
+    found, (line,) = restore(folder, like(None))
     assert line.startswith("checkpoint 3 is damaged (state/split/")
     assert found.step == 2
 

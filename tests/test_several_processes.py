@@ -143,11 +143,8 @@ def test_sigterm_to_one_saves_on_all_and_any_number_of_processes_goes_on(
     assert run.codes() == [143, 143], run.all_printed()
     saved = set()
     for index in (0, 1):
-        kept = re.findall(
-            rf"^process {index}: stopped by SIGTERM: step (\d+) of 16 is saved",
-            run.printed(index),
-            re.M,
-        )
+        line = rf"^process {index}: stopped by SIGTERM: step (\d+) of 16 is saved"
+        kept = re.findall(line, run.printed(index), re.MULTILINE)
         assert len(kept) == 1, run.printed(index)
         saved |= set(kept)
     (step,) = saved

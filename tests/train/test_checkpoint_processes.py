@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.base.errors import UserError
@@ -20,6 +20,7 @@ from moe_jax.train.checkpoint import MANIFEST, Checkpoints
 from moe_jax.train.checkpoint.manifest import manifest_fault, read_manifest
 from tests.train.checkpoint_worker import VALUES
 
+HERE = SingleDeviceSharding(jax.devices()[0])
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
@@ -87,7 +88,7 @@ def test_a_lost_part_of_one_process_is_a_damaged_checkpoint(written, tmp_path):
     shutil.copytree(written, folder)
     parts = sorted((folder / "checkpoints/3/state/split").glob("[0-9]*"))
     parts[1].unlink()
-    found, (line,) = restore(folder, like(None))
+    found, (line,) = restore(folder, like(HERE))
     assert line.startswith("checkpoint 3 is damaged (state/split/")
     assert found.step == 2
 
@@ -95,8 +96,8 @@ def test_a_lost_part_of_one_process_is_a_damaged_checkpoint(written, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"new": jax.ShapeDtypeStruct((2,), jnp.float32)}, "new"),
-        ({"split": jax.ShapeDtypeStruct((4, 7), jnp.float32)}, "split"),
+        ({"new": jax.ShapeDtypeStruct((2,), jnp.float32, sharding=HERE)}, "new"),
+        ({"split": jax.ShapeDtypeStruct((4, 7), jnp.float32, sharding=HERE)}, "split"),
     ],
 )
 def test_what_is_missing_or_does_not_fit_is_refused_by_name(written, tmp_path, changed, named):
@@ -104,4 +105,4 @@ def test_what_is_missing_or_does_not_fit_is_refused_by_name(written, tmp_path, c
     folder = tmp_path / "copy"
     shutil.copytree(written, folder)
     with pytest.raises(UserError, match=f"no checkpoint in .* can be used: .*{named}"):
-        restore(folder, like(None, **changed))
+        restore(folder, like(HERE, **changed))

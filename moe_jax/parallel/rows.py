@@ -8,7 +8,7 @@ from jax.sharding import Sharding
 from jaxtyping import Int
 
 
-def own_rows(sharding: Sharding, batch: int) -> Int[np.ndarray, "rows"]:
+def rows_of_process(sharding: Sharding, batch: int) -> Int[np.ndarray, "rows"]:
     """The rows of a batch of so many that this process's devices hold, ascending.
 
     `sharding` is that of the batch's arrays, whose first axis is the rows. Processes whose devices
@@ -24,7 +24,7 @@ def own_rows(sharding: Sharding, batch: int) -> Int[np.ndarray, "rows"]:
 def global_batch(sharding: Sharding, batch: int, rows: np.ndarray, local: Any) -> Any:
     """The arrays of a whole batch [B, …] on all processes, each of which gives its own rows.
 
-    `local`: a tree of arrays [rows, …] with the rows that `own_rows` names, in that order.
+    `local`: a tree of arrays [rows, …] with the rows that `rows_of_process` names, in that order.
     """
 
     def place(part: np.ndarray) -> jax.Array:

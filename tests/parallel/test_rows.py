@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.parallel.rows import global_batch, own_rows
+from moe_jax.parallel.rows import global_batch, rows_of_process
 
 
 class Held:
@@ -32,7 +32,7 @@ class Held:
 )
 def test_rows_of_all_devices_once_and_in_order(held, rows):
     sharding: Any = Held(*held)
-    assert own_rows(sharding, 8).tolist() == rows
+    assert rows_of_process(sharding, 8).tolist() == rows
 
 
 def test_a_batch_split_over_one_axis_and_whole_on_another():
@@ -40,7 +40,7 @@ def test_a_batch_split_over_one_axis_and_whole_on_another():
     batch = {"tokens": np.arange(24).reshape(4, 6), "log_p": np.arange(24.0).reshape(4, 2, 3)}
     for spec in (P("rows"), P("other"), P(("rows", "other"))):
         sharding = NamedSharding(mesh, spec)
-        rows = own_rows(sharding, 4)
+        rows = rows_of_process(sharding, 4)
         placed = global_batch(sharding, 4, rows, jax.tree.map(lambda a: a[rows], batch))  # noqa: B023
         for name, array in placed.items():
             np.testing.assert_array_equal(array, batch[name])

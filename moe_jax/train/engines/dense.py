@@ -17,7 +17,7 @@ from moe_jax.data.tokens import TokenArray
 from moe_jax.model.layout import shardings
 from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.mesh import batch_parts, make_mesh
-from moe_jax.parallel.rows import global_batch, own_rows
+from moe_jax.parallel.rows import global_batch, rows_of_process
 from moe_jax.parallel.rules import batch_sharding, device_bytes, replicated, with_sharding
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.state import Metrics, TrainState, abstract_state, init_state, tree_bytes
@@ -67,7 +67,7 @@ class DenseEngine:
         return state
 
     def rows(self) -> np.ndarray:
-        return own_rows(batch_sharding(self.mesh), self.config.batch)
+        return rows_of_process(batch_sharding(self.mesh), self.config.batch)
 
     def place(self, batch: Batch) -> Batch:
         return global_batch(batch_sharding(self.mesh), self.config.batch, self.rows(), batch)

@@ -54,6 +54,10 @@ def like(sharding, **changed):
     } | changed
 
 
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=HERE)
+
+
 def restore(folder, wanted):
     said = []
     saved = Checkpoints(folder, CheckpointConfig())
@@ -94,15 +98,23 @@ def test_a_lost_part_of_one_process_is_a_damaged_checkpoint(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("changed", "reason"),
     [
-        ({"new": jax.ShapeDtypeStruct((2,), jnp.float32, sharding=HERE)}, "new"),
-        ({"split": jax.ShapeDtypeStruct((4, 7), jnp.float32, sharding=HERE)}, "split"),
+        ({"new": array(2)}, "it has no new"),
+        (
+            {"split": array(4, 7)},
+            r"its split is float32\[4, 6\], and this run's is float32\[4, 7\]",
+        ),
+        (
+            {"whole": array(5, dtype=jnp.bfloat16)},
+            r"its whole is float32\[5\], and .* bfloat16\[5\]",
+        ),
+        ({"whole": None}, "it has whole, and this run has not"),
     ],
 )
-def test_what_is_missing_or_does_not_fit_is_refused_by_name(written, tmp_path, changed, named):
-    """And never filled with fresh values, or cut."""
+def test_what_is_missing_or_does_not_fit_is_refused_by_name(written, tmp_path, changed, reason):
+    """And never filled with fresh values, cast, cut or left out."""
     folder = tmp_path / "copy"
     shutil.copytree(written, folder)
-    with pytest.raises(UserError, match=f"no checkpoint in .* can be used: .*{named}"):
+    with pytest.raises(UserError, match=f"no checkpoint in .* can be used: {reason}"):
         restore(folder, like(HERE, **changed))

@@ -27,6 +27,7 @@ from moe_jax.parallel.processes import ALONE, Peers
 from moe_jax.train.checkpoint.arrays import (
     MOST_WORDS,
     make_checkpointer,
+    misfit,
     require_arrays,
     require_plain_path,
 )
@@ -220,8 +221,10 @@ class Checkpoints:
     def _load(self, step: int, like: TrainState) -> TrainState | Passed:
         folder = self.directory / str(step) / STATE
 
-        def read() -> TrainState:
+        def read() -> TrainState | Passed:
             try:
+                if wrong := misfit(self._checkpointer, folder, like):
+                    return Passed(step, "unusable", brief(wrong, MOST_WORDS))
                 return self._checkpointer.restore(folder, like)
             except Exception as error:
                 # tensorstore's errors are no OSError, but have the operating system's words.

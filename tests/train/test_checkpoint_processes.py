@@ -103,11 +103,11 @@ def test_a_lost_part_of_one_process_is_a_damaged_checkpoint(written, tmp_path):
         ({"new": array(2)}, "it has no new"),
         (
             {"split": array(4, 7)},
-            r"its split is float32\[4, 6\], and this run's is float32\[4, 7\]",
+            r"its split is float32\[4, 6\], and .*\[4, 7\]",
         ),
         (
             {"whole": array(5, dtype=jnp.bfloat16)},
-            r"its whole is float32\[5\], and .* bfloat16\[5\]",
+            r"its whole is float32\[5\], and .* bfloat16",
         ),
         ({"whole": None}, "it has whole, and this run has not"),
     ],

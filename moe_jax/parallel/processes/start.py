@@ -114,7 +114,8 @@ def require_same(group: Group, same: Mapping[str, Any]) -> None:
     given = group.exchange("settings", dict(same) | {"version of JAX": jax.__version__})
     for index, settings in enumerate(given):
         for name in {**given[0], **settings}:
-            first, its = given[0].get(name), settings.get(name)
+            first = given[0].get(name)
+            its = settings.get(name)
             require(
                 first == its,
                 f"process {index} was started with {name}={brief(its)}, and process 0 with "

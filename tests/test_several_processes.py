@@ -205,6 +205,19 @@ def test_kill_9_ends_the_other_with_one_line_that_says_who(settings, whole, tmp_
         )
 
 
+@pytest.mark.parametrize("axis", ["fsdp", "expert", "tensor"])
+def test_an_axis_may_cross_processes_and_another_layout_goes_on(settings, whole, tmp_path, axis):
+    """On the axis tensor both processes read the same rows. One process without it goes on."""
+    run = Started(settings, tmp_path / "run", 2, [f"--parallel.{axis}", "2"])
+    run.until(lambda out: (out / "checkpoints" / "4" / "MANIFEST.json").exists())
+    run.processes[0].kill()
+    run.codes()
+    printed = finish(settings, run.out, 1).printed()
+    assert re.search(rf"continuing after step (4|8|12) of {STEPS}", printed)
+    expected = [loss for _, loss in losses(whole[1].out)]
+    assert [loss for _, loss in losses(run.out)] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_process_that_hangs_is_lost_too(settings, tmp_path):
     """A machine that is gone, or a process that the system has stopped, closes no connection."""
     more = [*LONG, "--processes.timeout", "10"]

@@ -130,6 +130,9 @@ def _start_jax(group: Group, place: Place, config: ProcessesConfig) -> None:
     if group.index != 0:
         host = place.coordinator.rpartition(":")[0]
         address = f"127.0.0.1:{open_tunnel(f'{host}:{port}', config.patience)}"
+    # A proxy for the web leads to no machine of the group. JAX would warn of it in every process.
+    os.environ["no_grpc_proxy"] = "127.0.0.1"
+    jax.config.update("jax_check_proxy_envs", False)
     # base.signals handles SIGTERM. JAX's service would take it away.
     jax.config.update("jax_enable_preemption_service", False)
     try:

@@ -131,7 +131,7 @@ def _start_jax(group: Group, place: Place, config: ProcessesConfig) -> None:
         host = place.coordinator.rpartition(":")[0]
         address = f"127.0.0.1:{open_tunnel(f'{host}:{port}', config.patience)}"
     # A proxy for the web leads to no machine of the group. JAX would warn of it in every process.
-    os.environ["no_grpc_proxy"] = "127.0.0.1"
+    os.environ["no_grpc_proxy"] = "127.0.0.1"  # noqa: SIM112, gRPC reads small letters
     jax.config.update("jax_check_proxy_envs", False)
     # base.signals handles SIGTERM. JAX's service would take it away.
     jax.config.update("jax_enable_preemption_service", False)

@@ -12,14 +12,12 @@ from typing import Any
 import jax
 
 from moe_jax.base.console import say
-from moe_jax.base.errors import UserError, require
 from moe_jax.base.files import disk_errors
 from moe_jax.base.machine import GemmRates, gemm_rate
 from moe_jax.base.signals import StopRequest, stop_request
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import train_batches
-from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.data.tokens import TokenData, prepare
+from moe_jax.data.tokens import TokenData
 from moe_jax.model.dtype import compute_dtype
 from moe_jax.parallel.processes import ALONE, Peers
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints, Extra, Restored
@@ -29,6 +27,7 @@ from moe_jax.train.metrics import MetricsFile, NoMetricsFile, describe, read_lin
 from moe_jax.train.progress import Display, Speedometer, elapsed_until
 from moe_jax.train.state import Metrics, TrainState
 from moe_jax.train.task import Task
+from moe_jax.train.text import describe_data, prepare_data, require_same_text
 
 
 class DivergedError(Exception):
@@ -89,46 +88,6 @@ def train(task: Task, engine: Engine, out: Path, peers: Peers = ALONE) -> RunSum
         raise
     finally:
         checkpoints.close()
-
-
-def prepare_data(task: Task, saved: Extra | None) -> TokenData:
-    """The token arrays.
-
-    A continued run keeps its own tokenizer. A new one takes the task's tokenizer, if it has one.
-    UserError: the text has changed since the run began.
-    """
-    settings = task.config.data
-    if saved is None:
-        return prepare(settings, task.tokenizer, say=say)
-    data = prepare(settings, Tokenizer.from_json(saved["tokenizer"]), say=say)
-    if data.fingerprint != saved["data_fingerprint"]:
-        raise UserError(
-            f"the text of data.source '{settings.source}' has changed since this run began "
-            f"({saved['data_stats']['train']['bytes']} bytes of training text then, "
-            f"{data.stats['train']['bytes']} now): restore it, or choose another --out"
-        )
-    return data
-
-
-def require_same_text(data: TokenData, peers: Peers) -> None:
-    """UserError: the processes do not read the same tokens."""
-    found = peers.exchange("text", data.fingerprint)
-    for index, fingerprint in enumerate(found):
-        require(
-            fingerprint == found[0],
-            f"process {index} reads another text or tokenizer than process 0: give --data.source "
-            "and --data.cache that are the same on all machines",
-        )
-
-
-def describe_data(data: TokenData) -> str:
-    """One line: sizes of the two splits."""
-    parts = (
-        f"{name} {s['documents']} documents, {s['bytes'] / 1e6:.1f} MB, {s['tokens']} tokens"
-        for name in ("train", "validation")
-        for s in [data.stats[name]]
-    )
-    return "; ".join(parts)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The start and the end of a group of processes: meeting, JAX's runtime, farewell."""
 
+import io
 import os
 import socket
 import sys
@@ -147,8 +148,8 @@ def _start_jax(group: Group, place: Place, config: ProcessesConfig) -> None:
         )
     except RuntimeError as error:
         raise UserError(f"jax.distributed does not start: {quote(str(error))}") from error
-    with _silent_stdout():
-        _require_sum()
+    _move_stdout()
+    _require_sum()
     group.exchange("started")
 
 
@@ -164,19 +165,21 @@ def _require_sum() -> None:
     require(float(total) == count, f"a sum over {count} devices gives {float(total)}")
 
 
-@contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Gloo, which sums over CPU devices, prints a line of its own when it connects."""
-    sys.stdout.flush()
-    kept = os.dup(1)
+def _move_stdout() -> None:
+    """Gives Python's stdout a descriptor of its own. What libraries in C print goes nowhere.
+
+    Gloo, which sums over CPU devices, prints a line whenever some of them are connected.
+    """
+    old = sys.stdout
+    if not isinstance(old, io.TextIOWrapper) or old.fileno() != 1:
+        return  # a notebook's, or a test's
+    old.flush()
+    own = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+    how = {"encoding": old.encoding, "errors": old.errors, "line_buffering": old.line_buffering}
+    sys.stdout = io.TextIOWrapper(os.fdopen(own, "wb"), **how)
 
 
 def free_port() -> int:

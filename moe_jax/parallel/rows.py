@@ -1,4 +1,4 @@
-"""The rows of a global batch that one process reads, and the batch put together from them."""
+"""The rows of a global batch that one process reads, and arrays of all processes put together."""
 
 from typing import Any
 
@@ -38,3 +38,18 @@ def global_batch(sharding: Sharding, batch: int, rows: np.ndarray, local: Any) -
         return jax.make_array_from_callback(shape, sharding, shard)
 
     return jax.tree.map(place, local)
+
+
+def place_whole(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has alike on a device of its own, laid out by a tree of shardings.
+
+    JAX would copy them from one process's device to another's, which CPUs cannot.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def place(array: Any, sharding: Sharding) -> jax.Array:
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree, shardings)

@@ -87,7 +87,11 @@ def upcycled_state(config: TrainConfig, teacher: Teacher, state: TrainState) -> 
     where: Any = jax.tree.leaves(state.parameters)[0].sharding
     if isinstance(where, NamedSharding):
         where = NamedSharding(where.mesh, P())  # whole on every device of the student's mesh
-    _, parameters, router = upcycle(teacher.model, jax.device_put(teacher.parameters, where), how)
+    _, parameters, router = upcycle(
+        teacher.model,
+        place_whole(teacher.parameters, jax.tree.map(lambda _: where, teacher.parameters)),
+        how,
+    )
 
     def placed(new: Any, like: jax.Array) -> jax.Array:
         assert new.shape == like.shape, f"{new.shape} upcycled, {like.shape} in the student"

@@ -17,7 +17,7 @@ from moe_jax.data.tokens import TokenArray
 from moe_jax.model.layout import shardings
 from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.mesh import batch_parts, make_mesh
-from moe_jax.parallel.rows import global_batch, rows_of_process
+from moe_jax.parallel.rows import global_batch, place_whole, rows_of_process
 from moe_jax.parallel.rules import batch_sharding, device_bytes, replicated, with_sharding
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.state import Metrics, TrainState, abstract_state, init_state, tree_bytes
@@ -87,7 +87,7 @@ class DenseEngine:
         validation: TokenArray,
     ) -> None:
         # Laid out like the state: operands may have been loaded on one device.
-        self._operands = jax.device_put(operands, shardings(self.mesh, operands))
+        self._operands = place_whole(operands, shardings(self.mesh, operands))
         # The layout of the result is that of the argument, which is donated.
         results = (self._shardings(), replicated(self.mesh))
         step = jax.jit(make_step(self.config, objective), donate_argnums=0, out_shardings=results)

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from moe_jax.base.initial import root_key
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import DecodePlacement, require
+from moe_jax.config.checks import not_negative
 from moe_jax.placement.traffic import Traffic
 from moe_jax.runs.decode import open_decoder
 from moe_jax.runs.load import decode_until_end
@@ -44,7 +45,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         require(self.tokens > 0, f"tokens is {self.tokens}: it must be positive")
-        require(self.temperature >= 0, f"temperature is {self.temperature}: it cannot be negative")
+        not_negative("", self, "temperature")
 
 
 class Completion(NamedTuple):

@@ -1,12 +1,13 @@
 """How much more even is the load of devices when hot experts have replicas, on our own traces?
 
-    python experiments/expert_balance.py [--out DIR] [--quick] [--seed N] [--trace FILE]
+    python experiments/expert_balance.py [--out DIR] [--quick] [--run DIR] [--trace FILE]
 
 Trains a small model with DeepSeek-V3's balance on code, prose and tables, and records the routing
 of held-out text whose domain changes now and then. The trace is cut into windows. Experts are
 placed on devices by the loads of one window (moe_jax/placement/eplb.py), and the next window is
-counted. The numbers are loads, not times: nothing runs on several devices. `--trace` takes a
-recorded trace.
+counted. A second replay has the trace's sequences in a random order, as a training batch mixes
+documents. The numbers are loads, not times: nothing runs on several devices. `--run` takes the
+model of another training run, and `--trace` a recorded trace.
 """
 
 import tempfile
@@ -31,15 +32,23 @@ from moe_jax.config.presets import TINY
 from moe_jax.placement.public_traces import open_trace
 from moe_jax.placement.trace import Trace, read_trace
 from moe_jax.runs.inspect import record_routing
-from moe_jax.runs.load import load_run
+from moe_jax.runs.load import Trained, load_run
 from moe_jax.runs.run import run_training
 from moe_jax.study.domains import DOMAINS, held_out_texts, write_corpus
-from moe_jax.study.expert_balance import BalanceReplay, Devices, replay_balance, window_loads
+from moe_jax.study.expert_balance import (
+    BalanceReplay,
+    Devices,
+    mixed,
+    replay_balance,
+    window_loads,
+)
 from moe_jax.study.results import publish
 
 QUESTION = "How much more even is the load of devices when hot experts have replicas?"
 UNIT = "highest / mean load of the devices"
 BEFORE = "eplb_load_before"
+SEQUENCE = 128
+"""Tokens that stay together where the trace is mixed."""
 LINES = {
     "before": "in order, no replicas",
     "packed": "placed by the window before, no replicas",
@@ -64,6 +73,9 @@ class Settings:
     trace: str = ""
     """A recorded trace, ours or in a format of placement/public_traces.py. Unset, one is recorded
     here."""
+    run: str = ""
+    """The --out of a training run, finished or stopped, whose routing is recorded. Unset, a small
+    model is trained here."""
     devices: int = 8
     """Devices over which experts are placed. They must divide the experts."""
     nodes: int = 1
@@ -82,6 +94,7 @@ class Settings:
         for name, low in least.items():
             value = getattr(self, name)
             require(value >= low, f"{name} is {value}: it must be at least {low}")
+        require(not (self.trace and self.run), "give --trace or --run, not both")
 
 
 def model_config(out: Path, settings: Settings) -> TrainConfig:
@@ -96,6 +109,7 @@ def model_config(out: Path, settings: Settings) -> TrainConfig:
             "data.validation_tokens": "5000",
             "steps": steps,
             "evaluate_every": steps,
+            "checkpoint.every": "50",
             "samples": "0",
         },
     )
@@ -104,47 +118,62 @@ def model_config(out: Path, settings: Settings) -> TrainConfig:
     return replace(config, data=data, seed=settings.seed, out=str(folder))
 
 
-def recorded_trace(settings: Settings, out: Path) -> Trace:
-    """The trace that the settings name, or one of held-out text through our own model."""
-    if settings.trace:
-        return open_trace(user_path(settings.trace))
+def trained_model(out: Path, settings: Settings) -> Trained:
+    """The model, trained now or before. A killed training continues from its checkpoint."""
     config = model_config(out, settings)
     if not (Path(config.out) / "result.json").exists():  # written when a run is complete
         write_corpus(out)
         run_training(config)
+    return load_run(config.out)
+
+
+def recorded_trace(settings: Settings, out: Path) -> Trace:
+    """The trace that the settings name, or one of held-out text through a model."""
+    if settings.trace:
+        return open_trace(user_path(settings.trace))
+    run = load_run(settings.run) if settings.run else trained_model(out, settings)
+    write_corpus(out)  # nothing where it is there
     stretch = 2_000 if settings.quick else 8_000
     texts = held_out_texts(out, stretch, 6 * stretch if settings.quick else 15 * stretch)
     path = out / "routing.trace"
     with tempfile.TemporaryDirectory(dir=out) as folder:
         recorded = Path(folder) / path.name
-        record_routing(load_run(config.out), texts, recorded, domains=DOMAINS)
+        record_routing(run, texts, recorded, domains=DOMAINS)
         recorded.replace(path)  # an earlier trace goes only when there is a new one
     return read_trace(path)
 
 
-def measurements(replay: BalanceReplay, slots: float, seed: int) -> list[Measurement]:
-    """Means over windows and layers, the worst window, and the price."""
+def load_rows(replay: BalanceReplay, prefix: str, seed: int) -> list[Measurement]:
+    """Means over windows and layers."""
+    baseline = f"{prefix}before"
     before = float(replay.before.mean())
+    rows = []
+    for field in LINES:
+        value = float(getattr(replay, field).mean())
+        name = f"{prefix}{field}"
+        rows.append(Measurement(name, value, UNIT, baseline, value / before, [seed]))
+    return rows
 
-    def row(name: str, values: np.ndarray) -> Measurement:
-        value = float(values.mean())
-        return Measurement(name, value, UNIT, BEFORE, value / before, [seed])
 
+def measurements(
+    replay: BalanceReplay, mixture: BalanceReplay, slots: float, seed: int
+) -> list[Measurement]:
+    """The trace in its own order and mixed, the worst window, and the price."""
     worst = [float(values.max()) for values in (replay.before, replay.after)]
     return [
-        row(BEFORE, replay.before),
-        row("eplb_load_after", replay.after),
-        row("eplb_load_packed", replay.packed),
-        row("eplb_load_once", replay.once),
-        row("eplb_load_bounded", replay.bounded),
-        row("eplb_load_hindsight", replay.hindsight),
+        *load_rows(replay, "eplb_load_", seed),
+        *load_rows(mixture, "eplb_mixed_", seed),
         Measurement("eplb_worst_before", worst[0], UNIT, seeds=[seed]),
         Measurement(
             "eplb_worst_after", worst[1], UNIT, "eplb_worst_before", worst[1] / worst[0], [seed]
         ),
-        Measurement("eplb_copies", mean_copies(replay.copies), "copies a layer and window"),
         Measurement(
-            "eplb_bounded_copies", mean_copies(replay.bounded_copies), "copies a layer and window"
+            "eplb_copies", mean_copies(mixture.copies), "copies a layer and window (mixed)"
+        ),
+        Measurement(
+            "eplb_bounded_copies",
+            mean_copies(mixture.bounded_copies),
+            "copies a layer and window (mixed)",
         ),
         Measurement("eplb_slots", slots, "slots an expert"),
         Measurement("windows", len(replay.before), "windows"),
@@ -158,14 +187,15 @@ def mean_copies(copies: np.ndarray) -> float:
 
 def verdict(values: Mapping[str, float | int | None]) -> str:
     """The answer, in sentences."""
+    slots = values["eplb_slots"]
     return (
-        f"The device with the most load has {values[BEFORE]:.2f} times the mean without replicas, "
-        f"{values['eplb_load_packed']:.2f} with experts placed by load, and "
-        f"{values['eplb_load_after']:.2f} with replicas in {values['eplb_slots']:.2f} slots an "
-        f"expert. A plan of few copies has {values['eplb_load_bounded']:.2f} with "
-        f"{values['eplb_bounded_copies']:.1f} copies a layer instead of "
-        f"{values['eplb_copies']:.1f}. Knowing the loads beforehand would give "
-        f"{values['eplb_load_hindsight']:.2f}."
+        f"In the order of the text, the device with the most load has {values[BEFORE]:.2f} times "
+        f"the mean. Placed by the window before, in {slots:.2f} slots an expert, it has "
+        f"{values['eplb_load_after']:.2f}, and knowing the loads beforehand would give "
+        f"{values['eplb_load_hindsight']:.2f}. With documents mixed as in a batch it is "
+        f"{values['eplb_mixed_before']:.2f} before and {values['eplb_mixed_after']:.2f} after, or "
+        f"{values['eplb_mixed_bounded']:.2f} by {values['eplb_bounded_copies']:.1f} copies a layer "
+        f"instead of {values['eplb_copies']:.1f}."
     )
 
 
@@ -194,9 +224,12 @@ def main(argv: list[str]) -> None:
     trace = recorded_trace(settings, out)
     window = settings.window // 4 if settings.quick else settings.window
     on = Devices(settings.devices, settings.nodes, settings.groups, settings.spare)
-    replay = replay_balance(window_loads(trace, window), on, settings.most_copies)
+    most = settings.most_copies
+    replay = replay_balance(window_loads(trace, window), on, most)
+    whole = mixed(trace, SEQUENCE, settings.seed)
+    mixture = replay_balance(window_loads(whole, window), on, most)
     slots = 1 + on.spare * on.devices / trace.experts
-    rows = measurements(replay, slots, settings.seed)
+    rows = measurements(replay, mixture, slots, settings.seed)
     publish(
         out,
         experiment="expert_balance",

@@ -27,10 +27,11 @@ from moe_jax.base.initial import root_key
 from moe_jax.base.result import output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import DataConfig, require
+from moe_jax.config.checks import not_negative
 from moe_jax.data.tokens import TokenArray, prepare
 from moe_jax.distill.teacher import Teacher
 from moe_jax.model.abstract import graph_of
-from moe_jax.model.generate import generate
+from moe_jax.model.generate import generate, require_cache_room
 from moe_jax.runs.load import decode_until_end
 from moe_jax.runs.teacher import find_teacher
 
@@ -64,9 +65,7 @@ class Settings:
         for name in ("documents", "prompt", "tokens", "batch"):
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}: it must be positive")
-        require(
-            self.temperature >= 0, f"temperature is {self.temperature}: it must not be negative"
-        )
+        not_negative("", self, "temperature")
 
 
 def beginnings(array: TokenArray, settings: Settings) -> np.ndarray:
@@ -109,6 +108,7 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(Settings(), argv, (__doc__ or "").splitlines()[0])
     out = output_folder(settings.out)
     teacher = find_teacher(settings.teacher)
+    require_cache_room(teacher.model, settings.batch, 1 + settings.prompt + settings.tokens)
     data = prepare(DataConfig(source=settings.source, cache=settings.cache), teacher.tokenizer)
     prompts = beginnings(data.train, settings)
     paths = [out / f"{index:06d}.txt" for index in range(settings.documents)]

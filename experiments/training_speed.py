@@ -29,6 +29,7 @@ from moe_jax.base.initial import root_key
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, preset, program
 from moe_jax.config import ModelConfig, TrainConfig
+from moe_jax.config.checks import positive
 from moe_jax.config.presets import PRESETS
 from moe_jax.model.attention import document_context
 from moe_jax.model.count import train_flops_per_token
@@ -36,7 +37,8 @@ from moe_jax.model.transformer import Transformer
 from moe_jax.objectives.base import token_nats
 from moe_jax.study.results import publish
 from moe_jax.study.short_runs import ShortRun, Variant, paired_runs, update_speedup
-from moe_jax.train.state import init_state
+from moe_jax.train.checks import check_memory
+from moe_jax.train.state import abstract_state, init_state, tree_bytes
 from moe_jax.train.step import make_step
 
 QUESTION = "How fast is the training step, and where does the time go?"
@@ -57,6 +59,9 @@ class Settings:
     """Timed calls of each part, of which the median counts."""
     quick: bool = False
     """Fewer repeats, and each kind of run once."""
+
+    def __post_init__(self) -> None:
+        positive("", self, "repeats")
 
 
 @dataclass(frozen=True)
@@ -252,6 +257,7 @@ def main(argv: list[str]) -> None:
     out = output_folder(settings.out)
     repeats = 3 if settings.quick else settings.repeats
     config = replace(preset(PRESETS, settings.preset), seed=settings.seed).resolved()
+    check_memory(config, 1, tree_bytes(abstract_state(config)))
     compiled, step = step_seconds(config, repeats)
     runs, rates = paired_runs(TRAIN, config, VARIANTS, 1 if settings.quick else 3)
     rate = max(rates)

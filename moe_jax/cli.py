@@ -288,7 +288,8 @@ def _complaint(option: list[str], hint: Any) -> str:
 def _describe(hint: Any) -> str:
     """A type in words: `an int`, `one of cosine, wsd`."""
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
+        # An empty value is what leaves a field unset.
+        return f"one of {', '.join(str(value) or repr('') for value in get_args(hint))}"
     if get_origin(hint) in (Union, builtin_types.UnionType):
         return " or ".join(map(_describe, get_args(hint)))
     name = "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -21,15 +21,17 @@ if __name__ == "__main__":
     ask_for_huge_pages()
 
 from experiments.hot_cold import training_capacity
-from experiments.hot_cold.model import LOCALITY, held_out_bits, trained_model
+from experiments.hot_cold.model import LOCALITY, held_out_bits, model_config, trained_model
 from experiments.hot_cold.plots import draw_speed, draw_timelines
 from experiments.hot_cold.rounds import fused_seconds, run_rounds, text_windows
 from experiments.hot_cold.speeds import Comparison, describe
 from experiments.hot_cold.variants import all_variants, open_files
 from experiments.hot_cold.verdict import verdict
+from moe_jax.base.errors import require
 from moe_jax.base.paths import user_path
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
+from moe_jax.config.checks import not_negative
 from moe_jax.placement.save_experts import save_experts
 from moe_jax.runs.load import Trained
 from moe_jax.study.results import publish
@@ -56,6 +58,9 @@ class Settings:
     model: str = ""
     """Folder of an earlier run (of traces.py, say) whose trained model is used. Unset: `out`."""
 
+    def __post_init__(self) -> None:
+        not_negative("", self, "locality")
+
 
 def write_experts(run: Trained, folder: Path, dtype: str) -> None:
     """The model's experts on disk, thrice: as decoded, in 8 bits, and in float32."""
@@ -70,7 +75,13 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(Settings(), argv, QUESTION)
     out = output_folder(settings.out)
     corpus = user_path(settings.model) if settings.model else out
-    run = trained_model(corpus, settings.seed, settings.quick, settings.locality)
+    which = (settings.seed, settings.quick, settings.locality)
+    require(
+        corpus == out or Path(model_config(corpus, *which).out).is_dir(),
+        f"--model '{settings.model}' holds no model of these settings (seed, quick, locality): "
+        "give the --out of traces.py or run.py, or leave it unset to train one",
+    )
+    run = trained_model(corpus, *which)
     experts = out / "experts"
     write_experts(run, experts, settings.dtype)
     count = 3 if settings.quick else 24

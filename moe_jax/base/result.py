@@ -60,8 +60,11 @@ def write_result(
     write_atomically(out / "result.json", json.dumps(content, indent=1) + "\n")
 
 
-def output_folder(out: str) -> Path:
-    """The folder `out`, created if need be. UserError: it cannot be created or written."""
+def output_folder(out: str, option: str = "--out") -> Path:
+    """The folder `out`, created if need be. UserError: it cannot be created or written.
+
+    `option` is what named it on the command line.
+    """
     path = user_path(out)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -72,5 +75,5 @@ def output_folder(out: str) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"--out '{out}' cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{option} '{out}' cannot be written: {error.strerror or error}") from error
     return path

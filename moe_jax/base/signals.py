@@ -5,9 +5,11 @@ end first is inside `stop_request`. `keeping` adds to the message what the next 
 """
 
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -55,6 +57,8 @@ class _Process:
 
     raised = threading.Event()
     """A handler has raised Stopped."""
+    swallowed: int | None = None
+    """A signal whose Stopped was lost, because it was raised where Python ignores exceptions."""
     deferring = False
     """A stop_request is open: the work ends itself."""
     kept: tuple[Callable[[], str], ...] = ()
@@ -109,12 +113,13 @@ def handled() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         if not _Process.raised.is_set():  # otherwise the program is ending already
             _Process.raised.set()
-            raise Stopped(number)
+            raise Stopped(_Process.swallowed or number)
 
     _Process.raised.clear()
+    _Process.swallowed = None
     installed = False
     try:
-        with _handlers(interrupt) as installed, _watched(installed):
+        with _handlers(interrupt) as installed, _watched(installed), _raised_again(installed):
             yield
     finally:
         if installed and _Process.raised.is_set():
@@ -140,6 +145,35 @@ def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[bool
 
 
 @contextmanager
+def _raised_again(installed: bool) -> Iterator[None]:
+    """Asks again where Stopped was raised in a finaliser, or a callback of the garbage collector.
+
+    Python ignores exceptions there, and the program would go on.
+    """
+    if not installed:
+        yield
+        return
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Stopped):
+            before(unraisable)
+            return
+        _Process.swallowed = unraisable.exc_value.number
+        _Process.raised.clear()
+        # Not now: the handler would run inside this very call.
+        again = threading.Timer(0.02, os.kill, (os.getpid(), REPEATABLE))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextmanager
 def _watched(installed: bool) -> Iterator[None]:
     """A thread sees the signals as well, because Python's handlers wait for the main thread.
 
@@ -161,16 +195,30 @@ def _watched(installed: bool) -> Iterator[None]:
 
 def _watch(reader: int) -> None:
     """Ends the process at a second signal, or at one that the main thread cannot heed."""
+    pipe = select.poll()  # select.select takes no descriptor above 1023
+    pipe.register(reader, select.POLLIN)
     count = 0
-    while byte := os.read(reader, 1):
+    unheeded: tuple[int, float] | None = None  # a signal, and when it must have been heeded
+    while True:
+        left = None if unheeded is None else max(0.0, unheeded[1] - time.monotonic())
+        if not pipe.poll(None if left is None else 1000 * left):
+            assert unheeded is not None
+            if not _Process.raised.is_set():
+                kept = _Process.kept[0]() if _Process.kept else ""
+                _end(unheeded[0], str(Stopped(unheeded[0], kept)))
+            unheeded = None
+            continue
+        byte = os.read(reader, 1)
+        if not byte:
+            break  # the block has ended
         number = byte[0]
         if number not in STOPPING:
             continue
         count += number != REPEATABLE
         if count > 1:
             _end(number, "ended at once by a second signal")
-        if not _Process.deferring and not _Process.raised.wait(GRACE):
-            _end(number, str(Stopped(number, _Process.kept[0]() if _Process.kept else "")))
+        if not _Process.deferring and unheeded is None:
+            unheeded = (number, time.monotonic() + GRACE)
     os.close(reader)
 
 

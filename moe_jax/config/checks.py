@@ -96,7 +96,9 @@ def parse_bytes(name: str, text: str) -> int:
     The case of the letters does not matter: kB is 1000 bytes and KiB is 1024. The B may be left
     out. UserError, in a line that begins with `name`: the text is no size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?i?)b?", text.strip().lower())
+    # Bounded, because Python refuses to read an integer of more than 4300 digits.
+    number = r"\d{1,30}(?:\.\d{1,30})?|\.\d{1,30}"
+    match = re.fullmatch(rf"({number})\s*([kmgt]?i?)b?", text.strip().lower())
     # The pattern also accepts a lone "i" ("2i"), which is not in the table.
     if match is None or match[2] not in UNITS:
         raise UserError(

@@ -84,8 +84,10 @@ class DistillConfig:
         if self.cache == "none":
             return
         kind, _, count = self.cache.partition(":")
+        # Python refuses to read an integer of more than 4300 digits.
+        number = int(count) if count.isdecimal() and len(count) < 20 else 0
         require(
-            kind in CACHES and count.isdecimal() and int(count) > 0,
+            kind in CACHES and number > 0,
             f"{owner}.cache {quote(self.cache)} is unknown: use none, samples:K or top:K",
         )
         cached = f"{owner}.cache={self.cache}"

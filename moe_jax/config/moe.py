@@ -76,10 +76,11 @@ class MoEConfig:
     Decoding with experts in tiers then copies fewer of them. 0 turns it off."""
     z_loss: float = 0.0
     """Weight of the router z-loss, mean(logsumexp(logits)^2). 0 turns it off."""
-    implementation: Literal["auto", "reference", "xla", "triton"] = "auto"
+    implementation: Literal["auto", "reference", "xla", "triton", "triton_async"] = "auto"
     """Implementation of the routed experts (moe/layer.py).
     `auto` takes the fastest that can run here.
-    `triton` needs an NVIDIA GPU of compute capability 8.0 or more."""
+    `triton` needs an NVIDIA GPU of compute capability 8.0 or more.
+    `triton_async` has TMA and specialised warps, on 9.0 and 10.0. `auto` never takes it."""
     precision: Literal["compute", "fp8"] = "compute"
     """Operands of the routed experts' forward products.
     `compute` has them in compute_dtype.
@@ -157,9 +158,9 @@ class MoEConfig:
 
     def _check_precision(self, owner: str) -> None:
         require(
-            self.precision != "fp8" or self.implementation != "reference",
-            f"{owner}.precision=fp8 needs implementation auto, xla or triton: reference computes "
-            "in compute_dtype alone",
+            self.precision != "fp8" or self.implementation in ("auto", "xla", "triton"),
+            f"{owner}.precision=fp8 needs implementation auto, xla or triton: "
+            f"{self.implementation} computes in compute_dtype alone",
         )
         require(
             self.precision == "fp8" or self.fp8_scales == "float32",

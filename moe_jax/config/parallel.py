@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from moe_jax.base.errors import require
-from moe_jax.config.checks import not_negative, positive
+from moe_jax.config.checks import known_choices, not_negative, positive
 
 if TYPE_CHECKING:
     from moe_jax.config.train import TrainConfig
+
+Schedule = Literal[
+    "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe", "dualpipev"
+]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,13 @@ class ParallelConfig:
     """Devices that share the heads, hidden units and vocabulary, and have the same rows.
     It must divide the query heads, the KV heads, the hidden widths and the vocabulary."""
     pipe: int = 1
-    """Stages of a pipeline. There is no pipeline yet, so it must be 1."""
+    """Devices of a pipeline, each with its share of the layers."""
+    schedule: Schedule = "1f1b"
+    """Order of a pipeline's work (docs/pipeline.md)."""
+    microbatches: int = 0
+    """Parts of a batch that a pipeline works on at the same time. 0: twice its devices."""
+    chunks: int = 2
+    """Pieces of each device's share of the layers, for the schedule `interleaved`."""
     fake_devices: int = 0
     """Run on the CPU as if it were this many devices. 0: use the devices that are there.
     For trying out a layout: it makes nothing faster."""
@@ -37,14 +47,22 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         owner = "parallel"
         positive(owner, self, "fsdp", "expert", "tensor", "pipe")
-        not_negative(owner, self, "data", "fake_devices")
+        positive(owner, self, "chunks")
+        known_choices(owner, self)
+        not_negative(owner, self, "data", "fake_devices", "microbatches")
         require(
             self.fake_devices <= 1024,  # each has threads of its own
             f"{owner}.fake_devices is {self.fake_devices}: it must be at most 1024",
         )
         require(
-            self.pipe == 1,
-            f"{owner}.pipe={self.pipe}: there is no pipeline yet, set {owner}.pipe to 1",
+            self.pipe > 1 or self.microbatches == 0,
+            f"{owner}.microbatches={self.microbatches} needs a pipeline: set {owner}.pipe, or use "
+            "optim.accumulation",
+        )
+        require(
+            self.pipe == 1 or self.tensor == 1,
+            f"{owner}.pipe={self.pipe} does not go with {owner}.tensor={self.tensor} yet: set one "
+            "of them to 1",
         )
 
     @property

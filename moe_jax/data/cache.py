@@ -6,7 +6,6 @@ process leaves no half entry. meta.json holds a checksum of every file, and begi
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import time
@@ -18,9 +17,9 @@ from typing import Any
 
 from moe_jax.base.errors import UserError
 from moe_jax.base.files import sync, write_atomically
+from moe_jax.base.hashes import digest, hasher
 from moe_jax.base.paths import user_path
 from moe_jax.base.scratch import is_scratch, make_scratch, mark_scratch, remove_scratch
-from moe_jax.data.documents import digest
 
 META = "meta.json"
 TEMPORARY = "tmp-"
@@ -176,7 +175,7 @@ def checksum(path: Path) -> str:
 
     The size is compared separately (_verified), so that a cut file is always noticed.
     """
-    state = hashlib.blake2b(digest_size=16)
+    state = hasher()
     count = -(-path.stat().st_size // CHECKED_BLOCK)
     step = max(1.0, count / CHECKED_BLOCKS)  # in blocks, and no whole number for a long file
     with path.open("rb") as file:

@@ -1,6 +1,5 @@
 """What one reading of a file tells, remembered until the file changes."""
 
-import hashlib
 import os
 import time
 from functools import partial
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_jax.base import paths
+from moe_jax.base.hashes import hasher
 from moe_jax.data.cache import HashIndex
 from moe_jax.data.encodings import utf8_blocks
 
@@ -43,7 +43,7 @@ def content_of(root: Path, name: str, status: os.stat_result, index: HashIndex |
 
 def read_content(path: Path) -> Content:
     """Reads a whole file. UserError: it cannot be read."""
-    state = hashlib.blake2b(digest_size=16)
+    state = hasher()
     size = 0
     binary = False
     with readable(path), path.open("rb") as file:

@@ -1,14 +1,14 @@
 """Corpora of documents, their split into training and validation, and samples of their text."""
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.hashes import digest, digest_all
 
 SAMPLE_BYTES = 8 << 20
 """Largest size of the text that a tokenizer is trained on."""
@@ -68,23 +68,6 @@ class Corpus(ABC):
     @abstractmethod
     def contents(self) -> np.ndarray:
         """Hash of the text of each document: uint64[documents]."""
-
-
-def digest(*parts: str) -> str:
-    """Hash of a sequence of strings: 128 bits of blake2b, in hexadecimal."""
-    return digest_all(parts)
-
-
-def digest_all(parts: Iterable[str]) -> str:
-    """`digest` of strings that need not be in memory together."""
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        # File names that are no UTF-8 reach Python with surrogates for their bytes.
-        data = part.encode("utf-8", "surrogateescape")
-        # With the lengths, ("ab", "c") and ("a", "bc") differ.
-        state.update(len(data).to_bytes(8, "little"))
-        state.update(data)
-    return state.hexdigest()
 
 
 def split(corpus: Corpus, validation_fraction: float) -> np.ndarray:

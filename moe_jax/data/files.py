@@ -9,9 +9,10 @@ import numpy as np
 
 from moe_jax.base.console import progress
 from moe_jax.base.errors import UserError
+from moe_jax.base.hashes import digest
 from moe_jax.data.cache import HashIndex
 from moe_jax.data.contents import Content, content_of, readable
-from moe_jax.data.documents import Corpus, Document, Opening, digest
+from moe_jax.data.documents import Corpus, Document, Opening
 from moe_jax.data.encodings import blocks_of, pieces, skip_mark, text_at
 from moe_jax.data.left_out import LeftOut
 from moe_jax.data.paths import Matches, root_and_parts

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from moe_jax.base.errors import UserError, require
+from moe_jax.base.hashes import digest, digest_all
 from moe_jax.data.cache import HashIndex
-from moe_jax.data.documents import Corpus, Document, Opening, digest, digest_all
+from moe_jax.data.documents import Corpus, Document, Opening
 
 ROWS = 1000
 """Rows that are made Python strings at once."""

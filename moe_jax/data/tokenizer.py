@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moe_jax.base.errors import UserError, quote, reading, require
-from moe_jax.data.documents import digest
+from moe_jax.base.hashes import digest
 
 MOST_IDS = 1 << 24
 SPECIALS = 2

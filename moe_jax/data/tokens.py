@@ -12,10 +12,10 @@ import numpy as np
 
 from moe_jax.base.console import progress
 from moe_jax.base.errors import UserError
+from moe_jax.base.hashes import digest
 from moe_jax.config import DataConfig
 from moe_jax.data.cache import HashIndex, cache_folder, entry, usable
 from moe_jax.data.corpus import Corpus, Opening, moved, open_corpus, sample, split
-from moe_jax.data.documents import digest
 from moe_jax.data.tokenizer import LONGEST_PIECE, Tokenizer, make_tokenizer
 from moe_jax.data.writer import open_split, write_split
 
@@ -67,6 +67,8 @@ class TokenData:
     `fingerprint`: hash of the corpus, its split and the tokenizer. Equal ones mean equal tokens.
     `stats`: counts of the whole splits, {"train" and "validation": {"documents", "bytes",
     "tokens"}, "replaced": documents that had bytes which are no valid UTF-8}.
+    `split_by_names`: the fingerprint that this text had when copies of a text were split by their
+    names. It equals `fingerprint` where no text is there twice, or none of them changes its side.
     """
 
     train: TokenArray
@@ -74,6 +76,7 @@ class TokenData:
     tokenizer: Tokenizer
     fingerprint: str
     stats: dict[str, Any]
+    split_by_names: str
 
 
 def prepare(
@@ -91,7 +94,8 @@ def prepare(
     with usable(cache):
         corpus = open_corpus(config.source, config.text_field, Opening(cache, config.binary, say))
         # Two keys, because the tokenizer is itself made from the content. Tokens depend on both.
-        content = digest(VERSION, *_content_key(config, corpus, cache, say))
+        key = _content_key(config, corpus, cache, say)
+        content = digest(VERSION, *key)
         if tokenizer is None:
             tokenizer = _trained(config, corpus, cache, content, say)
         fingerprint = digest(content, tokenizer.fingerprint)
@@ -100,7 +104,8 @@ def prepare(
         stats = entry(folder, build, say)
         train, validation = (_open(folder, name, tokenizer, stats[name]) for name in SPLITS)
     held_out = _held_out(validation, config.validation_tokens)
-    return TokenData(train, held_out, tokenizer, fingerprint, stats)
+    by_names = digest(digest(VERSION, *key[:2]), tokenizer.fingerprint)
+    return TokenData(train, held_out, tokenizer, fingerprint, stats, by_names)
 
 
 def _content_key(

@@ -6,7 +6,6 @@ likely tokens and the mass of all others (`top_k`: 4·K + 2 bytes). A cache is a
 Each shard is written atomically, so a killed build continues with the first that is missing.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,15 +15,14 @@ import jax
 import numpy as np
 
 from moe_jax.base.files import write_atomically
+from moe_jax.base.hashes import BYTES, digest, hasher
 from moe_jax.base.paths import readable
 from moe_jax.config import require
 from moe_jax.data.batches import Windows
-from moe_jax.data.documents import digest
 from moe_jax.data.tokens import TokenArray
 from moe_jax.distill.teacher import Teacher, require_same_tokens
 from moe_jax.distill.teacher_outputs import CacheConfig, make_outputs
 
-CHECKSUM_BYTES = 16
 _readable = partial(
     readable,
     kind="the teacher's cache",
@@ -76,7 +74,7 @@ class TeacherCache:
     @property
     def bytes_per_token(self) -> float:
         """Bytes on disk for each token of the text."""
-        return self.dtype.itemsize + CHECKSUM_BYTES / (self.config.shard * self.length)
+        return self.dtype.itemsize + BYTES / (self.config.shard * self.length)
 
     def __len__(self) -> int:
         return self._count
@@ -108,7 +106,7 @@ class TeacherCache:
         """Whether the shard's file exists and has its full size."""
         path = self.path(shard)
         size = len(self.windows(shard)) * self.length * self.dtype.itemsize
-        return path.exists() and path.stat().st_size == size + CHECKSUM_BYTES
+        return path.exists() and path.stat().st_size == size + BYTES
 
     def write(self, shard: int) -> None:
         """Computes a shard and stores it."""
@@ -132,7 +130,7 @@ class TeacherCache:
             return False
         with _readable(self.path(shard)) as path:
             data = np.fromfile(path, np.uint8)
-        return _checksum(data[:-CHECKSUM_BYTES]) == data[-CHECKSUM_BYTES:].tobytes()
+        return _checksum(data[:-BYTES]) == data[-BYTES:].tobytes()
 
     def _read(self, shard: int, begin: int, count: int) -> np.ndarray:
         """`count` records of a shard, from record `begin` on."""
@@ -224,7 +222,9 @@ def _rows(
 
 def _checksum(data: np.ndarray) -> bytes:
     # The array itself and not its bytes: those would be a copy of a text larger than memory.
-    return hashlib.blake2b(data.data, digest_size=CHECKSUM_BYTES).digest()
+    state = hasher()
+    state.update(data.data)
+    return state.digest()
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:

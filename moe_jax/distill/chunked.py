@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.config import require
 from moe_jax.distill.divergences import Divergence
+from moe_jax.parallel.mesh import carry_like
 
 CHUNK_SIZE = 4096
 """Tokens at a time: wide enough for fast products, and a tenth of a large vocabulary."""
@@ -92,7 +93,8 @@ def scan_chunks(chunks: VocabularyChunks, body: Callable[[Any, Array], Any], sta
     # prevent_cse keeps XLA from merging the recomputation with the forward pass. JAX's
     # documentation calls it unnecessary inside of a scan, where its barriers only hinder fusion.
     step = jax.checkpoint(lambda carry, index: (body(carry, index), None), prevent_cse=False)
-    return lax.scan(step, start, jnp.arange(chunks.count()))[0]
+    result = jax.tree.leaves(jax.eval_shape(body, start, jnp.int32(0)))
+    return lax.scan(step, carry_like(start, *result), jnp.arange(chunks.count()))[0]
 
 
 def log_normaliser(

@@ -1,6 +1,5 @@
 """A teacher: a frozen model with its tokenizer, and the logits of a model at every position."""
 
-import hashlib
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.hashes import hasher
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.distill.chunked import LazyLogits
@@ -45,7 +45,7 @@ class Teacher(NamedTuple):
 
     def fingerprint(self) -> str:
         """Hash of the architecture, every parameter and the tokenizer."""
-        content = hashlib.blake2b(digest_size=16)
+        content = hasher()
         content.update(f"{self.model}{self.tokenizer.fingerprint}".encode())
         for leaf in jax.tree.leaves((self.parameters, self.router)):
             content.update(np.asarray(leaf).tobytes())

@@ -22,6 +22,20 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype("bfloat16" if multiplies_bfloat16() else "float32")
 
 
+def slow_type(config: ModelConfig) -> str:
+    """A line for a GPU without matrix units for bfloat16 that was told to use it, or nothing."""
+    if config.compute_dtype != "bfloat16" or multiplies_bfloat16():
+        return ""
+    capability = compute_capability()
+    if capability is None:
+        return ""
+    return (
+        f"model.compute_dtype=bfloat16 is kept. This GPU has compute capability {capability} and "
+        "no bfloat16 products: values are rounded to bfloat16, and multiplied in float32 (auto is "
+        "float32 here)"
+    )
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the first device has matrix units for bfloat16."""
     if jax.default_backend() == "tpu":

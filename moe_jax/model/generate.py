@@ -9,6 +9,11 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from moe_jax.base.errors import require
+from moe_jax.base.machine import available_bytes
+from moe_jax.config import ModelConfig
+from moe_jax.model.attention import empty_cache
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.model.transformer import Transformer
 
 
@@ -70,6 +75,23 @@ def generate(  # noqa: PLR0913 - the settings of sampling, by name
 
     _, tokens = lax.scan(step, (logits, caches), jnp.arange(count))
     return tokens.T  # the scan stacks [count, B]
+
+
+def require_cache_room(config: ModelConfig, batch: int, slots: int) -> None:
+    """UserError: KV caches for `batch` rows of `slots` tokens are larger than what is free.
+
+    Call it before `generate`, with the tokens of the prompt and those to write.
+    """
+    dtype = compute_dtype(config)
+    one = jax.eval_shape(lambda: empty_cache(config.attention, batch, 1, dtype))
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in one) * config.layers * slots
+    available = available_bytes()
+    fits = available is None or needed <= available
+    require(
+        fits and slots < 2**31,  # positions are 32-bit integers
+        f"{batch} x {slots} tokens need {needed / 1e9:,.1f} GB for keys and values, and "
+        f"{(available or 0) / 1e9:,.1f} GB are free: write fewer tokens",
+    )
 
 
 def generate_uncached(

@@ -22,10 +22,16 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def spec_of(mesh: Mesh, path: tuple[Any, ...], shape: tuple[int, ...]) -> P:
-    """The layout of one array. The leading axis of stacked layers is never split."""
+    """The layout of one array. The leading axis of stacked layers is split over the pipeline.
+
+    It is whole where the pipeline's devices do not divide the layers. Those are no layers of its
+    stages.
+    """
     if len(shape) < 2:
         return P()
     name = dotted(path)
     letters = kind_of(name).axes.split()
     stacked = len(shape) - len(letters)
-    return P(*[None] * stacked, *place(letters, shape[stacked:], dict(mesh.shape), name))
+    pipe = mesh.shape.get("pipe", 1)
+    layers = "pipe" if stacked and pipe > 1 and shape[0] % pipe == 0 else None
+    return P(*[layers] * stacked, *place(letters, shape[stacked:], dict(mesh.shape), name))

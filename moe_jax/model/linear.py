@@ -78,7 +78,8 @@ def _backward(
     d_x = jnp.tensordot(d_out, arranged, axes=outputs)
     wide = sum_dtype(x.dtype, gradient)
     d_arranged = jnp.tensordot(x, d_out, axes=(batch, batch), preferred_element_type=wide)
-    back = jax.linear_transpose(arrange, jax.ShapeDtypeStruct(weight.shape, wide))
+    # Of the weight itself and not of its shape: inside a shard_map the type says where it differs.
+    _, back = jax.vjp(arrange, weight.astype(wide))
     return d_x, back(d_arranged)[0].astype(weight.dtype)
 
 

@@ -5,6 +5,7 @@ from functools import partial
 
 from jax import Array
 from moe_kernels import experts as triton_experts
+from moe_kernels import experts_async as triton_experts_async
 from moe_kernels import experts_fp8 as triton_experts_fp8
 from moe_kernels.launch import (
     MINIMUM_CAPABILITY,
@@ -24,6 +25,7 @@ IMPLEMENTATIONS: dict[str, Mixture] = {
     "reference": reference.mixture,
     "xla": xla.mixture,
     "triton": triton_experts.mixture,
+    "triton_async": triton_experts_async.mixture,
 }
 """By `model.moe.implementation`."""
 
@@ -32,8 +34,8 @@ def implementation(name: str, precision: str = "compute") -> str:
     """The name of the implementation that runs, which is `name` itself unless it is "auto".
 
     `auto` is triton on GPUs that can run it (compute capability 8.0, or 8.9 for precision fp8), and
-    xla anywhere else. A name given explicitly is never replaced: train.checks refuses a run that
-    cannot have it.
+    xla anywhere else. It is never triton_async, which no GPU has run yet. A name given explicitly
+    is never replaced: train.checks refuses a run that cannot have it.
     """
     if name != "auto":
         return name
@@ -51,7 +53,7 @@ def missing_kernels(name: str) -> str:
 
 def uses_kernels(config: MoEConfig) -> bool:
     """Whether routing and planning (steps 1 and 2) run as Triton kernels, too."""
-    return implementation(config.implementation, config.precision) == "triton"
+    return implementation(config.implementation, config.precision).startswith("triton")
 
 
 def mixture_of(config: MoEConfig) -> Mixture:

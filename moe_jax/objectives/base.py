@@ -198,7 +198,7 @@ def losses(objective: Objective, reading: Reading, *operands: Any) -> Losses:
     # Each token's experts are rows of the batch. Kept, they would grow with the accumulation.
     stats = {}
     if reading.stats is not None:
-        stats["sparse"] = _share(reading.stats._replace(experts=None), reading.part, 0)
+        stats["sparse"] = share_of(reading.stats._replace(experts=None), reading.part, 0)
     mtp = jnp.zeros((), jnp.float32)
     if reading.model.config.mtp_depth:
         mtp, mtp_stats = mtp_loss(reading)
@@ -211,8 +211,11 @@ def balance_loss(stats: dict[str, RouterStats]) -> Float[Array, ""]:
     return sum((part.loss.sum() for part in stats.values()), jnp.zeros((), jnp.float32))
 
 
-def _share(stats: RouterStats, part: Part, offset: int) -> RouterStats:
-    """The part's summand of the batch's statistics. Loads and drops add up as they are."""
+def share_of(stats: RouterStats, part: Part, offset: int) -> RouterStats:
+    """The part's summand of the batch's statistics. Loads and drops add up as they are.
+
+    `offset`: 0 for the main model, k for the k-th module of multi-token prediction.
+    """
     if part.shares is None:
         return stats
     share = part.shares[offset]
@@ -248,7 +251,7 @@ def mtp_loss(reading: Reading) -> tuple[Float[Array, ""], dict[str, RouterStats]
             # own[t] speaks of token t + 1, and the target at this depth is token t + depth + 1.
             mask &= ~own[:, depth : depth + length]
         total += token_nats(logits, targets, mask) / reading.part.normalisers[depth]
-        collected.append(stats and _share(stats._replace(experts=None), reading.part, depth))
+        collected.append(stats and share_of(stats._replace(experts=None), reading.part, depth))
     mean = total / model.config.mtp_depth
     if collected[0] is None:  # the blocks of the modules are dense
         return mean, {}

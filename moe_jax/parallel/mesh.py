@@ -1,7 +1,7 @@
 """Devices as a mesh with named axes, and sums over those axes that share the batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -117,3 +117,30 @@ def own_rows(x: Num[Array, "B *shape"]) -> Num[Array, "B *shape"]:
 def shared_by() -> int:
     """Inside a shard_map: the devices that share the batch. Anywhere else 1."""
     return math.prod(manual_axes()[axis] for axis in _shared_axes())
+
+
+def varying_axes(array: Any) -> frozenset[str]:
+    """Inside a shard_map: the axes over which devices may have different values of an array.
+
+    The array may be a shape.
+    """
+    kind = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
+    return frozenset() if kind.manual_axis_type is None else kind.manual_axis_type.varying
+
+
+def own_copies(tree: Tree, axes: Iterable[str]) -> Tree:
+    """The tree with every leaf marked as the device's own over `axes` (lax.pcast)."""
+
+    def own(leaf: Array) -> Array:
+        missing = tuple(axis for axis in axes if axis not in varying_axes(leaf))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(own, tree)
+
+
+def carry_like(start: Tree, *arrays: Array) -> Tree:
+    """The start of a loop's carry, marked as the arrays are that the loop adds to it.
+
+    Inside a shard_map JAX wants a carry of one type. Anywhere else this is `start`.
+    """
+    return own_copies(start, frozenset().union(*map(varying_axes, arrays)))

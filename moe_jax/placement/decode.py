@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from moe_jax.config import ModelConfig, require
 from moe_jax.model.attention import Cache, empty_cache
 from moe_jax.model.dtype import compute_dtype
+from moe_jax.model.generate import require_cache_room
 from moe_jax.model.trunk import EXPERT
 from moe_jax.placement.decode_programs import (
     Chosen,
@@ -86,12 +87,14 @@ class TieredDecoder:
     ) -> Int[np.ndarray, "B count"]:
         """`count` tokens after each prompt, drawn as by model.generate.
 
-        `on_token` is called when the next token of every row is known.
+        `on_token` is called when the next token of every row is known. UserError: the KV caches
+        have no room.
 
         The prompt is read position by position. All of it at once would need most experts of a
         layer together.
         """
         batch, length = prompt.shape
+        require_cache_room(self.config, batch, length + count)
         caches = self.empty_caches(batch, length + count)
         logits = None
         tokens = np.asarray(prompt)

@@ -1,7 +1,9 @@
 """The experts of a trained model on disk, for decoding: written once, read one by one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from jaxtyping import Float, Int8
@@ -9,7 +11,7 @@ from jaxtyping import Float, Int8
 from moe_jax.base.files import appearing, disk_errors
 from moe_jax.config import require
 from moe_jax.placement.records.file import RecordFile, as_parts
-from moe_jax.placement.records.layout import NAMES, RecordLayout
+from moe_jax.placement.records.layout import NAMES, DamagedError, RecordLayout
 from moe_jax.placement.records.pages import ThreadBuffer
 from moe_jax.placement.records.store import RecordStore, file_name
 
@@ -87,20 +89,30 @@ def quantise(
 class ExpertFiles:
     """The experts that write_experts wrote, opened for reading by any number of threads.
 
-    `direct` reads around the page cache (O_DIRECT, Linux), to measure the disk itself.
-    UserError: a file is missing, truncated or of another form. The message names it.
+    `direct` reads around the page cache (O_DIRECT, Linux), to measure the disk itself. `remake`
+    writes the files again when a record is damaged. It takes the fault in words.
+    UserError: a file cannot be opened. DamagedError: it is missing, truncated or of another form.
     """
 
-    def __init__(self, folder: Path, *, direct: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        direct: bool = False,
+        remake: Callable[[str], None] | None = None,
+        remedy: str = REWRITE,
+    ) -> None:
         self.folder = folder
-        self.records = RecordStore.open(folder, direct=direct, remedy=REWRITE)
-        self._files = self.records.files.get(KIND, [])
+        self._open = partial(RecordStore.open, folder, direct=direct, remedy=remedy)
+        self._remake = remake
+        self._remaking = Lock()
+        self._replaced: list[RecordStore] = []
+        self.records = self._open()
         layout = self.records.layouts.get(KIND, RecordLayout(()))
         self.fields = {field.name: field for field in layout.fields}
-        require(
-            {"down", "gate_up"} <= self.fields.keys() and all(f.written.all() for f in self._files),
-            f"{folder / layer_name(0)} is no file of experts: use write_experts",
-        )
+        files = self.records.files.get(KIND, [])
+        if not {"down", "gate_up"} <= self.fields.keys() or not all(f.written.all() for f in files):
+            raise DamagedError(f"{folder / layer_name(0)} is no file of experts", remedy)
         self.layers = self.records.layers
         self.experts = self.records.experts
         self.gate_up_shape = self.fields["gate_up"].shape
@@ -118,12 +130,31 @@ class ExpertFiles:
 
         Without it they are views of a buffer that the same thread's next read overwrites. The
         matrices of a low-bit expert are multiplied by their scales, into memory of their own.
-        UserError: the record cannot be read, is truncated, or its checksum does not hold.
+        UserError: the record cannot be read. DamagedError: it is truncated or its checksum does not
+        hold, and cannot be made again.
         """
         if memory is None:
             memory = self._buffer.get(self.record_bytes)
-        self._files[layer].read_adjacent(expert, memory)
+        records = self.records
+        try:
+            records.files[KIND][layer].read_adjacent(expert, memory)
+        except DamagedError as error:
+            if self._remake is None:
+                raise
+            self._replace(records, error.fault)
+            self.records.files[KIND][layer].read_adjacent(expert, memory)
         return self.matrices(memory)
+
+    def _replace(self, damaged: RecordStore, fault: str) -> None:
+        """Has the files written again, unless another thread did so since they were `damaged`."""
+        with self._remaking:
+            if self.records is not damaged:
+                return
+            assert self._remake is not None
+            self._remake(fault)
+            # Other threads may be reading sound records of the files that were replaced.
+            self._replaced.append(damaged)
+            self.records = self._open()
 
     def matrices(self, memory: memoryview) -> Matrices:
         """(gate_up, down) of a record that is in memory."""
@@ -138,4 +169,5 @@ class ExpertFiles:
 
     def close(self) -> None:
         """Closes the files. Nothing can be read afterwards."""
-        self.records.close()
+        for records in (*self._replaced, self.records):
+            records.close()

@@ -23,6 +23,8 @@ LIMIT = 1_000_000
 """Most tokens read of a folder, whose layers hold many more than a replay needs."""
 MOST_LINE = 32 << 20
 """Bytes of one record. Python needs about twenty times as much for its numbers."""
+BATCH_NUMBERS = 1 << 20
+"""Expert numbers of a parquet file in memory at a time, beside those that are kept."""
 NUMBERS = MOST_BYTES // 2
 """Most expert numbers of a trace, which has them as uint16."""
 
@@ -133,7 +135,7 @@ def _numbers(value: Any) -> np.ndarray | None:
         array = np.asarray(value)
     except ValueError:  # rows of different lengths
         return None
-    if array.ndim != 2 or array.dtype.kind != "i" or not array.size > 0:
+    if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size > 0:
         return None
     low = int(array.min())
     highest = int(array.max())
@@ -168,11 +170,12 @@ def _parquet_layer(path: Path) -> np.ndarray:
     require(sum(sizes) <= 8 * NUMBERS, f"claims {sum(sizes)} bytes of rows")
     require("indices" in file.schema_arrow.names, "has no column of expert indices")
     rows: list[np.ndarray] = []
-    for batch in file.iter_batches(columns=["indices"]):
-        array = _numbers(batch.column(0).to_pylist())
+    for batch in file.iter_batches(_batch_rows(file.metadata), columns=["indices"]):
+        array = _lists(batch.column(0))
         require(array is not None, "has no column of expert indices, as many for each token")
         assert array is not None
         rows.append(array)
+        _require_few(sum(part.size for part in rows))
         if sum(map(len, rows)) >= LIMIT:
             break
     require(len(rows) > 0, "has no rows")
@@ -180,3 +183,30 @@ def _parquet_layer(path: Path) -> np.ndarray:
         len({array.shape[1] for array in rows}) == 1, "tokens have different numbers of experts"
     )
     return np.concatenate(rows)[:LIMIT]
+
+
+def _batch_rows(metadata: Any) -> int:
+    """Rows to read at a time: few where they are long, as repeated numbers take no room on disk."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    most = max(
+        (group.column(i).num_values for group in groups for i in range(group.num_columns)),
+        default=0,
+    )
+    longest = most // max(1, min((group.num_rows for group in groups), default=1))
+    return max(1, min(BATCH_NUMBERS // max(1, longest), 1 << 16))
+
+
+def _lists(column: Any) -> np.ndarray | None:
+    """A column of lists of one length: [rows, K] in uint16. None: it is something else."""
+    from pyarrow import compute, types
+
+    kind = column.type
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    if not is_list or not types.is_integer(kind.value_type) or column.null_count:
+        return None
+    values = column.flatten()
+    # Their own lengths, because rows of 1 and 3 are as long together as two of 2.
+    lengths = set(compute.list_value_length(column).unique().to_pylist())  # pyright: ignore
+    if values.null_count or len(lengths) != 1:
+        return None
+    return _numbers(values.to_numpy(zero_copy_only=False).reshape(len(column), -1))

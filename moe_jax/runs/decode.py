@@ -3,12 +3,12 @@
 RUN/decode holds one file of experts a layer (placement.files), the other parameters as
 trunk.safetensors, and model.json with configuration, tokenizer and a hash of what it was written
 from. model.json is written last. Without it, or with a damaged trunk, the folder counts as not
-prepared.
+prepared. Experts are checked when they are read. Damaged ones are written again.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,10 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from moe_jax.base.console import say
+from moe_jax.base.errors import UserError
 from moe_jax.base.files import disk_errors, patiently, write_atomically
+from moe_jax.base.hashes import digest_bytes
 from moe_jax.config import DecodePlacement, ModelConfig, TrainConfig, from_dict, require
 from moe_jax.config.checks import parse_bytes
 from moe_jax.data.tokenizer import Tokenizer
@@ -28,6 +31,7 @@ from moe_jax.moe.module import RouterBias
 from moe_jax.placement.decode import TieredDecoder
 from moe_jax.placement.files import ExpertFiles, Layer, write_experts
 from moe_jax.placement.policy import make_policy
+from moe_jax.placement.records.layout import DamagedError
 from moe_jax.placement.save_experts import save_experts
 from moe_jax.placement.store import ExpertStore
 from moe_jax.runs.load import Trained, load_run, newest_step, run_folder
@@ -56,11 +60,33 @@ def prepare_decoding(run: str | Path, *, dtype: str = "", low_bit: bool = False)
         if not _is_prepared(folder, source):
             _prepare(folder, trained, source)
     if low_bit and not _is_prepared(folder / LOW_BIT, source):
-        files = ExpertFiles(folder)
-        write_experts(folder / LOW_BIT, _read_all(files), low_bit=True)
-        files.close()
-        _write_description(folder / LOW_BIT, {"source": source})
+        _prepare_low_bit(folder, source)
     return folder
+
+
+def _open_experts(folder: Path) -> ExpertFiles:
+    """The experts in RUN/decode or RUN/decode/low-bit, written again where they are damaged.
+
+    UserError: the checkpoint that they are from is damaged as well, or gone.
+    """
+    source = json.loads((folder / MODEL).read_bytes())["source"]
+
+    def remake(fault: str) -> None:
+        if folder.name == LOW_BIT:
+            say(f"{fault}: the 8-bit copies are written again")
+            _prepare_low_bit(folder.parent, source)
+        else:
+            say(f"{fault}: the experts are written again from the checkpoint")
+            _prepare_again(folder, source)
+
+    def opened() -> ExpertFiles:
+        return ExpertFiles(folder, remake=remake, remedy=f"remove {folder}, it is written again")
+
+    try:
+        return opened()
+    except DamagedError as error:
+        remake(error.fault)
+        return opened()
 
 
 def _prepare(folder: Path, trained: Trained, source: list[Any]) -> None:
@@ -79,18 +105,37 @@ def _prepare(folder: Path, trained: Trained, source: list[Any]) -> None:
         write_atomically(folder / TRUNK, trunk)
     description = {
         "source": source,
-        "trunk": _digest(trunk),
+        "trunk": digest_bytes(trunk),
         "config": asdict(trained.config),
         "tokenizer": trained.tokenizer.to_json(),
     }
     _write_description(folder, description)
 
 
+def _prepare_again(folder: Path, source: list[Any]) -> None:
+    """As _prepare, from the checkpoint that the folder was written from."""
+    trained = load_run(folder.parent)
+    if _source(folder.parent, trained.step, source[-1]) != source:
+        # Only now, because there is a checkpoint that the next start can prepare.
+        (folder / MODEL).unlink(missing_ok=True)
+        raise UserError(
+            f"{folder} is damaged, and step {source[1]} that it was written from is damaged or "
+            f"gone: the same command takes step {trained.step}"
+        )
+    _prepare(folder, trained, source)
+
+
+def _prepare_low_bit(folder: Path, source: list[Any]) -> None:
+    with closing(_open_experts(folder)) as files:
+        write_experts(folder / LOW_BIT, _read_all(files), low_bit=True)
+    _write_description(folder / LOW_BIT, {"source": source})
+
+
 def _source(run: Path, step: int, dtype: str) -> list[Any]:
     """What a folder is prepared from: the checkpoint, by its manifest, and the experts' dtype."""
     with read_errors(run):
         manifest = patiently((run / "checkpoints" / str(step) / MANIFEST).read_bytes)
-    return [FORMAT, step, _digest(manifest), dtype]
+    return [FORMAT, step, digest_bytes(manifest), dtype]
 
 
 def _is_prepared(folder: Path, source: list[Any]) -> bool:
@@ -101,7 +146,7 @@ def _is_prepared(folder: Path, source: list[Any]) -> bool:
         if seal != _seal(description) or description["source"] != source:
             return False
         trunk = description.get("trunk")  # a folder of 8-bit copies has none
-        return trunk is None or trunk == _digest((folder / TRUNK).read_bytes())
+        return trunk is None or trunk == digest_bytes((folder / TRUNK).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -113,11 +158,7 @@ def _write_description(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _seal(description: dict[str, Any]) -> str:
-    return _digest(json.dumps(description, sort_keys=True).encode())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return digest_bytes(json.dumps(description, sort_keys=True).encode())
 
 
 def _read_all(files: ExpertFiles) -> Iterator[Layer]:
@@ -182,8 +223,8 @@ def open_decoder(
     """
     low_bit = placement.low_bit_share > 0
     folder = prepare_decoding(run, dtype=placement.dtype, low_bit=low_bit)
+    files = _open_experts(folder)
     decodable = load_decodable(folder)
-    files = ExpertFiles(folder)
     model = decodable.model
     layers = model.moe_layers
     experts = files.experts
@@ -202,7 +243,7 @@ def open_decoder(
         look_ahead=ahead,
         scope="quota",
         on_miss=placement.on_miss,
-        low_bit=ExpertFiles(folder / LOW_BIT) if low_bit else None,
+        low_bit=_open_experts(folder / LOW_BIT) if low_bit else None,
         low_bit_share=placement.low_bit_share,
     )
     decoder = TieredDecoder(

@@ -17,7 +17,7 @@ from moe_jax.base.paths import user_path
 from moe_jax.config import CheckpointConfig, ParallelConfig, TrainConfig, from_dict
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.model.abstract import graph_of
-from moe_jax.model.generate import generate
+from moe_jax.model.generate import generate, require_cache_room
 from moe_jax.model.transformer import Transformer
 from moe_jax.parallel.rules import with_sharding
 from moe_jax.train.checkpoint import MANIFEST, Checkpoints, read_errors, steps_in
@@ -42,6 +42,7 @@ class Trained:
     def complete(self, text: str, tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> str:
         """`text` and a continuation of at most `tokens` tokens, up to the end of the document."""
         prompt = self._encode(text)
+        require_cache_room(self.config.model, 1, len(prompt) + tokens)
         generated = generate(
             graph_of(self.config.model),
             (self.state.parameters, self.state.router),

@@ -12,6 +12,7 @@ from moe_jax.base.console import console, say
 from moe_jax.base.files import write_atomically
 from moe_jax.base.initial import named_key
 from moe_jax.base.machine import GemmRates, peak_resident_bytes
+from moe_jax.base.numbers import amount_text
 from moe_jax.base.result import Measurement, write_result
 from moe_jax.config import TrainConfig
 from moe_jax.model.abstract import graph_of
@@ -53,8 +54,8 @@ def write_report(summary: RunSummary) -> None:
     )
     console.print(samples, markup=False)
     for m in measurements:
-        value = "-" if m.value is None else f"{m.value:,.4g}"
-        console.print(f"{m.name:28} {value:>12} {m.unit}", markup=False)
+        value, unit = amount_text(m.value, m.unit)
+        console.print(f"{m.name:28} {value:>12} {unit}", markup=False)
     if summary.gemm.moved:
         console.print(describe_moved(summary.gemm), markup=False)
     console.print(f"{verdict}\n{summary.out}/result.json, samples.txt, plots/", markup=False)

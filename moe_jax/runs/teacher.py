@@ -10,7 +10,7 @@ from moe_jax.distill.teacher import Teacher
 from moe_jax.interop.gguf import GET_SMOLLM2, SMOLLM2
 from moe_jax.interop.hugging_face import HUB
 from moe_jax.model.count import count_parameters
-from moe_jax.model.dtype import compute_dtype
+from moe_jax.model.dtype import compute_dtype, slow_type
 from moe_jax.runs.load import load_run
 from moe_jax.train.task import Task
 from moe_jax.train.teacher import TeacherTask
@@ -51,12 +51,15 @@ def task_of(config: TrainConfig) -> Task:
     """
     # Once, here: the checkpoint has the type with which the run began. On a machine for which auto
     # would be another one the run is refused by name, and not continued in other numbers.
+    if line := slow_type(config.model):
+        say(line)
     model = replace(config.model, compute_dtype=compute_dtype(config.model).name)
     config = replace(config, model=model)
     if not config.distill.teacher:
         return Task(config.resolved())
     teacher = find_teacher(config.distill.teacher)
     config = with_tokenizer_of(teacher, config).resolved()
+    require_cacheable(config, teacher)
     if config.distill.upcycle:
         require_upcyclable(config, teacher.model)
     # The teacher computes as the student does, whatever it was trained with.
@@ -65,6 +68,19 @@ def task_of(config: TrainConfig) -> Task:
     dtype = config.model.compute_dtype
     model = replace(teacher.model, compute_dtype=dtype, attention=attention, moe=moe)
     return TeacherTask(config, teacher._replace(model=model))
+
+
+def require_cacheable(config: TrainConfig, teacher: Teacher) -> None:
+    """UserError: distill.cache stores more tokens of a distribution than the teacher has."""
+    if config.distill.cache_contents is None:
+        return
+    _, count = config.distill.cache_contents
+    tokens = teacher.tokenizer.vocabulary
+    require(
+        count < tokens,
+        f"distill.cache={config.distill.cache} stores {count} tokens of each distribution, and the "
+        f"teacher has {tokens}: lower the number, or set distill.cache to none",
+    )
 
 
 def with_tokenizer_of(teacher: Teacher, config: TrainConfig) -> TrainConfig:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_jax.base.files import write_atomically
+from moe_jax.base.hashes import digest
 
 DOMAINS = ("code", "prose", "tables")
 LIMIT = 2_000_000
@@ -24,15 +25,18 @@ SHORTEST = 500
 def write_corpus(out: Path) -> None:
     """out/corpus/DOMAIN/*.txt for training and out/held-out/DOMAIN.txt, unless they are there.
 
+    A text that is held out is in no other file, whatever their names (as data.documents.split).
     corpus.done is written last, so a killed run writes all of it anew.
     """
     if (out / "corpus.done").exists():
         return
     size: dict[str, int] = dict.fromkeys(DOMAINS, 0)
     held_out: dict[str, str] = dict.fromkeys(DOMAINS, "")
+    is_held_out: dict[str, bool] = {}  # by the hash of a text: copies go where the first one went
     for name, domain, text in domain_texts():
-        if len(held_out[domain]) < LIMIT // 8:
-            held_out[domain] += text
+        has_room = len(held_out[domain]) < LIMIT // 8
+        if is_held_out.setdefault(digest(text), has_room):
+            held_out[domain] += text if has_room else ""
         elif size[domain] < LIMIT:
             size[domain] += len(text)
             stem = name.replace("/", "-").removesuffix(".py")

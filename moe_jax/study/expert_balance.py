@@ -5,7 +5,7 @@ and the next window is counted on it, as in training or serving that rebalances 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -76,6 +76,18 @@ def window_loads(trace: Trace, window: int) -> Int[np.ndarray, "windows layers E
     parts = (trace.part(w * window, (w + 1) * window) for w in range(windows))
     counts = [part.frequency().reshape(trace.layers, trace.experts) for part in parts]
     return np.stack(counts)
+
+
+def mixed(trace: Trace, length: int, seed: int) -> Trace:
+    """The trace with its sequences of `length` tokens in a random order, as batches mix documents.
+
+    What is left after the last whole sequence stays at the end.
+    """
+    tokens = np.arange(len(trace.chosen))
+    count = len(tokens) // length
+    order = np.random.default_rng(seed).permutation(count)
+    tokens[: count * length] = (order[:, None] * length + np.arange(length)).ravel()
+    return replace(trace, chosen=trace.chosen[tokens], domain=trace.domain[tokens])
 
 
 def replay_balance(

@@ -3,10 +3,7 @@
 import json
 from pathlib import Path
 
-
-def number_text(value: float | int | None) -> str:
-    """Four digits, or a dash for a missing value."""
-    return "-" if value is None else f"{value:,.4g}"
+from moe_jax.base.numbers import number_text
 
 
 class LiveTable:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from moe_jax.base.numbers import number_text
 from moe_jax.base.result import Measurement, write_result
 from moe_jax.study.arms import Runs, seed_values
 from moe_jax.study.intervals import Interval, mean_interval, paired_interval
@@ -91,8 +92,8 @@ def table(measurements: Sequence[Measurement]) -> str:
     """One line a measurement: name, value, unit, interval."""
     lines = []
     for row in measurements:
-        value = "none" if row.value is None else f"{row.value:.4g}"
-        bounds = "" if row.interval is None else "  [{:.4g}, {:.4g}]".format(*row.interval)
+        bounds = "" if row.interval is None else f"  [{', '.join(map(number_text, row.interval))}]"
+        value = "none" if row.value is None else number_text(row.value)
         lines.append(f"{row.name:52} {value:>12} {row.unit}{bounds}")
     return "\n".join(lines)
 

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import jax
-from moe_kernels.launch import fp8_support, triton_support
+from moe_kernels.experts_async import misfit
+from moe_kernels.launch import async_support, fp8_support, triton_support
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
-from moe_jax.base.machine import require_memory, require_space
+from moe_jax.base.machine import available_bytes, require_memory, require_space
 from moe_jax.base.result import output_folder
-from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
+from moe_jax.config import ModelConfig, TrainConfig, from_dict, settings_that_must_match
 from moe_jax.config.learning import not_trained
 from moe_jax.model.attention import check_attention
+from moe_jax.model.dtype import compute_dtype
 from moe_jax.moe.implementation import implementation, missing_kernels
+from moe_jax.train.activations import evaluation_bytes, training_bytes
 from moe_jax.train.checkpoint import Extra
 from moe_jax.train.engine import Engine
 from moe_jax.train.engines import engine_kind
@@ -31,7 +34,7 @@ def check(engine: Engine, task: Task) -> Path:
     check_attention(config.model, config.data.length)
     for part, reason in not_trained(config.model).items():
         say(f"not trained: {part} ({reason})")
-    require_memory(config.preset, engine.memory_bytes() + task.memory_bytes())
+    check_memory(config, engine.mesh.size, engine.memory_bytes() + task.memory_bytes())
     out = output_folder(config.out)
     # `keep` checkpoints or as many as there will be, the best one, and the one being written.
     saves = config.last_step // config.checkpoint.every + config.last_step // config.evaluate_every
@@ -40,8 +43,30 @@ def check(engine: Engine, task: Task) -> Path:
     # One check for each folder: two that pass by themselves may not fit together.
     require_space(out, checkpoints + needed.pop(out, 0))
     for folder, size in needed.items():
-        require_space(output_folder(str(folder)), size)
+        require_space(output_folder(str(folder), "--placement.folder"), size)
     return out
+
+
+def check_memory(config: TrainConfig, devices: int, state: int) -> None:
+    """UserError: `state` bytes on each device do not fit, or the activations beside them do not.
+
+    What activations need at least is said in train.activations.
+    """
+    require_memory(config.preset, state)
+    available = available_bytes()
+    training = training_bytes(config, devices)
+    evaluation = evaluation_bytes(config, devices)
+    needed = max(training, evaluation)
+    if available is None or state + needed <= available:
+        return
+    # More micro-batches make an update smaller, and an evaluation not.
+    smaller = config.optim.accumulation < config.batch and state + evaluation <= available
+    accumulate = ", or raise --optim.accumulation" if smaller else ""
+    raise UserError(
+        f"batch={config.batch} of data.length={config.data.length} needs at least "
+        f"{needed / 1e9:,.1f} GB for activations on each device, which has "
+        f"{(available - state) / 1e9:,.1f} GB for them: lower --batch or --data.length{accumulate}"
+    )
 
 
 def check_kernels(config: TrainConfig) -> None:
@@ -55,6 +80,8 @@ def check_kernels(config: TrainConfig) -> None:
         raise UserError(
             f"model.moe.implementation triton cannot run: {support.reason}; use auto or xla"
         )
+    if moe.implementation == "triton_async":
+        check_async(config.model)
     if hint := missing_kernels(moe.implementation):
         say(hint)
     if moe.precision != "fp8":
@@ -68,6 +95,17 @@ def check_kernels(config: TrainConfig) -> None:
         )
     if implementation(moe.implementation, moe.precision) == "xla":
         say("FP8 products are emulated in float32 here: their numerics, not their speed")
+
+
+def check_async(model: ModelConfig) -> None:
+    """Raises UserError where the asynchronous products cannot run, here or at these widths."""
+    support = async_support()
+    problem = support.reason if support.name == "none" else ""
+    problem = problem or misfit(compute_dtype(model), model.width, model.moe.expert_hidden)
+    if problem:
+        raise UserError(
+            f"model.moe.implementation triton_async cannot run: {problem}; use auto or triton"
+        )
 
 
 LENGTH = ("steps", "continue_to")

@@ -28,10 +28,15 @@ from moe_jax.train.update import Gradient, make_update
 
 
 def make_step(
-    config: TrainConfig, objective: Objective = next_token
+    config: TrainConfig,
+    objective: Objective = next_token,
+    gradient: Callable[..., Any] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """(state, batch, *operands) -> (state, metrics). Operands go to the objective."""
-    gradient = make_gradient(config, objective)
+    """(state, batch, *operands) -> (state, metrics). Operands go to the objective.
+
+    `gradient` is a function like make_gradient's. Unset, it is make_gradient's.
+    """
+    gradient = gradient or make_gradient(config, objective)
     update = make_update(config)
 
     def step(state: TrainState, batch: Batch, *operands: Any) -> tuple[TrainState, Metrics]:
@@ -67,8 +72,7 @@ def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Cal
         everything = whole_batch(batch, length, depth, key)
         if parts == 1:
             return gradient(parameters, everything)
-        # Strided, so that every micro-batch is spread over all devices like the batch itself.
-        micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+        micro = micro_batches(batch, parts)
 
         def of_part(batch: Batch, key: Array) -> Any:
             return gradient(parameters, part_of(everything, batch, length, key))
@@ -83,3 +87,9 @@ def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Cal
         return lax.scan(add, zeros, (micro, layer_keys(key, parts)))[0]
 
     return of_batch
+
+
+def micro_batches(batch: Batch, parts: int) -> Batch:
+    """The batch in `parts` micro-batches, as a leading axis."""
+    # Strided, so that every micro-batch is spread over all devices like the batch itself.
+    return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)

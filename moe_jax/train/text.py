@@ -13,13 +13,20 @@ def prepare_data(task: Task, saved: Extra | None) -> TokenData:
     """The token arrays.
 
     A continued run keeps its own tokenizer. A new one takes the task's tokenizer, if it has one.
-    UserError: the text has changed since the run began.
+    UserError: the text has changed since the run began, or its split has.
     """
     settings = task.config.data
     if saved is None:
         return prepare(settings, task.tokenizer, say=say)
     data = prepare(settings, Tokenizer.from_json(saved["tokenizer"]), say=say)
-    if data.fingerprint != saved["data_fingerprint"]:
+    began_with = saved["data_fingerprint"]
+    if data.fingerprint != began_with == data.split_by_names:
+        raise UserError(
+            f"data.source '{settings.source}' holds the same text more than once. This run began "
+            "with copies in training and in validation, and they are on one side now: choose "
+            "another --out for a run whose validation is held out"
+        )
+    if data.fingerprint != began_with:
         raise UserError(
             f"the text of data.source '{settings.source}' has changed since this run began "
             f"({saved['data_stats']['train']['bytes']} bytes of training text then, "

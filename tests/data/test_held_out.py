@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.base.errors import UserError
+from moe_jax.base.hashes import digest
 from moe_jax.data.corpus import Corpus, Document, Opening, moved, open_corpus, split
-from moe_jax.data.documents import digest
 from moe_jax.data.files import FileCorpus
 from tests.data.small_corpus import Prepare, quiet
 from tests.data.test_tokens import documents

@@ -1,6 +1,7 @@
 import pytest
 
-from experiments.complete import Completion, describe
+from experiments.complete import Completion, Settings, describe
+from moe_jax.base.errors import UserError
 from moe_jax.placement.traffic import Traffic
 
 TRAFFIC = Traffic(
@@ -25,3 +26,9 @@ def test_with_a_budget_the_traffic_is_said():
 @pytest.mark.parametrize("budget", ["", "1MB"])
 def test_a_single_token_has_no_speed(budget):
     assert "tokens/s" not in describe(Completion("text", TRAFFIC, None), budget)
+
+
+@pytest.mark.parametrize("temperature", [float("inf"), float("nan"), -1.0])
+def test_a_temperature_that_is_no_number_is_refused(temperature):
+    with pytest.raises(UserError, match=r"^temperature is"):
+        Settings(run="x", temperature=temperature)

@@ -48,6 +48,8 @@ def test_two_windows_are_enough(trace_file, tmp_path):
 def test_impossible_settings_are_one_line(trace_file, tmp_path):
     with pytest.raises(UserError, match="devices is 0"):
         Settings(devices=0)
+    with pytest.raises(UserError, match="--trace or --run, not both"):
+        Settings(trace="a", run="b")
     common = ["--trace", str(trace_file), "--out", str(tmp_path / "c")]
     with pytest.raises(UserError, match="do not divide over 3 devices"):
         main([*common, "--devices", "3", "--window", "100"])

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments.hot_cold import run, traces
+from moe_jax.base.errors import UserError
 
 AGREED = {
     "decode_of_all_resident_at_50",
@@ -39,3 +40,10 @@ def test_quick_runs_give_the_agreed_figures(tmp_path):
     assert found["rounding_kl"] > 0
     plots = {"speed.png", "timeline.png", "training_timeline.png"}
     assert {p.name for p in (out / "plots").iterdir()} == plots
+
+
+def test_a_model_that_is_not_there_is_not_trained_there(tmp_path):
+    argv = ["--out", str(tmp_path / "out"), "--model", str(tmp_path / "typo")]
+    with pytest.raises(UserError, match=r"typo' holds no model of these settings \(seed, quick"):
+        run.main(argv)
+    assert not (tmp_path / "typo").exists()

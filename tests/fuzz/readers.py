@@ -7,8 +7,10 @@ own code raised by accident (a missing key, a wrong type) is a failure even if t
 into a line, because then something was used before it was checked.
 """
 
+import importlib.util
 import io
 import json
+import re
 import struct
 import tracemalloc
 import zlib
@@ -241,6 +243,31 @@ def _retype_lines(path: Path, random: Random) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def _write_parquet(folder: Path) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    chosen = np.random.default_rng(0).integers(0, 9, (300, 3, 2))
+    out = folder / "parquet"
+    out.mkdir()
+    for layer in range(3):
+        column = pyarrow.array(chosen[:, layer].tolist(), pyarrow.list_(pyarrow.int16()))
+        parquet.write_table(pyarrow.table({"indices": column}), out / f"layer_0{layer}.parquet")
+    return out
+
+
+def _retype_parquet(path: Path, random: Random) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = retyped(random.choice(([[1, 2], [3, 4]], [5, 6], ["a"])), random)
+    try:
+        table = pyarrow.table({random.choice(("indices", "indices", "other")): rows})
+        parquet.write_table(table, path / f"layer_0{random.randrange(3)}.parquet")
+    except (TypeError, ValueError, OverflowError, NotImplementedError, UnicodeError):
+        pass  # a value that no column holds
+
+
 def _write_tokenizer(folder: Path) -> Path:
     path = folder / "tokenizer.json"
     path.write_text(make_tokenizer("bpe:270", ["the thin hen"] * 4, lambda line: None).to_json())
@@ -279,6 +306,9 @@ def _write_journal(folder: Path) -> Path:
         trial = study.ask({"seed": optuna.distributions.IntDistribution(0, 9)})
         trial.set_user_attr("folder", folder_name)
     study.tell(0, 1.5)
+    # Optuna's names of workers and its times differ from run to run, and so would the mutations.
+    text = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}-[0-9]+", "worker", path.read_text())
+    path.write_text(re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+", "2026-01-02T03:04:05.678901", text))
     return path
 
 
@@ -300,4 +330,6 @@ READERS = {
     "journal": Reader(_write_journal, _read_journal, _retype_lines, reach=10_000),
     "config": Reader(_write_config, _read_config, _retype_json),
 }
+if importlib.util.find_spec("pyarrow") is not None:
+    READERS["parquet"] = Reader(_write_parquet, open_trace, _retype_parquet, reach=100_000)
 __all__ = ["READERS", "Reader", "deep", "failure", "failures", "trial"]

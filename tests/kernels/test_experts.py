@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_kernels.experts import grouped, launches, mixture
+from moe_kernels.audit import VARIANTS
+from moe_kernels.experts import combine, grouped, launches, mixture
 from moe_kernels.experts.reference import mixture as reference
 from moe_kernels.experts.shapes import tiles, using
 
@@ -182,3 +183,17 @@ def test_without_a_way_to_run_it_says_why(monkeypatch):
     inputs, _ = make_inputs((9, 8, 8, 4), np.zeros((9, 2)), jnp.float32)
     with pytest.raises(RuntimeError, match=r"the devices are cpu.*use implementation 'auto'"):
         mixture(*inputs, None)
+
+
+@pytest.mark.parametrize("name", ["stream", "wide"])
+def test_instructions_of_combine_change_no_bit(name):
+    experts = jnp.asarray(some_experts(5, 2, 3), jnp.int32)
+    plan = make_plan(experts, 3)
+    random = np.random.default_rng(0)
+    rows = jnp.asarray(random.normal(size=(plan.assignment.size, 1030)), jnp.bfloat16)
+    plain = combine(rows, plan.row)
+    jax.clear_caches()  # the entry is no argument of what is traced
+    entry = tiles("combine", rows.dtype, 16)._replace(**VARIANTS[name].change)
+    with using({"combine": entry}):
+        changed = combine(rows, plan.row)
+    assert np.asarray(plain).tobytes() == np.asarray(changed).tobytes()

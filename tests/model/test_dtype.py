@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.config import ModelConfig
+from moe_jax.config.presets import PRESETS
 from moe_jax.model.attention.cudnn import obstacle
 from moe_jax.model.dtype import compute_dtype
 from moe_jax.moe.implementation import implementation, missing_kernels
@@ -57,6 +58,33 @@ def test_auto_gives_a_device_what_it_computes_well(
 def test_a_type_that_is_named_is_never_replaced(monkeypatch, name):
     on(monkeypatch, "gpu", NVIDIA, "7.5")
     assert compute_dtype(ModelConfig(compute_dtype=name)) == jnp.dtype(name)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_gives_a_card_what_it_cannot_multiply(monkeypatch, preset):
+    model = PRESETS[preset].model
+    on(monkeypatch, "gpu", NVIDIA, "7.5")  # T4
+    assert compute_dtype(model).name == "float32"
+    on(monkeypatch, "gpu", NVIDIA, "9.0")
+    assert compute_dtype(model).name == "bfloat16"
+
+
+def test_bfloat16_by_name_on_a_t4_is_a_line(monkeypatch, capsys, small_run):
+    config = replace(small_run, model=replace(small_run.model, compute_dtype="bfloat16"))
+    assert task_of(config).config.model.compute_dtype == "bfloat16"
+    assert capsys.readouterr().out == ""  # a CPU
+    on(monkeypatch, "gpu", NVIDIA, "7.5")
+    assert task_of(config).config.model.compute_dtype == "bfloat16"
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("model.compute_dtype=bfloat16 is kept. This GPU has compute capability")
+    assert said.endswith(
+        "7.5 and no bfloat16 products: values are rounded to bfloat16, and "
+        "multiplied in float32 (auto is float32 here)"
+    )
+    task_of(replace(config, model=replace(config.model, compute_dtype="auto")))
+    on(monkeypatch, "gpu", NVIDIA, "8.0")
+    task_of(config)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_gpu_without_the_packages_is_told_what_to_install(monkeypatch, capsys, small_run):

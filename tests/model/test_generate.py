@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.model.generate import generate, generate_uncached, sample
+from moe_jax.base.errors import UserError
+from moe_jax.model.generate import generate, generate_uncached, require_cache_room, sample
 from moe_jax.model.transformer import Transformer
+from tests.conftest import GQA, MLA
 
 
 def split(model):
@@ -69,3 +71,18 @@ def test_top_k_and_temperature():
     assert set(np.asarray(sample(key, logits, 0.0, 0))) == {1}
     assert set(np.asarray(sample(key, logits, 5.0, 2))) == {1, 2}
     assert set(np.asarray(sample(key, logits, 5.0, 0))) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("attention", [GQA, MLA])
+def test_caches_that_do_not_fit_are_refused(small_model, monkeypatch, attention):
+    config = replace(small_model, attention=attention)
+    caches = Transformer(config, key=jax.random.key(0)).empty_caches(2, 100)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+    monkeypatch.setattr("moe_jax.model.generate.available_bytes", lambda: needed)
+    require_cache_room(config, 2, 100)
+    with pytest.raises(UserError, match=r"^2 x 101 tokens need 0.0 GB .* write fewer tokens$"):
+        require_cache_room(config, 2, 101)
+    monkeypatch.setattr("moe_jax.model.generate.available_bytes", lambda: None)
+    require_cache_room(config, 2, 101)
+    with pytest.raises(UserError, match="write fewer tokens"):
+        require_cache_room(config, 2, 2**31)

@@ -42,6 +42,46 @@ def test_parquet_folders(tmp_path):
     np.testing.assert_array_equal(open_trace(tmp_path).chosen, CHOSEN)
 
 
+def test_every_kind_of_list_of_whole_numbers_is_read(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "layer_00.parquet"
+    lists = (arrow.list_, arrow.large_list, lambda kind: arrow.list_(kind, 2))
+    for numbers in (arrow.uint8(), arrow.int32(), arrow.uint64()):
+        for kind in lists:
+            column = arrow.array(CHOSEN[:, 0].tolist(), kind(numbers))
+            parquet.write_table(arrow.table({"indices": column}), path, row_group_size=3)
+            np.testing.assert_array_equal(open_trace(tmp_path).chosen, CHOSEN[:, :1])
+
+
+def test_damaged_parquet_is_one_line_and_long_rows_are_read_in_parts(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    from tests.fuzz.readers import failure
+
+    path = tmp_path / "layer_00.parquet"
+    refused = {
+        "as many for each token": [[[1], [2, 3]], [[1, 2], None], [[1, None]], [[0.5]], ["a"]],
+        "up to 65535 experts": [[[1, 2**62]]],
+        "numbered from 0": [[[1, -1]]],
+        "has no rows": [[]],
+        "experts, not 60000": [[[7] * 60_000] * 40],  # takes a few bytes on disk
+    }
+    for message, columns in refused.items():
+        for column in columns:
+            values = arrow.array(column or arrow.array([], arrow.list_(arrow.int64())))
+            parquet.write_table(arrow.table({"indices": values}), path)
+            assert failure(open_trace, tmp_path) is None
+            with pytest.raises(UserError, match=message):
+                open_trace(tmp_path)
+    for content in (b"", b"PAR1PAR1", path.read_bytes()[:-9], bytes(100)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"layer_00.parquet is damaged \("):
+            open_trace(tmp_path)
+
+
 def test_an_unfinished_step_is_passed_over(tmp_path):
     path = megatron(tmp_path / "b.jsonl")
     path.write_text("\n".join(path.read_text().splitlines()[:-2]))

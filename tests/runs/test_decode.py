@@ -122,6 +122,84 @@ def test_eight_bit_copies_stand_in_if_asked_for(run):
     assert stale.read_text() != '{"step": 1}'
 
 
+def damage(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def in_a_record(path):
+    """Offset of a byte of the first record."""
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little") + 5
+
+
+@pytest.fixture
+def own_run(finished_run, tmp_path):
+    """A copy of the finished run's checkpoints, prepared for decoding."""
+    shutil.copytree(f"{finished_run.out}/checkpoints", tmp_path / "checkpoints")
+    prepare_decoding(tmp_path, low_bit=True)
+    return tmp_path
+
+
+def test_a_damaged_expert_is_written_again_from_the_checkpoint(own_run, capsys):
+    path = own_run / "decode" / layer_name(0)
+    whole = path.read_bytes()
+    tokens, _, _ = written(own_run, DecodePlacement())
+    capsys.readouterr()
+    records = "decode/layer-000.parameters.safetensors"
+    damages = {
+        "is corrupt (its checksum does not hold)": lambda: damage(path, in_a_record(path)),
+        "is no file of experts": lambda: damage(path, 12),
+        "is truncated: it has": lambda: path.write_bytes(whole[:-4096]),
+        "is incomplete, its writer was interrupted": lambda: path.write_bytes(bytes(9000)),
+        "holds no experts": path.unlink,
+    }
+    for fault, harm in damages.items():
+        harm()
+        found, _, _ = written(own_run, DecodePlacement())
+        np.testing.assert_array_equal(found, tokens)
+        assert path.read_bytes() == whole
+        said = capsys.readouterr().out.replace("\n", "")
+        assert f"{fault}" in said
+        assert said.endswith(": the experts are written again from the checkpoint")
+        assert (records in said) or fault == "holds no experts"
+
+
+def test_damaged_eight_bit_copies_are_written_again(own_run, capsys):
+    placement = DecodePlacement(low_bit_share=1.0)
+    tokens, _, _ = written(own_run, placement)
+    path = own_run / "decode" / decoding.LOW_BIT / layer_name(0)
+    whole = path.read_bytes()
+    size = ExpertFiles(own_run / "decode").expert_bytes
+    damage(path, in_a_record(path))
+    written(own_run, replace(placement, device_budget=str(4 * size)))
+    assert path.read_bytes() == whole
+    assert "the 8-bit copies are written again" in capsys.readouterr().out.replace("\n", " ")
+    # The experts that they are made from are damaged as well.
+    damage(path, in_a_record(path))
+    damage(own_run / "decode" / layer_name(0), in_a_record(path))
+    found, _, _ = written(own_run, placement)
+    np.testing.assert_array_equal(found, tokens)
+
+
+def test_a_damaged_expert_of_a_damaged_checkpoint_is_one_line(own_run):
+    folder = own_run / "decode"
+    newest = newest_step(own_run)
+    steps = sorted(int(p.name) for p in (own_run / "checkpoints").iterdir() if p.name.isdigit())
+    damage(own_run / "checkpoints" / str(newest) / "extra" / "metadata", 3)
+    damage(folder / layer_name(0), in_a_record(folder / layer_name(0)))
+    with pytest.raises(UserError, match=rf"takes step {steps[-2]}$"):
+        written(own_run, DecodePlacement())
+    written(own_run, DecodePlacement())  # of that step
+    damage(folder / layer_name(0), in_a_record(folder / layer_name(0)))
+    for step in steps:
+        (own_run / "checkpoints" / str(step) / "extra" / "metadata").write_bytes(b"{")
+    before = (folder / "model.json").read_bytes()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        written(own_run, DecodePlacement())
+    assert (folder / "model.json").read_bytes() == before
+
+
 def test_refusals_are_one_line(run, tmp_path):
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         prepare_decoding(tmp_path)

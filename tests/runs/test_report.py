@@ -118,6 +118,8 @@ def test_result_file(tmp_path):
 def test_an_output_folder_that_cannot_be_written():
     with pytest.raises(UserError, match="--out '/proc/x' cannot be written"):
         output_folder("/proc/x")
+    with pytest.raises(UserError, match=r"--placement.folder '/proc/x' cannot be written"):
+        output_folder("/proc/x", "--placement.folder")
 
 
 def test_trying_an_output_folder_touches_no_file_in_it(tmp_path):

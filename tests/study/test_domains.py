@@ -34,3 +34,21 @@ def test_a_corpus_is_written_once(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "corpus" / "code").iterdir()} == {"b.txt", "c.txt"}
     monkeypatch.setattr(domains, "domain_texts", lambda: pytest.fail("written already"))
     domains.write_corpus(tmp_path)
+
+
+def test_a_held_out_text_is_in_no_file_for_training(tmp_path, monkeypatch):
+    first = [("a.py", "code", "x" * 10), ("b.py", "code", "y" * 40), ("c.py", "code", "x" * 10)]
+    # The prose is held out while there is room, but its text is one to train on already.
+    texts = [
+        *first,
+        ("d.py", "prose", "y" * 40),
+        ("e.py", "prose", "z" * 9),
+        ("f.py", "prose", "w"),
+    ]
+    monkeypatch.setattr(domains, "domain_texts", lambda: iter(texts))
+    monkeypatch.setattr(domains, "LIMIT", 80)
+    domains.write_corpus(tmp_path)
+    train = {str(p.relative_to(tmp_path / "corpus")) for p in tmp_path.rglob("corpus/*/*.txt")}
+    assert train == {"code/b.txt", "prose/d.txt"}
+    assert (tmp_path / "held-out" / "code.txt").read_text() == "x" * 10
+    assert (tmp_path / "held-out" / "prose.txt").read_text() == "z" * 9 + "w"

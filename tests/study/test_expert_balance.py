@@ -5,7 +5,7 @@ import pytest
 
 from moe_jax.base.errors import UserError
 from moe_jax.placement.synthetic import ZipfMarkov, generate_trace
-from moe_jax.study.expert_balance import Devices, replay_balance, window_loads
+from moe_jax.study.expert_balance import Devices, mixed, replay_balance, window_loads
 
 ZIPF = ZipfMarkov(
     layers=2, experts=16, per_token=2, domains=2, exponent=1.0, repeat=0.2, switch=0.002
@@ -58,3 +58,13 @@ def test_one_plan_has_no_copies():
     assert found.copies.shape == (0, 2)
     with pytest.raises(UserError, match="16 experts do not divide over 5 devices"):
         replay_balance(loads, Devices(devices=5), most_copies=1)
+
+
+def test_mixing_keeps_sequences_whole():
+    trace = generate_trace(ZIPF, 250, seed=0)
+    other = mixed(trace, 40, seed=1)
+    assert other.chosen[240:].tolist() == trace.chosen[240:].tolist()
+    sequences = [part.tobytes() for part in trace.chosen[:240].reshape(6, -1)]
+    shuffled = [part.tobytes() for part in other.chosen[:240].reshape(6, -1)]
+    assert shuffled != sequences
+    assert sorted(shuffled) == sorted(sequences)

@@ -302,7 +302,7 @@ READS = {
     "the list of steps": (os, "listdir"),
     "a manifest": (Path, "read_bytes"),
     "a size": (manifest, "_size"),
-    "a file": (manifest, "_digest"),
+    "a file": (manifest, "digest_file"),
 }
 
 

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -16,6 +17,8 @@ from moe_jax.runs.run import run_training, what_is_kept
 from moe_jax.train import loop
 from moe_jax.train.loop import DivergedError
 from moe_jax.train.metrics import read_lines
+from moe_jax.train.task import Task
+from moe_jax.train.text import prepare_data
 
 
 def losses(config):
@@ -110,6 +113,27 @@ def test_processes_that_jax_alone_connects_are_refused_in_each(small_run, monkey
 def test_another_setting_in_the_same_folder_is_refused(finished_run):
     with pytest.raises(UserError, match=r"holds a run with optim.learning_rate=0.003, not 0.1"):
         run_training(replace(finished_run, optim=OptimConfig(learning_rate=0.1)))
+
+
+def test_copies_that_changed_sides_are_no_changed_text(small_run, tmp_path):
+    """A run of the time when a copy of a text was split by its own name."""
+    for index in range(8):
+        source = tmp_path / "texts" / f"module{index}.py"
+        (tmp_path / "texts" / f"copy{index}.py").write_text(source.read_text())
+    task = Task(small_run)
+    data = prepare_data(task, None)
+    assert data.split_by_names != data.fingerprint
+    saved: Any = {"tokenizer": data.tokenizer.to_json(), "data_stats": data.stats}
+    saved["data_fingerprint"] = data.fingerprint
+    assert prepare_data(task, saved).fingerprint == data.fingerprint
+    saved["data_fingerprint"] = data.split_by_names
+    with pytest.raises(
+        UserError, match=r"holds the same text more than once\. This run began with"
+    ):
+        prepare_data(task, saved)
+    saved["data_fingerprint"] = "another"
+    with pytest.raises(UserError, match=r"has changed since this run began"):
+        prepare_data(task, saved)
 
 
 @pytest.mark.slow

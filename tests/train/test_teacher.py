@@ -275,6 +275,7 @@ def test_a_teacher_with_more_rows_than_tokens(tmp_path, small_run, rows):
     [
         ({"cache": "some"}, "distill.cache 'some' is unknown: use none, samples:K or top:K"),
         ({"cache": "top:0"}, "distill.cache 'top:0' is unknown"),
+        ({"cache": "top:" + 5000 * "9"}, "distill.cache 'top:9+…? is unknown"),
         ({"cache": "top:5", "kind": "reverse"}, "the forward divergence only"),
         ({"cache": "top:5", "on_policy": 0.5}, "nothing of the student's own text"),
         ({"upcycle_noise": 0.1}, "needs distill.upcycle"),
@@ -285,6 +286,15 @@ def test_a_teacher_with_more_rows_than_tokens(tmp_path, small_run, rows):
 def test_settings_that_do_not_go_together(small_run, change, message):
     with pytest.raises(UserError, match=message):
         replace(small_run, distill=DistillConfig(teacher="x", **change))
+
+
+@pytest.mark.parametrize("cache", ["top:258", "samples:4000"])
+def test_a_cache_of_more_tokens_than_the_teacher_has_is_refused_first(teacher_run, tmp_path, cache):
+    config = pupil(tmp_path, teacher_run, cache=cache)
+    count = cache.partition(":")[2]
+    with pytest.raises(UserError, match=rf"cache={cache} stores {count} .* teacher has 258: lower"):
+        run_training(config)
+    assert not Path(config.out).exists()
 
 
 def test_settings_without_a_teacher(small_run):

@@ -12,8 +12,11 @@ from moe_kernels import experts, experts_fp8
 from moe_kernels.audit.compile import compile_launch
 from moe_kernels.audit.describe import describe
 from moe_kernels.experts.shapes import BLOCK_ROWS, OPERATIONS, Tiles, tiles, using
+from moe_kernels.experts_async import launches as async_products
+from moe_kernels.experts_async.shapes import BLOCK_ROWS as ASYNC_ROWS
+from moe_kernels.experts_async.shapes import COOPERATIVE
 from moe_kernels.gate import GateConfig, gate
-from moe_kernels.launch import Launch, fp8_support, recording
+from moe_kernels.launch import ASYNC_CAPABILITIES, Launch, Tuning, fp8_support, recording
 from moe_kernels.schedule import schedule, schedule_shape
 
 # T, then D, F, E and K of OLMoE-1B-7B.
@@ -35,6 +38,8 @@ VARIANTS = {
     "persistent": Variant(("up", "rows"), {"resident": 1}),
     "keep": Variant(OPERATIONS, {"keep_rows": "evict_first", "keep_matrix": "evict_last"}),
     "fast_silu": Variant(("up",), {"fast_silu": True}),
+    "stream": Variant(("combine",), {"keep_rows": "evict_first", "store": ".cs"}),
+    "wide": Variant(("combine",), {"tuning": Tuning(4, 2)}),
 }
 
 
@@ -74,13 +79,21 @@ class ExpertsCase(NamedTuple):
     variant: str | None = None
 
 
-Case = RoutingCase | ExpertsCase
+class AsyncCase(NamedTuple):
+    """The asynchronous products at one block size for one architecture, in bfloat16."""
+
+    block_rows: int
+    arch: int
+    cooperative: bool = False
+
+
+Case = RoutingCase | ExpertsCase | AsyncCase
 
 
 def all_cases(
     architectures: Sequence[int], dtypes: Sequence[str], block_rows: Sequence[int]
 ) -> list[Case]:
-    """Routers, then the experts, then the variants in bfloat16 on the largest blocks."""
+    """Routers, the experts, variants in bfloat16 on the largest blocks, asynchronous products."""
     cases: list[Case] = [RoutingCase(model, arch) for model in ROUTERS for arch in architectures]
     cases += [
         ExpertsCase(dtype, rows, arch)
@@ -93,12 +106,29 @@ def all_cases(
         for arch in architectures
         for variant in VARIANTS
     ]
+    cases += [
+        AsyncCase(rows, arch)
+        for rows in ASYNC_ROWS
+        for arch in architectures
+        if arch in ASYNC_CAPABILITIES
+    ]
+    cases += [
+        AsyncCase(BLOCK_ROWS[-1], arch, cooperative=True)
+        for arch in architectures
+        if arch in ASYNC_CAPABILITIES
+    ]
     return cases
 
 
 def audit_case(case: Case) -> list[dict[str, Any]]:
     """The rows of one case."""
-    launches = routing_launches(case) if isinstance(case, RoutingCase) else experts_launches(case)
+    match case:
+        case RoutingCase():
+            launches = routing_launches(case)
+        case ExpertsCase():
+            launches = experts_launches(case)
+        case AsyncCase():
+            launches = async_launches(case)
     return [compile_launch(launch, case.arch) for launch in launches]
 
 
@@ -141,6 +171,23 @@ def experts_launches(case: ExpertsCase) -> list[Launch]:
         plain = {describe(launch) for launch in experts_launches(case._replace(variant=None))}
         launches = {text: launch for text, launch in launches.items() if text not in plain}
     return list(launches.values())
+
+
+def async_launches(case: AsyncCase) -> list[Launch]:
+    """The asynchronous products with z and without, and the second product.
+
+    The products are called by themselves: the API asks for a jaxlib that can launch them, and to
+    compile them Triton is enough.
+    """
+    shapes = _shapes(ExpertsCase("bfloat16", case.block_rows, case.arch), TOKENS)
+    x, _, gate_up, down, plan = shapes
+    jax.clear_caches()  # see experts_launches
+    with recording(case.arch) as launches, using(COOPERATIVE if case.cooperative else {}):
+        for save in (False, True):
+            up = partial(async_products.up_projection, save=save)
+            hidden, _ = jax.eval_shape(up, x, gate_up, plan)
+        jax.eval_shape(async_products.grouped_product, hidden, down, plan)
+    return launches
 
 
 def variant_tiles(case: ExpertsCase) -> dict[str, Tiles]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_kernels.audit.describe import DTYPE_NAMES, describe
-from moe_kernels.launch import Launch
+from moe_kernels.launch import Launch, compile_gluon
 
 REGISTERS = 65536
 """Registers of a multiprocessor, on every architecture here."""
@@ -42,6 +42,18 @@ def shared_limit(arch: int) -> int:
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     """A row of the table. `arch` is the compute capability times ten."""
+    compiled = _compile_gluon(launch, arch) if launch.boxes else _compile(launch, arch)
+    kernel, _, config = describe(launch).partition(" ")
+    return {"kernel": kernel, "config": config, "arch": arch} | _measure(compiled, arch)
+
+
+def _compile_gluon(launch: Launch, arch: int) -> Any:
+    arrays = (*launch.inputs, *launch.outputs)
+    warps = launch.tuning.warps
+    return compile_gluon(launch.kernel, arrays, launch.boxes, warps, launch.constants, arch)
+
+
+def _compile(launch: Launch, arch: int) -> Any:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton asks for a choice
     import triton
     from triton.backends.compiler import GPUTarget
@@ -57,12 +69,10 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     constants = {(names.index(key),): value for key, value in launch.constants.items()}
     source = ASTSource(launch.kernel, signature, constants, aligned)
     options = {"num_warps": launch.tuning.warps, "num_stages": launch.tuning.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    kernel, _, config = describe(launch).partition(" ")
-    return {"kernel": kernel, "config": config, "arch": arch} | _measure(compiled, arch, launch)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _measure(compiled: Any, arch: int, launch: Launch) -> dict[str, int | float]:
+def _measure(compiled: Any, arch: int) -> dict[str, int | float]:
     """Counts from ptxas's report, the PTX and the SASS."""
     ptx = compiled.asm["ptx"]
     shared = compiled.metadata.shared
@@ -74,14 +84,23 @@ def _measure(compiled: Any, arch: int, launch: Launch) -> dict[str, int | float]
         "spill_bytes": sum(spills),
         "shared_bytes": shared,
         "cp_async": len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
+        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        "mbarrier": len(re.findall(r"\bmbarrier\.", ptx)),
+        "setmaxnreg": len(re.findall(r"\bsetmaxnreg\.", ptx)),
         # The matrix units' instruction is another on each of sm_90, sm_80 and sm_100.
         "mma": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
         "fp8_mma": len(re.findall(r"mma\S*(?:\.e4m3\.e4m3|::f8f6f4)", ptx)),
         # 128 bits are 16 bytes a thread, the widest access.
         "wide_accesses": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", sass)),
+        # Accesses with a policy for L2, a priority in L1, or streaming. EF is evict first.
+        "hints": len(re.findall(r"\b(?:ld|st|cp)\.\S*(?:L2::cache_hint|L1::|\.cs\b)", ptx)),
+        "evict_first": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.EF\b", sass)),
         "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "special": len(re.findall(r"\bMUFU\b", sass)),
-        "occupancy": occupancy(registers, shared, launch.tuning.warps, arch),
+        # ptxas says so where it cannot keep two products of a warpgroup in flight.
+        "serialised": len(re.findall(r"wgmma.* serialized", report)),
+        # Those of all partitions: the compiler adds the warps of the others.
+        "occupancy": occupancy(registers, shared, compiled.metadata.num_warps, arch),
     }
 
 

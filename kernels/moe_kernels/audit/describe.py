@@ -32,10 +32,18 @@ def describe(launch: Launch) -> str:
     """Kernel and configuration, as the audit's table shows them. Equal text is an equal program."""
     constants = launch.constants
     name = launch.kernel.__name__.removesuffix("_kernel")
-    tuning = f"{launch.tuning.warps}w{launch.tuning.stages}s"
+    tuning = f"{_warps(launch)}w{launch.tuning.stages}s"
     return " ".join(
         [name, _dtypes(name, launch), _tile(name, constants), tuning, *_flags(constants)]
     )
+
+
+def _warps(launch: Launch) -> str:
+    """Warps, or those of each partition: of those that multiply and of the one that loads."""
+    warps = str(launch.tuning.warps)
+    if "LOADERS" not in launch.constants:
+        return warps
+    return "+".join([warps] * launch.constants["TAKERS"] + [str(launch.constants["LOADERS"])])
 
 
 def _dtypes(name: str, launch: Launch) -> str:
@@ -60,5 +68,5 @@ def _flags(constants: dict[str, Any]) -> list[str]:
         flags.append("transposed")
     if "PROGRAMS" in constants and constants["PROGRAMS"] < constants["BLOCKS"] * constants["TILES"]:
         flags.append("persistent")
-    eviction = ("KEEP_ROWS", "KEEP_MATRIX")
+    eviction = ("KEEP_ROWS", "KEEP_MATRIX", "STORE")
     return flags + [f"{key}={constants[key]}".lower() for key in eviction if constants.get(key)]

@@ -20,6 +20,8 @@ def broken_rules(row: dict[str, Any]) -> Iterator[str]:
     yield from _exhausted_resources(row)
     if row["kernel"] not in NO_PRODUCT:
         yield from _missing_instructions(row)
+    if row["kernel"].endswith("_async"):
+        yield from _missing_asynchrony(row)
 
 
 def _exhausted_resources(row: dict[str, Any]) -> Iterator[str]:
@@ -35,7 +37,7 @@ def _exhausted_resources(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _missing_instructions(row: dict[str, Any]) -> Iterator[str]:
-    if not row["cp_async"]:
+    if not row["cp_async"] and not row["tma"]:
         yield "no asynchronous copy"
     # float32 products are exact, and matrix units have no exact float32.
     if not row["mma"] and not row["config"].startswith("fp32"):
@@ -44,3 +46,11 @@ def _missing_instructions(row: dict[str, Any]) -> Iterator[str]:
         rows = int(row["config"].split()[1].partition("x")[0])
         if rows >= FP8_ROWS and row["fp8_mma"] < row["mma"]:
             yield f"{row['mma'] - row['fp8_mma']} of {row['mma']} products not on FP8"
+
+
+def _missing_asynchrony(row: dict[str, Any]) -> Iterator[str]:
+    if row["serialised"]:
+        yield "products of a warpgroup that wait for each other"
+    for key in ("tma", "mbarrier", "setmaxnreg"):
+        if not row[key]:
+            yield f"no {key}, which the asynchronous kernels are for"

@@ -117,7 +117,8 @@ def rows_kernel(a_rows, matrix, assignment, block_expert, starts, counts, out,
 @triton.jit
 def combine_kernel(rows, row, weights, out,
                    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr,
-                   BD: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                   BD: tl.constexpr, KEEP_ROWS: tl.constexpr, STORE: tl.constexpr,
+                   UPCAST: tl.constexpr):  # fmt: skip
     """out[t] = sum_k w[t, k] · rows[row[t, k]] in float32. Dropped assignments (R) add nothing.
 
     One program a token and BD columns. It adds k after k, which replaces a scatter with atomics and
@@ -130,9 +131,9 @@ def combine_kernel(rows, row, weights, out,
     for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
         at = tl.load(row + token * K + k)
         width = tl.where(at < R, D, 0)  # a row of no columns: the mask is false, nothing is read
-        part = tl.load(rows + at.to(tl.int64) * D + d, mask=d < width, other=0.0)
-        part = part.to(tl.float32)
+        part = fetch(rows + at.to(tl.int64) * D + d, d < width, KEEP_ROWS).to(tl.float32)
         if WEIGHTED:
             part *= tl.load(weights + token * K + k).to(tl.float32)
         acc += part
-    tl.store(out + token * D + d, narrow(acc, out, UPCAST), mask=d < D)
+    tl.store(out + token * D + d, narrow(acc, out, UPCAST), mask=d < D,
+             cache_modifier=STORE)  # fmt: skip  # pyright: ignore[reportArgumentType]

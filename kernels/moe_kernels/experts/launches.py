@@ -9,8 +9,14 @@ import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
 
 from moe_kernels.experts.plan import Plan
-from moe_kernels.experts.shapes import DECODE, Tiles, matrix_gradient_tiles, tiles
-from moe_kernels.launch import Tuning, interpreting, launch, multiprocessors, next_power_of_two
+from moe_kernels.experts.shapes import (
+    BLOCK_ROWS,
+    DECODE,
+    Tiles,
+    matrix_gradient_tiles,
+    tiles,
+)
+from moe_kernels.launch import interpreting, launch, multiprocessors, next_power_of_two
 
 
 def arithmetic(dtype: jnp.dtype) -> dict[str, Any]:
@@ -212,7 +218,8 @@ def combine_rows(rows: Array, row: Array, weights: Array | None) -> Array:
 
     tokens, per_token = row.shape
     width = rows.shape[1]
-    tile = min(1024, next_power_of_two(width))
+    entry = tiles("combine", rows.dtype, BLOCK_ROWS[0])  # the same for any block
+    tile = min(entry.bn, next_power_of_two(width))
     (out,) = launch(
         combine_kernel,
         # A kernel has no optional pointers: without weights any array stands there, never read.
@@ -220,12 +227,14 @@ def combine_rows(rows: Array, row: Array, weights: Array | None) -> Array:
         (ShapeDtypeStruct((tokens, width), rows.dtype),),
         (tokens, -(-width // tile)),
         # 128 columns a warp are 4 a thread.
-        Tuning(warps=max(1, min(8, tile // 128)), stages=2),
+        entry.tuning._replace(warps=max(1, min(entry.tuning.warps, tile // 128))),
         R=len(rows),
         D=width,
         K=per_token,
         WEIGHTED=weights is not None,
         BD=tile,
+        KEEP_ROWS=entry.keep_rows,
+        STORE=entry.store,
         UPCAST=arithmetic(rows.dtype)["UPCAST"],
     )
     return out

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -31,6 +31,8 @@ class Tiles(NamedTuple):
     """L2's eviction policy for the matrices."""
     fast_silu: bool = False
     """SwiGLU by the hardware's approximate tanh (tile.sigmoid)."""
+    store: Literal["", ".cs"] = ""
+    """How combine stores: ".cs" for numbers that are read late (PTX's "cache streaming")."""
 
 
 # By operation, bytes of a number and rows of a block. `python -m moe_kernels.audit` prints
@@ -93,6 +95,9 @@ MATRIX_GRADIENT: dict[int, tuple[int, Tiles]] = {
 The address of a gathered row is itself loaded. Triton divides the stages among the loads of such a
 chain, so 5 stages are three buffers of rows, and 3 or 4 stages are two."""
 
+COMBINE = Tiles(1024, 1, Tuning(8, 2))
+"""The sum over a token's rows: its columns, its most warps. It has no contraction."""
+
 OPERATIONS = ("up", "rows", "hidden gradient")
 """The operations of the table."""
 
@@ -102,14 +107,15 @@ BLOCK_ROWS = (16, 32, 64, 128)
 DECODE: dict[int, Tiles] = {2: Tiles(64, 32, Tuning(4, 4)), 4: Tiles(32, 32, Tuning(4, 4))}
 """The products of single rows, by bytes of a number."""
 
-_override: ContextVar[Mapping[str, Tiles] | None] = ContextVar("override", default=None)
+_override: ContextVar[Mapping[str, Any] | None] = ContextVar("override", default=None)
 
 
 @contextmanager
-def using(entries: Mapping[str, Tiles]) -> Iterator[None]:
+def using(entries: Mapping[str, Any]) -> Iterator[None]:
     """Programs traced inside take these tiles, by operation, instead of the table's.
 
-    It is for tuning, and for measuring one change at a time.
+    It is for tuning, and for measuring one change at a time. Operations of experts_async are
+    "async up" and "async rows".
     """
     token = _override.set(entries)
     try:
@@ -118,12 +124,19 @@ def using(entries: Mapping[str, Tiles]) -> Iterator[None]:
         _override.reset(token)
 
 
+def override(operation: str) -> Any | None:
+    """The entry of `using` for an operation, None where there is none."""
+    return (_override.get() or {}).get(operation)
+
+
 def tiles(operation: str, dtype: jnp.dtype, block_rows: int) -> Tiles:
     """The entry of the table. Raises ValueError for a block size that it does not hold."""
     if block_rows not in BLOCK_ROWS:
         raise ValueError(f"blocks of {block_rows} rows: the kernels take {BLOCK_ROWS}")
-    if chosen := (_override.get() or {}).get(operation):
+    if chosen := override(operation):
         return chosen
+    if operation == "combine":
+        return COMBINE
     key = operation, jnp.dtype(dtype).itemsize, block_rows
     if has_small_memory() and key in SMALL:
         return SMALL[key]

@@ -1,5 +1,11 @@
 """How Triton kernels run: compiled by jax-triton, interpreted by NumPy, recorded, or not at all."""
 
+from moe_kernels.launch.asynchronous import (
+    ASYNC_CAPABILITIES,
+    async_support,
+    compile_gluon,
+    require_async,
+)
 from moe_kernels.launch.call import Launch, Tuning, launch, next_power_of_two, recording
 from moe_kernels.launch.support import (
     FP8_CAPABILITY,
@@ -21,6 +27,7 @@ from moe_kernels.launch.support import (
 )
 
 __all__ = [
+    "ASYNC_CAPABILITIES",
     "FP8_CAPABILITY",
     "MINIMUM_CAPABILITY",
     "MULTIPROCESSORS",
@@ -29,7 +36,9 @@ __all__ = [
     "Support",
     "Tuning",
     "UnavailableError",
+    "async_support",
     "capability",
+    "compile_gluon",
     "fp8_support",
     "has_small_memory",
     "interpreting",
@@ -39,6 +48,7 @@ __all__ = [
     "multiprocessors",
     "next_power_of_two",
     "recording",
+    "require_async",
     "require_fp8",
     "require_triton",
     "triton_support",

@@ -1,5 +1,6 @@
 """launch: a Triton kernel as a function of JAX arrays, under jit, vmap and shard_map."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct, lax
 
 from moe_kernels.launch.assembler import choose_assembler
+from moe_kernels.launch.asynchronous import Boxes, call_gluon
+from moe_kernels.launch.gluon_interpreter import interpret_gluon
 from moe_kernels.launch.interpreter import interpret
 from moe_kernels.launch.support import interpreting, lowering_for, lowering_target, require_triton
 
@@ -33,6 +36,7 @@ class Launch(NamedTuple):
     outputs: tuple[ShapeDtypeStruct, ...]
     tuning: Tuning
     constants: dict[str, Any]
+    boxes: Boxes
 
 
 _record: ContextVar[list[Launch] | None] = ContextVar("record", default=None)
@@ -61,9 +65,12 @@ def launch(
     outputs: Sequence[ShapeDtypeStruct],
     grid: Grid,
     tuning: Tuning,
+    boxes: Boxes | None = None,
     **constants: Any,
 ) -> list[Array]:
     """Runs `kernel(*inputs, *outputs, **constants)`, a function under triton.jit, on a grid.
+
+    With `boxes` it is a function under gluon.jit, which gets TMA descriptors for those inputs.
 
     Outputs are not initialised, so the kernel must write every number that is read later. It works
     under jit, shard_map and vmap (one element after the other). Gradients are the caller's, by
@@ -73,13 +80,18 @@ def launch(
     launches = _record.get()
     if launches is not None:
         shapes = tuple(ShapeDtypeStruct(array.shape, array.dtype) for array in inputs)
-        launches.append(Launch(kernel, shapes, tuple(outputs), tuning, constants))
+        launches.append(Launch(kernel, shapes, tuple(outputs), tuning, constants, boxes or {}))
         return [jnp.zeros(output.shape, output.dtype) for output in outputs]
 
     # jax-triton has no batching rule. Sizes are constants of the kernel, so a batched launch would
     # be another kernel: elements run one after the other.
     @jax.custom_batching.sequential_vmap
     def run(*arrays: Array) -> list[Array]:
+        if boxes:
+            run_gluon = interpret_gluon if interpreting() else call_gluon
+            return run_gluon(
+                kernel, arrays, outputs, grid, tuning.warps, boxes=boxes, constants=constants
+            )
         if interpreting():
             return interpret(kernel, arrays, outputs, grid, constants)
         return _compile(kernel, arrays, outputs, grid, tuning, constants)
@@ -114,13 +126,16 @@ def _compile(
     choose_assembler()
     import jax_triton
 
+    # jax-triton 0.4 renamed it.
+    parameters = inspect.signature(jax_triton.triton_call).parameters
+    out_type = "out_type" if "out_type" in parameters else "out_shape"
     return jax_triton.triton_call(
         *inputs,
         kernel=kernel,
-        out_shape=list(outputs),
         grid=grid,
         num_warps=tuning.warps,
         num_stages=tuning.stages,
         compute_capability=lowering_target(),  # None: that of the device at hand
+        **{out_type: list(outputs)},
         **constants,
     )

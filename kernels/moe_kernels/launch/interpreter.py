@@ -77,7 +77,7 @@ def interpret(
     def run(*arrays: Any) -> list[np.ndarray]:
         # Copies, in C order: JAX's buffers are read-only and kernels compute offsets by rows.
         sources = [np.array(array, order="C") for array in arrays]
-        results = [_poisoned(output) for output in outputs]
+        results = [poisoned(output) for output in outputs]
         tensors = [_Tensor(array) for array in (*sources, *results)]
         with _lock:
             kernel[grid](*tensors, **constants)
@@ -88,7 +88,8 @@ def interpret(
     return jax.pure_callback(run, plain, *inputs)
 
 
-def _poisoned(output: ShapeDtypeStruct) -> np.ndarray:
+def poisoned(output: ShapeDtypeStruct) -> np.ndarray:
+    """An output that was not written yet: NaN, or the least integer."""
     dtype = np.dtype(output.dtype)
     worst = np.iinfo(dtype).min if np.issubdtype(dtype, np.integer) else np.nan
     return np.full(output.shape, worst, dtype)

@@ -17,9 +17,11 @@ from moe_jax.config.train import TrainConfig
 
 
 def _preset(name: str, model: ModelConfig) -> TrainConfig:
-    """A preset around a published architecture, computed in bfloat16, with whole blocks
-    rematerialised."""
-    model = replace(model, compute_dtype="bfloat16", remat="full", tied_embedding=False)
+    """A preset around a published architecture, with whole blocks rematerialised.
+
+    Its authors compute in bfloat16 or less. Here the compute dtype is the machine's (`auto`).
+    """
+    model = replace(model, remat="full", tied_embedding=False)
     assert model.vocabulary is not None
     return TrainConfig(
         preset=name,

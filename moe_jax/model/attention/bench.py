@@ -4,16 +4,20 @@ python -m moe_jax.model.attention.bench --length 1024
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 from jax import Array
 
+from moe_jax.base.errors import UserError, require
+from moe_jax.config.checks import positive
+from moe_jax.config.model import DType
 from moe_jax.model.attention.api import IMPLEMENTATIONS
 from moe_jax.model.attention.context import AttentionMask
 
@@ -33,8 +37,20 @@ class Bench:
     """Documents of equal length in one sequence."""
     repeats: int = 9
     """Timings of each implementation. They alternate, so that both meet the same disturbances."""
-    implementations: tuple[str, ...] = ("reference", "blockwise")
-    dtype: str = "float32"
+    implementations: tuple[Literal["reference", "blockwise", "cudnn"], ...] = (
+        "reference",
+        "blockwise",
+    )
+    dtype: DType = "float32"
+
+    def __post_init__(self) -> None:
+        sizes = ("length", "batch", "heads", "kv_heads", "width", "documents", "repeats")
+        positive("", self, *sizes)
+        require(
+            self.heads % self.kv_heads == 0,
+            f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}",
+        )
+        require(len(self.implementations) > 0, "name at least one of --implementations")
 
 
 def compiled(bench: Bench, name: str, arrays: list[Array], mask: AttentionMask) -> Any:
@@ -84,4 +100,8 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, description=__doc__))
+    try:
+        main(tyro.cli(Bench, description=__doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

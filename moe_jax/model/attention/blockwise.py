@@ -19,6 +19,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.model.attention.context import AttentionMask
+from moe_jax.parallel.mesh import carry_like
 
 BLOCK = 256
 """Queries and keys of one block. Of 128, 256 and 512, 256 was the fastest at L = 1024 and 2048
@@ -132,6 +133,7 @@ def _forward(query: Array, key: Array, value: Array, blocks: Blocks) -> tuple[Ar
             jnp.full(shape, LEAST, jnp.float32),
             jnp.zeros(shape, jnp.float32),
         )
+        start = carry_like(start, query, key, value)
         weighted, peak, total = lax.fori_loop(0, blocks.needed(i), key_block, start)
         total = jnp.maximum(total, TINY)
         out = (weighted / total[..., None]).astype(value.dtype)
@@ -159,11 +161,12 @@ def _backward(saved: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
             d_value = d_value.at[j].add(_product("bnqu,bnqc->bnuc", weights, d_out[i]))
             return d_query, d_key, d_value
 
-        start = (jnp.zeros(query.shape[1:], jnp.float32), *carry)
+        start = carry_like((jnp.zeros(query.shape[1:], jnp.float32), *carry), query, key, value)
         d_query, d_key, d_value = lax.fori_loop(0, blocks.needed(i), key_block, start)
         return (d_key, d_value), d_query
 
     start = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
+    start = carry_like(start, query, key, value)
     (d_key, d_value), d_query = lax.scan(query_block, start, jnp.arange(len(query)))
     return (
         d_query.astype(query.dtype),

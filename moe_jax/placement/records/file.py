@@ -16,6 +16,7 @@ from jaxtyping import Int, UInt8
 from moe_jax.base.errors import UserError
 from moe_jax.config import require
 from moe_jax.placement.records.layout import (
+    DamagedError,
     Header,
     RecordLayout,
     empty_header,
@@ -44,7 +45,8 @@ class RecordFile:
     A record that was never written reads as zeros. `direct` goes around the page cache (O_DIRECT,
     Linux). `remedy` ends every error message. Threads may use one file together, but a record must
     not be written while another thread reads or writes it (AssertionError).
-    UserError: the file cannot be opened, or a record is damaged or cannot be moved.
+    UserError: the file cannot be opened, or a record cannot be moved. DamagedError: what was read
+    is not what was written.
     """
 
     def __init__(
@@ -199,10 +201,10 @@ class RecordFile:
     def _verify(self, record: int, length: int, pieces: Iterable[memoryview]) -> None:
         """Checks a record of which `length` bytes were read."""
         if length < self._size:
-            raise UserError(f"{self._name(record)} is truncated: {self.remedy}")
+            raise DamagedError(f"{self._name(record)} is truncated", self.remedy)
         if _checksum(pieces) != self.checksums[record]:
-            raise UserError(
-                f"{self._name(record)} is corrupt (its checksum does not hold): {self.remedy}"
+            raise DamagedError(
+                f"{self._name(record)} is corrupt (its checksum does not hold)", self.remedy
             )
 
     def _move(self, call: Callable[..., int], first: int, vectors: list[memoryview]) -> int:

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moe_jax.base.errors import UserError
-from moe_jax.config import require
+from moe_jax.base.errors import UserError, quote
 from moe_jax.placement.records.pages import whole_pages
 
 DTYPES = {
@@ -32,6 +31,14 @@ PADDING = "padding"
 """Name of the tensor that fills a record's last page. The format allows no unnamed bytes."""
 WIDEST = 2**32 - 1
 """The checksum with the most digits."""
+
+
+class DamagedError(UserError):
+    """A file or a record that was read is not what was written. `fault` is the line but its end."""
+
+    def __init__(self, fault: str, remedy: str) -> None:
+        super().__init__(f"{fault}: {remedy}")
+        self.fault = fault
 
 
 class Field(NamedTuple):
@@ -145,22 +152,24 @@ def read_header(path: Path, remedy: str) -> Header:
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror}; {remedy}") from error
     # A file without a header has a length of 0, because `finish` writes the header last.
-    require(length > 0 or size < 8, f"{path} is incomplete, its writer was interrupted: {remedy}")
-    require(0 < length == len(text), f"{path} is truncated, it ends inside its header: {remedy}")
+    if length == 0 and size >= 8:
+        raise DamagedError(f"{path} is incomplete, its writer was interrupted", remedy)
+    if not 0 < length == len(text):
+        raise DamagedError(f"{path} is truncated, it ends inside its header", remedy)
     try:
         header = _parse(json.loads(text), 8 + length)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{path} is no file of experts: {remedy}") from error
-    require(
-        header is not None,
-        f"{path} is no file of experts, its records are not equal whole pages: {remedy}",
-    )
-    assert header is not None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} is no file of experts", remedy) from error
+    if header is None:
+        raise DamagedError(
+            f"{path} is no file of experts, its records are not equal whole pages", remedy
+        )
     if size < header.end:
         first = max(0, size - header.start) // header.layout.stride
-        raise UserError(
+        raise DamagedError(
             f"{path} is truncated: it has {size} of {header.end} bytes, so expert {first} and "
-            f"those after it are damaged; {remedy}"
+            "those after it are damaged",
+            remedy,
         )
     return header
 
@@ -168,7 +177,7 @@ def read_header(path: Path, remedy: str) -> Header:
 def _parse(tensors: dict[str, Any], start: int) -> Header | None:
     """None where the records do not follow each other at whole pages."""
     checksums = tuple(
-        None if checksum is None else int(checksum)
+        None if checksum is None else _natural(checksum, WIDEST)
         for checksum in json.loads(tensors.pop("__metadata__")["crc32"])
     )
     records: list[list[Field]] = [[] for _ in checksums]
@@ -176,7 +185,8 @@ def _parse(tensors: dict[str, Any], start: int) -> Header | None:
         record, name = key.removeprefix("expert-").split(".")
         dtype = np.dtype(np.uint8) if name == PADDING else DTYPES[tensor["dtype"]]
         offset = tensor["data_offsets"][0]
-        records[int(record)].append(Field(name, offset, dtype, tuple(tensor["shape"])))
+        shape = tuple(_natural(axis) for axis in tensor["shape"])
+        records[int(record)].append(Field(name, _natural(offset), dtype, shape))
     first = records[0]
     layout = RecordLayout(tuple(field for field in first if field.name != PADDING))
     alike = all(
@@ -184,3 +194,10 @@ def _parse(tensors: dict[str, Any], start: int) -> Header | None:
         for index, record in enumerate(records)
     )
     return Header(start, layout, checksums) if alike and start == whole_pages(start) else None
+
+
+def _natural(number: Any, most: int = 2**62) -> int:
+    """A number of a header. ValueError: it is no integer from 0 to `most`."""
+    if type(number) is not int or not 0 <= number <= most:
+        raise ValueError(f"{quote(number)} is no size")
+    return number

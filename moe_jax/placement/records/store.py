@@ -15,7 +15,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.base.scratch import is_scratch, mark_scratch, remove_scratch_if_empty
 from moe_jax.config import require
 from moe_jax.placement.records.file import RESUME, Parts, RecordFile
-from moe_jax.placement.records.layout import RecordLayout
+from moe_jax.placement.records.layout import DamagedError, RecordLayout
 
 
 def file_name(kind: str, layer: int) -> str:
@@ -101,26 +101,31 @@ class RecordStore:
     def open(cls, folder: Path, *, direct: bool = False, remedy: str = RESUME) -> "RecordStore":
         """The finished store in `folder`, to be read.
 
-        UserError: a file is missing, truncated, unfinished or of another form.
+        DamagedError: a file is missing, truncated, unfinished or of another form. UserError: it
+        cannot be opened.
         """
         kinds = sorted({path.name.split(".")[1] for path in folder.glob("layer-*.*.safetensors")})
-        require(len(kinds) > 0, f"{folder} holds no experts (layer-000.parameters.safetensors, …)")
+        if not kinds:
+            fault = f"{folder} holds no experts (layer-000.parameters.safetensors, …)"
+            raise DamagedError(fault, remedy)
         files: dict[str, list[RecordFile]] = {}
         for kind in kinds:
             paths = sorted(folder.glob(f"layer-*.{kind}.safetensors"))
             for layer, path in enumerate(paths):
                 wanted = folder / file_name(kind, layer)
-                require(path == wanted, f"{wanted} is missing: {remedy}")
+                if path != wanted:
+                    raise DamagedError(f"{wanted} is missing", remedy)
             files[kind] = [
                 RecordFile.open(path, layer, direct=direct, remedy=remedy)
                 for layer, path in enumerate(paths)
             ]
             forms = {(file.layout, file.count) for file in files[kind]}
-            require(
-                len(forms) == 1, f"the layers in {folder} are not alike: {sorted(map(str, forms))}"
-            )
+            if len(forms) > 1:
+                raise DamagedError(f"the layers in {folder} are not alike", remedy)
         counts = {(len(own), own[0].count) for own in files.values()}
-        require(len(counts) == 1, f"{folder} holds kinds of different (layers, experts): {counts}")
+        if len(counts) > 1:
+            fault = f"{folder} holds kinds of different (layers, experts): {counts}"
+            raise DamagedError(fault, remedy)
         return cls(folder, files)
 
     def path(self, kind: str, layer: int) -> Path:

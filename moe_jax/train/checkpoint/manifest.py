@@ -4,12 +4,12 @@ A file whose bytes were read and do not match is a fault, in words. A file that 
 fault of the checkpoint: the read is tried again for some seconds, and then raises OSError.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from moe_jax.base.files import ANSWERS, patiently, sync, write_atomically
+from moe_jax.base.hashes import digest_bytes, digest_file
 
 MANIFEST = "MANIFEST.json"
 
@@ -28,7 +28,7 @@ def write_manifest(directory: Path) -> None:
     entries: Entries = {}
     for path in files_of(directory):
         sync(path)
-        entries[str(path.relative_to(directory))] = [_size(path), _digest(path)]
+        entries[str(path.relative_to(directory))] = [_size(path), digest_file(path)]
     entries[MANIFEST] = _seal(entries)
     write_atomically(directory / MANIFEST, json.dumps(entries, indent=0))
     for folder in {path.parent for path in files_of(directory)} | {directory}:
@@ -85,16 +85,11 @@ def _is_entry(entry: Any) -> bool:
 
 def _seal(entries: Entries) -> list[Any]:
     text = json.dumps(entries, sort_keys=True)
-    return [len(entries), hashlib.blake2b(text.encode(), digest_size=16).hexdigest()]
+    return [len(entries), digest_bytes(text.encode())]
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _file_fault(directory: Path, name: str, size: int, digest: str) -> str | None:
@@ -104,6 +99,6 @@ def _file_fault(directory: Path, name: str, size: int, digest: str) -> str | Non
         # The size first: it finds a file that was cut off without reading it.
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
-        return None if _digest(path) == digest else f"{name} has changed"
+        return None if digest_file(path) == digest else f"{name} has changed"
     except (*ANSWERS, ValueError):
         return f"{name} is missing"  # ValueError: a name with a zero byte

@@ -3,9 +3,10 @@
 from moe_jax.config import TrainConfig
 from moe_jax.train.engine import Engine
 from moe_jax.train.engines.dense import DenseEngine
+from moe_jax.train.engines.pipelined.engine import PipelinedEngine
 from moe_jax.train.engines.tiered.engine import TieredEngine
 
-ENGINES: tuple[type[Engine], ...] = (TieredEngine, DenseEngine)
+ENGINES: tuple[type[Engine], ...] = (TieredEngine, PipelinedEngine, DenseEngine)
 """The first one that applies runs. The last one applies to everything."""
 
 

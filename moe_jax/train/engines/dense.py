@@ -1,6 +1,6 @@
 """The plain engine: one program over a mesh, state and batches laid out by parallel.rules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.mesh import batch_parts, make_mesh
 from moe_jax.parallel.rows import global_batch, place_whole, rows_of_process
 from moe_jax.parallel.rules import batch_sharding, device_bytes, replicated, with_sharding
+from moe_jax.train.activations import say_if_too_large
 from moe_jax.train.evaluate import make_evaluator
 from moe_jax.train.state import Metrics, TrainState, abstract_state, init_state, tree_bytes
 from moe_jax.train.step import make_step
@@ -90,11 +91,16 @@ class DenseEngine:
         self._operands = place_whole(operands, shardings(self.mesh, operands))
         # The layout of the result is that of the argument, which is donated.
         results = (self._shardings(), replicated(self.mesh))
-        step = jax.jit(make_step(self.config, objective), donate_argnums=0, out_shardings=results)
+        step = jax.jit(self.make_step(objective), donate_argnums=0, out_shardings=results)
         # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
         lowered = step.lower(self.abstract_state(), batch, *self._operands)
         self._step = lowered.compile()
+        say_if_too_large(self._step)
         self._evaluate = make_evaluator(self.config, validation, self.place, self.rows())
+
+    def make_step(self, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
+        """The function that `compile` compiles."""
+        return make_step(self.config, objective)
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self._step(state, batch, *self._operands)

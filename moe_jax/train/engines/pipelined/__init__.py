@@ -1,0 +1,1 @@
+"""Training in a pipeline: each device has its share of the layers, and micro-batches go through."""

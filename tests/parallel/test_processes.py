@@ -150,6 +150,7 @@ def test_a_process_that_has_begun_its_last_update_is_not_waited_for(joined):
 
 def test_a_process_that_is_gone_ends_the_others_with_its_number(joined):
     three = joined(3)
+    three.groups[2].leaving = True  # it is gone
     three.wires[1].close()
     ends = three.wait_for_ends(2)
     for index in (0, 1):
@@ -203,6 +204,7 @@ def test_an_error_that_another_processs_end_has_caused_is_not_told(joined, monke
     """A collective breaks before the loss is known."""
     two = joined(2)
     monkeypatch.setattr(peers, "BLAME_SECONDS", 0.5)
+    two.groups[1].leaving = True  # it is gone
     threading.Timer(0.1, two.wires[0].close).start()
     two.groups[0].leave(ValueError("Connection closed by peer"))
     assert "process 1 is lost" in two.wait_for_ends(1)[0][0]

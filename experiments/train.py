@@ -17,8 +17,9 @@ from moe_jax.base.startup import ask_for_huge_pages
 if __name__ == "__main__":
     ask_for_huge_pages()
 
+from moe_jax.base.process import leave, named
 from moe_jax.cli import command_line, parse, program
-from moe_jax.config import ParallelConfig, TrainConfig
+from moe_jax.config import ParallelConfig, ProcessesConfig, TrainConfig
 from moe_jax.config.presets import PRESETS
 from moe_jax.runs.run import run_training
 from moe_jax.train.loop import DivergedError
@@ -44,7 +45,8 @@ def default_out(config: TrainConfig) -> str:
     """runs/PRESET-HASH: one folder for each set of settings."""
     # A longer run is the same run, and so is one on other devices, and any run at a constant
     # learning rate.
-    same = replace(config, continue_to=0, parallel=ParallelConfig())
+    own = {"parallel": ParallelConfig(), "processes": ProcessesConfig()}
+    same = replace(config, continue_to=0, **own)
     if config.optim.schedule == "constant":
         same = replace(same, steps=PRESETS[config.preset].steps)
     command = command_line(same, PRESETS[config.preset])
@@ -59,8 +61,8 @@ def main(argv: list[str]) -> None:
     try:
         run_training(config)
     except DivergedError as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        sys.exit(1)
+        print(named(f"error: {stop}"), file=sys.stderr)
+        leave(1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import difflib
 import io
 import shlex
 import sys
+import traceback
 import types as builtin_types
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from moe_jax.base.errors import UserError, brief, near_name, quote
+from moe_jax.base.process import in_group, leave, named
 from moe_jax.base.provenance import commit
 from moe_jax.base.seeds import check_seeds
 from moe_jax.base.signals import handled, stopped
@@ -200,12 +202,17 @@ def program(main: Callable[[list[str]], None]) -> None:
             require_utf8(sys.argv[1:])
             main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(named(f"error: {error}"), file=sys.stderr)
+        leave(2)
     except KeyboardInterrupt as interrupt:
         stop = stopped(interrupt)
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+        print(named(str(stop)), file=sys.stderr)
+        leave(stop.exit_code)
+    except Exception:
+        if not in_group():
+            raise
+        traceback.print_exc()
+        leave(1)
 
 
 def require_utf8(argv: list[str]) -> None:

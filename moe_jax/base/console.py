@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_jax.base import process
 
 PLAIN_SECONDS = 15.0
 """Time between two lines of progress where there is no terminal."""
@@ -20,7 +21,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def say(line: str) -> None:
     """Prints one line, from the first process only."""
-    if jax.process_index() == 0:
+    if process.index() == 0:
         console.print(line, markup=False)  # brackets in paths are no markup
 
 
@@ -59,8 +60,12 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows how many of `total` bytes are done.
 
     The block gets a function and calls it with the number of bytes done since the last call. Where
-    stderr is no terminal, a line of it is printed every PLAIN_SECONDS instead of a bar.
+    stderr is no terminal, a line of it is printed every PLAIN_SECONDS instead of a bar. Only the
+    first process shows anything.
     """
+    if process.index() != 0:
+        yield lambda count: None
+        return
     stderr = Console(stderr=True)  # stdout may be piped into a file
     if not stderr.is_terminal:
         yield _plain_progress(description, total)

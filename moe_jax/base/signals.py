@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from moe_jax.base.process import named
+
 REPEATABLE = signal.SIGUSR1
 """Asks to stop however often it comes. A program sends it to its child, which may have had the
 same Ctrl-C already. SLURM sends it where a job asks for --signal=USR1@60."""
@@ -230,4 +232,4 @@ def _end(number: int, line: str) -> None:
 def _tell(line: str) -> None:
     """A line on stderr. Not by print, because a handler may run inside another print."""
     with suppress(OSError):  # the terminal may be gone
-        os.write(2, f"\n{line}\n".encode())
+        os.write(2, f"\n{named(line)}\n".encode())

@@ -17,6 +17,7 @@ from moe_jax.config.moe import MoEConfig
 from moe_jax.config.optim import OptimConfig
 from moe_jax.config.parallel import ParallelConfig
 from moe_jax.config.placement import DecodePlacement, OnMiss, PlacementConfig
+from moe_jax.config.processes import ProcessesConfig
 from moe_jax.config.train import TrainConfig
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PlacementConfig",
+    "ProcessesConfig",
     "TrainConfig",
     "fields",
     "from_dict",

@@ -17,6 +17,7 @@ from moe_jax.config.model import ModelConfig
 from moe_jax.config.optim import OptimConfig
 from moe_jax.config.parallel import ParallelConfig, check_layout
 from moe_jax.config.placement import PlacementConfig
+from moe_jax.config.processes import ProcessesConfig
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_DIFFER)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig, metadata=MAY_DIFFER)
 
     def __post_init__(self) -> None:
         positive("", self, "steps", "batch", "evaluate_every")

@@ -5,6 +5,7 @@ apart, so that attention and targets stay within a document.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import grain
@@ -79,19 +80,18 @@ def train_batches(
     seed: int,
     *,
     ahead: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     beside: WindowArrays | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches of windows, in a new order in every epoch.
 
-    A batch is {"tokens", "segments"}: int32[B / process_count, L + 1 + ahead], with the arrays that
-    `beside` gives for each window. The rows are this process's share of the global batch. The
-    global batch does not depend on process_count.
+    A batch is {"tokens", "segments"}: int32[rows, L + 1 + ahead], with the arrays that `beside`
+    gives for each window. `rows` are the rows of the global batch that are read, as one process
+    of several reads its share (parallel.rows). Unset, all B of them. The global batch does not
+    depend on who reads what.
 
-    The iterator's `get_state()` is small and JSON-serialisable. After `set_state` the batches go on
-    bit for bit. UserError: the array is shorter than one window, or process_count does not divide
-    the batch.
+    The iterator's `get_state()` is small and JSON-serialisable, and the same for every share. After
+    `set_state` the batches go on bit for bit. UserError: the array is shorter than one window.
     """
     check_seed("seed", seed)
     size = length + 1 + ahead
@@ -107,7 +107,7 @@ def train_batches(
         assert len(beside) >= len(windows), "there are fewer further arrays than windows"
         windows = JoinedWindows(windows, beside)
     order = grain.MapDataset.source(windows).shuffle(_grain_seed(seed)).repeat()
-    return _rows(order, batch, process_index, process_count)
+    return _rows(order, batch, rows)
 
 
 def validation_batches(
@@ -115,8 +115,7 @@ def validation_batches(
     length: int,
     batch: int,
     ahead: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Every window once, in order, with windows of padding at the end of the last batch.
 
@@ -125,7 +124,7 @@ def validation_batches(
     # Rounded up twice: to whole windows, and to whole batches. The first token is no target.
     count = -(-(len(array.tokens) - 1) // length)
     windows = Windows(array, length, ahead, -(-count // batch) * batch)
-    return _rows(grain.MapDataset.source(windows), batch, process_index, process_count)
+    return _rows(grain.MapDataset.source(windows), batch, rows)
 
 
 def shifted_targets(tokens: Any, segments: Any, length: int, offset: int = 1) -> tuple[Any, Any]:
@@ -140,18 +139,28 @@ def shifted_targets(tokens: Any, segments: Any, length: int, offset: int = 1) ->
     return tokens[:, offset : offset + length], mask
 
 
+class _Share:
+    """Random access to the batches of one process: of each global batch the rows it reads."""
+
+    def __init__(self, windows: grain.MapDataset, batch: int, rows: Sequence[int] | np.ndarray):
+        self._windows = windows
+        self._batch = batch
+        self._rows = [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._windows) // self._batch
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        found: list[Any] = [self._windows[index * self._batch + row] for row in self._rows]
+        return {name: np.stack([window[name] for window in found]) for name in found[0]}
+
+
 def _rows(
-    windows: grain.MapDataset, batch: int, process_index: int, process_count: int
+    windows: grain.MapDataset, batch: int, rows: Sequence[int] | np.ndarray | None
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Batches of this process's rows: process p has the p-th part of each global batch."""
-    if batch % process_count:
-        raise UserError(
-            f"batch={batch} is not divisible by the {process_count} processes: each reads the same "
-            "number of sequences"
-        )
-    local = windows.batch(batch // process_count)
-    # Consecutive local batches make up one global batch, and each process takes its own of them.
-    return iter(local[process_index::process_count].to_iter_dataset(READ))
+    """Batches of these rows of each global batch."""
+    share: Any = _Share(windows, batch, range(batch) if rows is None else rows)
+    return iter(grain.MapDataset.source(share).to_iter_dataset(READ))
 
 
 def _grain_seed(seed: int) -> int:

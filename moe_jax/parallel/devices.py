@@ -1,26 +1,29 @@
 """Devices that a CPU stands in for."""
 
+from contextlib import suppress
+
 import jax
 
 from moe_jax.base.errors import require
 from moe_jax.config import ParallelConfig
 
 
-def start_devices(config: ParallelConfig) -> None:
+def ask_for_devices(config: ParallelConfig) -> None:
     """Makes parallel.fake_devices CPU devices where that is asked for, before JAX starts.
 
-    UserError: JAX has started with other devices.
+    Each of several processes has so many.
     """
+    if config.fake_devices:
+        with suppress(RuntimeError):  # it runs already, perhaps with these very devices
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", config.fake_devices)
+
+
+def require_devices(config: ParallelConfig) -> None:
+    """UserError: JAX has started with other devices than parallel.fake_devices asks for."""
     wanted = config.fake_devices
-    if not wanted:
-        return
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", wanted)
-    except RuntimeError:
-        pass  # it runs already, perhaps with these very devices
     require(
-        jax.default_backend() == "cpu" and jax.local_device_count() == wanted,
+        wanted == 0 or (jax.default_backend() == "cpu" and jax.local_device_count() == wanted),
         f"parallel.fake_devices={wanted}, and JAX runs with {jax.local_device_count()} devices of "
         f"{jax.default_backend()} already: start a new process",
     )

@@ -122,7 +122,7 @@ def load_run(out: str | Path) -> Trained:
         # On one device, whatever layout the run was trained with.
         config = replace(from_dict(TrainConfig, extra["config"]), parallel=ParallelConfig())
         engine = engine_of(config)
-        here = SingleDeviceSharding(jax.devices()[0])
+        here = SingleDeviceSharding(jax.local_devices()[0])
         restored = checkpoints.restore(with_sharding(engine.abstract_state(), here), say)
     finally:
         checkpoints.close()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.base import process
 from moe_jax.base.console import console, say
 from moe_jax.base.files import write_atomically
 from moe_jax.base.initial import named_key
@@ -29,11 +30,14 @@ CONTINUATION_TOKENS = 96
 
 
 def write_report(summary: RunSummary) -> None:
-    """Writes plots/, samples.txt and result.json into the run's folder, and prints the verdict."""
+    """Writes plots/, samples.txt and result.json into the run's folder, and prints the verdict.
+
+    Of several processes the first one does.
+    """
+    if process.index() != 0:
+        return
     say("writing the report: samples, plots, and what gzip, xz and the 5-gram reach")
     samples = sample_continuations(summary)
-    if jax.process_index() != 0:
-        return
     lines = read_metrics(summary.out, summary.config.last_step)
     baselines = compression_baselines(summary.data, summary.config.data.cache)
     write_atomically(summary.out / "samples.txt", samples)

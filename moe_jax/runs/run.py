@@ -1,18 +1,19 @@
 """A training run as a user starts it: teacher, training, report."""
 
 import json
+import uuid
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError, require
 from moe_jax.base.files import disk_errors, only_process
 from moe_jax.base.paths import user_path
 from moe_jax.base.signals import keeping
-from moe_jax.config import TrainConfig, from_dict, settings_that_must_match
-from moe_jax.parallel.devices import start_devices
+from moe_jax.config import TrainConfig, fields, from_dict, settings_that_must_match
+from moe_jax.parallel.devices import ask_for_devices, require_devices
+from moe_jax.parallel.processes import Peers, connected
 from moe_jax.runs.load import newest_step
 from moe_jax.runs.report import write_report
 from moe_jax.runs.teacher import task_of
@@ -26,29 +27,70 @@ def run_training(config: TrainConfig) -> Path:
     """Runs `config` to its last step and writes the report. Returns the run's folder.
 
     A run that is finished and has its report is left as it is. UserError: anything that the user
-    can mend. It is raised before compiling. Stopped: a signal came, and the step is saved.
+    can mend. It is raised before compiling. Stopped: a signal came, and the step is saved. Several
+    processes (config.processes) each call this. If one of them ends early, it ends the others.
     """
-    start_devices(config.parallel)
-    require(
-        jax.process_count() == 1,
-        f"{jax.process_count()} processes were started (jax.distributed): training has one process "
-        "with all devices of a machine, start it once",
-    )
+    ask_for_devices(config.parallel)
     folder = user_path(config.out)
-    with keeping(lambda: what_is_kept(folder, config.last_step)):
-        # The task first: a teacher's tokenizer decides the vocabulary that the engine needs.
-        task = task_of(config)
-        verdict = finished_verdict(task.config, folder)
-        if verdict is not None:
-            say(describe_finished(task.config, folder, verdict))
-            return folder
-        engine = engine_of(task.config)
+    with (
+        keeping(lambda: what_is_kept(folder, config.last_step)),
+        connected(config.processes, settings_of_all(config)) as peers,
+    ):
+        return run_with(peers, config, folder)
+
+
+def run_with(peers: Peers, config: TrainConfig, folder: Path) -> Path:
+    """run_training in a process that is connected with the others."""
+    require_devices(config.parallel)
+    require(
+        peers.count == 1 or config.distill.on_policy == 0,
+        f"distill.on_policy={config.distill.on_policy} and {peers.count} processes: the student "
+        "writes its own text in one process only, set distill.on_policy to 0",
+    )
+    # The task first: a teacher's tokenizer decides the vocabulary that the engine needs.
+    task = task_of(config)
+    # The first process decides, because others may see its files a little later.
+    verdict = finished_verdict(task.config, folder) if peers.index == 0 else None
+    verdict = peers.from_first("verdict", verdict)
+    if verdict is not None:
+        say(describe_finished(task.config, folder, verdict))
+        return folder
+    engine = engine_of(task.config)
+    with peers.first("checks"):
         out = check(engine, task)
-        with only_process(out):
-            summary = train(task, engine, out)
-            with disk_errors(out):
-                write_report(summary)
+    with only_process(out) if peers.index == 0 else nullcontext():
+        require_shared(out, peers)
+        summary = train(task, engine, out, peers)
+        with disk_errors(out):
+            write_report(summary)
     return out
+
+
+def settings_of_all(config: TrainConfig) -> dict[str, Any]:
+    """What every process of a run must have been given alike, by name."""
+    own = ("processes.", "data.cache")  # caches may lie on each machine's own disk
+    return {name: value for name, value in fields(config).items() if not name.startswith(own)}
+
+
+def require_shared(out: Path, peers: Peers) -> None:
+    """UserError: a process does not see the files that the first one writes into the folder."""
+    if peers.count == 1:
+        return
+    token = peers.from_first("token", uuid.uuid4().hex)
+    mark = out / f".shared-{token}"
+    try:
+        with peers.first("mark"), disk_errors(out):
+            if peers.index == 0:
+                mark.touch()
+        seen = peers.exchange("seen", mark.exists())
+    finally:
+        if peers.index == 0:
+            mark.unlink(missing_ok=True)
+    require(
+        all(seen),
+        f"process {seen.index(False) if False in seen else 0} does not see the files of process 0 "
+        f"in {out}: --out must lie on a disk that all processes share",
+    )
 
 
 def what_is_kept(out: Path, last: int) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config import TrainConfig
@@ -53,6 +54,10 @@ class Engine(Protocol):
 
     def resume(self, out: Path, state: TrainState, checkpoint: Path) -> TrainState:
         """The state to go on with, from that of a checkpoint and the checkpoint's folder."""
+        ...
+
+    def rows(self) -> np.ndarray:
+        """The rows of a global batch that this process reads, ascending."""
         ...
 
     def place(self, batch: Batch) -> Batch:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -22,12 +23,16 @@ AHEAD = 8
 
 
 def make_evaluator(
-    config: TrainConfig, validation: TokenArray, place: Callable[[Batch], Batch]
+    config: TrainConfig,
+    validation: TokenArray,
+    place: Callable[[Batch], Batch],
+    rows: np.ndarray | None = None,
 ) -> Callable[[TrainState], float]:
     """state -> sum of -log2 p(token) over the held-out text / its bytes.
 
     Every token of every held-out document is predicted once, the end-of-document token included,
-    from the tokens before it in its document and its window of `data.length`.
+    from the tokens before it in its document and its window of `data.length`. `rows`: the rows of
+    each batch that this process reads and `place` takes. Unset, all of them.
     """
     graph = graph_of(config.model)
     length = config.data.length
@@ -40,7 +45,7 @@ def make_evaluator(
         return batch_nats(model, hidden, batch)
 
     def evaluate(state: TrainState) -> float:
-        batches = map(place, held_out_batches(config, validation))
+        batches = map(place, held_out_batches(config, validation, rows))
         parts = (nats(state.parameters, state.router, batch) for batch in batches)
         return bits_per_byte(map(float, started_ahead(parts)), validation)
 
@@ -60,15 +65,11 @@ def started_ahead(parts: Iterable[Array]) -> Iterator[Array]:
     yield from started
 
 
-def held_out_batches(config: TrainConfig, validation: TokenArray) -> Iterable[Any]:
-    """This process's share of the held-out text."""
-    return validation_batches(
-        validation,
-        config.data.length,
-        config.batch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def held_out_batches(
+    config: TrainConfig, validation: TokenArray, rows: np.ndarray | None = None
+) -> Iterable[Any]:
+    """The held-out text in batches, of which this process reads these rows."""
+    return validation_batches(validation, config.data.length, config.batch, rows=rows)
 
 
 def bits_per_byte(nats: Iterable[float], validation: TokenArray) -> float:

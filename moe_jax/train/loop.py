@@ -1,6 +1,7 @@
 """A training run from its config to its last step, continuing what is there."""
 
 import dataclasses
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,23 +12,23 @@ from typing import Any
 import jax
 
 from moe_jax.base.console import say
-from moe_jax.base.errors import UserError
 from moe_jax.base.files import disk_errors
 from moe_jax.base.machine import GemmRates, gemm_rate
 from moe_jax.base.signals import StopRequest, stop_request
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import train_batches
-from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.data.tokens import TokenData, prepare
+from moe_jax.data.tokens import TokenData
 from moe_jax.model.dtype import compute_dtype
 from moe_jax.parallel.exchange import exchanging
+from moe_jax.parallel.processes import ALONE, Peers
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints, Extra, Restored
 from moe_jax.train.checks import check_same_run, check_same_task
 from moe_jax.train.engine import Engine
-from moe_jax.train.metrics import MetricsFile, describe, read_lines
+from moe_jax.train.metrics import MetricsFile, NoMetricsFile, describe, read_lines
 from moe_jax.train.progress import Display, Speedometer, elapsed_until
 from moe_jax.train.state import Metrics, TrainState
 from moe_jax.train.task import Task
+from moe_jax.train.text import describe_data, prepare_data, require_same_text
 
 
 class DivergedError(Exception):
@@ -50,69 +51,45 @@ class RunSummary:
     flops_per_token: float
 
 
-def train(task: Task, engine: Engine, out: Path) -> RunSummary:
+def train(task: Task, engine: Engine, out: Path, peers: Peers = ALONE) -> RunSummary:
     """Runs task.config to its last step, from the newest checkpoint in `out` if there is one.
 
     The caller has passed the task through train.checks.check, which gives `out`. It also locks the
     folder (base.files.only_process). UserError: `out` holds another run. Stopped: a signal came.
     The step that was under way is then saved, unless nothing was trained yet.
+
+    Each of several processes calls this with its `peers`. The first one writes all files but the
+    arrays of checkpoints, of which every process writes its own.
     """
-    checkpoints = Checkpoints(out, task.config.checkpoint)
+    checkpoints = Checkpoints(out, task.config.checkpoint, peers=peers)
     try:
         saved = checkpoints.peek(say)
         if saved is not None:
             check_same_task(task.fingerprint, saved.get("task"), out)
             check_same_run(task.config, saved, out)
-        data = prepare_data(task, saved)
+        # The first process makes what the cache lacks. The others find it there.
+        with peers.first("data"):
+            data = prepare_data(task, saved)
+        require_same_text(data, peers)
         say(describe_data(data))
         exchange = task.config.parallel.exchange
         # Outside the mesh: what it computes runs on the one device that its model was loaded on.
-        task = task.prepare(data)
+        with peers.first("task"):
+            task = task.prepare(data)
         with jax.set_mesh(engine.mesh), exchanging(exchange), closing(engine):
             run = start(task, engine, out, data, checkpoints)
+            peers.exchange("compiled")  # no process waits for another inside a collective
             # The request is the outer block, because it ends with Stopped once all is saved.
             with stop_request() as stop, disk_errors(out):
                 run_steps(run, stop)
                 checkpoints.wait()
             return run.summary()
+    except BaseException as error:
+        # Before checkpoints are waited for, because the others take part in them.
+        peers.leave(error)
+        raise
     finally:
         checkpoints.close()
-
-
-def prepare_data(task: Task, saved: Extra | None) -> TokenData:
-    """The token arrays.
-
-    A continued run keeps its own tokenizer. A new one takes the task's tokenizer, if it has one.
-    UserError: the text has changed since the run began, or its split has.
-    """
-    settings = task.config.data
-    if saved is None:
-        return prepare(settings, task.tokenizer, say=say)
-    data = prepare(settings, Tokenizer.from_json(saved["tokenizer"]), say=say)
-    began_with = saved["data_fingerprint"]
-    if data.fingerprint != began_with == data.split_by_names:
-        raise UserError(
-            f"data.source '{settings.source}' holds the same text more than once. This run began "
-            "with copies in training and in validation, and they are on one side now: choose "
-            "another --out for a run whose validation is held out"
-        )
-    if data.fingerprint != began_with:
-        raise UserError(
-            f"the text of data.source '{settings.source}' has changed since this run began "
-            f"({saved['data_stats']['train']['bytes']} bytes of training text then, "
-            f"{data.stats['train']['bytes']} now): restore it, or choose another --out"
-        )
-    return data
-
-
-def describe_data(data: TokenData) -> str:
-    """One line: sizes of the two splits."""
-    parts = (
-        f"{name} {s['documents']} documents, {s['bytes'] / 1e6:.1f} MB, {s['tokens']} tokens"
-        for name in ("train", "validation")
-        for s in [data.stats[name]]
-    )
-    return "; ".join(parts)
 
 
 @dataclass
@@ -161,8 +138,7 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
         config.batch,
         config.seed,
         ahead=config.model.mtp_depth,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=engine.rows(),
         beside=task.beside,
     )
     restored = checkpoints.restore(engine.abstract_state(), say)
@@ -226,7 +202,8 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     first = int(run.state.step)
     path = run.out / "metrics.jsonl"
     # A kill may leave lines of updates that no checkpoint has. They are done again.
-    lines = MetricsFile(path, resume_after=first)
+    writes = run.checkpoints.peers.index == 0
+    lines = MetricsFile(path, resume_after=first) if writes else NoMetricsFile()
     before = elapsed_until(read_lines(path), first)
     speed = Speedometer(config.batch * config.data.length, last, before=before)
     with Display(last) as display:
@@ -258,11 +235,12 @@ def _updates(run: Run, first: int, stop: StopRequest) -> Iterator[tuple[int, Met
 
     So the device computes while the host reads metrics. At a step that saves or evaluates, they
     come at once, because run.state must then be the state of that very step. A signal that asks to
-    stop is looked at before each update: the one before it is then saved, and is the last.
+    stop is looked at before each update: the one before it is then saved, and is the last. Of
+    several processes all stop at the same update.
     """
     unread: tuple[int, Metrics] | None = None
     for step in range(first + 1, run.config.last_step + 1):
-        if stop.number is not None:
+        if _stops(run, stop, step - 1):
             if unread is not None:
                 yield *unread, True
             return
@@ -274,6 +252,16 @@ def _updates(run: Run, first: int, stop: StopRequest) -> Iterator[tuple[int, Met
         if _is_save_step(step, run.config):
             yield *unread, True
             unread = None
+    _stops(run, stop, run.config.last_step)
+
+
+def _stops(run: Run, stop: StopRequest, done: int) -> bool:
+    """Whether update `done` is to be the last one. A signal to another process is then this one's
+    too."""
+    agreed = run.checkpoints.peers.stops(done, stop.number)
+    if agreed is not None:
+        stop.number = signal.Signals(agreed)
+    return agreed is not None
 
 
 def _is_evaluation_step(step: int, config: TrainConfig) -> bool:

@@ -83,6 +83,15 @@ class MetricsFile:
         self._file.close()
 
 
+class NoMetricsFile:
+    """In place of MetricsFile in every process but the first."""
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    sync = close = lambda self: None
+
+
 def _set_damaged_aside(path: Path, numbered: list[NumberedLine]) -> None:
     """Adds the damaged lines to PATH.damaged, and says so. The last line may be cut off."""
     damaged = [(n, raw) for n, line, raw in numbered if line is None and raw.endswith(b"\n")]

@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 from rich.progress import BarColumn, Progress, TextColumn
 
+from moe_jax.base import process
 from moe_jax.base.console import Throttle, console, duration
 from moe_jax.train.checkpoint import VALIDATION
 
@@ -113,7 +113,7 @@ class Display:
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self._first = True
-        self._shown = jax.process_index() == 0
+        self._shown = process.index() == 0
         self._throttle = Throttle()
         self._progress = Progress(
             BarColumn(BAR_COLUMNS),

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.config import ModelConfig, TrainConfig, fields, require
 from moe_jax.distill.teacher import Teacher
 from moe_jax.distill.upcycle import UpcycleConfig, sparse_config, upcycle
+from moe_jax.parallel.rows import place_whole
 from moe_jax.train.state import TrainState
 
 SAME = (
@@ -87,7 +88,8 @@ def upcycled_state(config: TrainConfig, teacher: Teacher, state: TrainState) -> 
     where: Any = jax.tree.leaves(state.parameters)[0].sharding
     if isinstance(where, NamedSharding):
         where = NamedSharding(where.mesh, P())  # whole on every device of the student's mesh
-    _, parameters, router = upcycle(teacher.model, jax.device_put(teacher.parameters, where), how)
+    beside = place_whole(teacher.parameters, jax.tree.map(lambda _: where, teacher.parameters))
+    _, parameters, router = upcycle(teacher.model, beside, how)
 
     def placed(new: Any, like: jax.Array) -> jax.Array:
         assert new.shape == like.shape, f"{new.shape} upcycled, {like.shape} in the student"

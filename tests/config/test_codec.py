@@ -9,8 +9,8 @@ from moe_jax.base.errors import UserError, require
 from moe_jax.config import (
     CheckpointConfig,
     DistillConfig,
-    ParallelConfig,
     PlacementConfig,
+    ProcessesConfig,
     TrainConfig,
     fields,
     from_dict,
@@ -66,7 +66,7 @@ def test_a_continued_run_may_change_what_does_not_touch_the_training():
     assert may_differ == {
         *("out", "samples", "evaluate_every", "data.cache", "distill.teacher"),
         *(f"checkpoint.{f.name}" for f in dataclasses.fields(CheckpointConfig)),
-        *(f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)),
+        *(f"processes.{f.name}" for f in dataclasses.fields(ProcessesConfig)),
         *(f"placement.{f.name}" for f in dataclasses.fields(PlacementConfig) if f.name != "mode"),
         *(name for name in fields(TrainConfig()) if name.startswith("parallel.")),
     }

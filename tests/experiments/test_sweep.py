@@ -302,6 +302,15 @@ def test_quick_is_three_short_trials():
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--search", "batch=4,8", "--processes.count", "2"], ["--search", "processes.timeout=3,4"]],
+)
+def test_trials_are_single_processes(words):
+    with pytest.raises(UserError, match="each trial of a sweep is one process"):
+        parse_sweep(["train", *words], sweep.EXPERIMENTS)
+
+
 def test_without_optuna(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'moe_jax\[sweep\]'"):

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.base.errors import UserError
 from moe_jax.config import ParallelConfig
 from moe_jax.parallel import mesh as axes
-from moe_jax.parallel.devices import start_devices
+from moe_jax.parallel.devices import ask_for_devices, require_devices
 from moe_jax.parallel.mesh import make_mesh
 
 
@@ -53,6 +53,7 @@ def test_sums_and_rows_over_the_devices_that_share_the_batch():
 
 def test_fake_devices_need_a_process_that_has_not_started_jax():
     assert jax.device_count() == 2
-    start_devices(ParallelConfig(fake_devices=2))  # these very devices are there
+    ask_for_devices(ParallelConfig(fake_devices=2))  # these very devices are there
+    require_devices(ParallelConfig(fake_devices=2))
     with pytest.raises(UserError, match="fake_devices=3, and JAX runs with 2 devices of cpu"):
-        start_devices(ParallelConfig(fake_devices=3))
+        require_devices(ParallelConfig(fake_devices=3))

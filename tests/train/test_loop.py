@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from moe_jax.base import machine
@@ -17,6 +18,7 @@ from moe_jax.train import loop
 from moe_jax.train.loop import DivergedError
 from moe_jax.train.metrics import read_lines
 from moe_jax.train.task import Task
+from moe_jax.train.text import prepare_data
 
 
 def losses(config):
@@ -101,9 +103,9 @@ def test_what_a_stopped_run_keeps(finished_run, tmp_path):
     assert "step 12, the last one, is saved: the same command writes" in what_is_kept(out, 12)
 
 
-def test_several_processes_are_refused_in_each(small_run, monkeypatch):
-    monkeypatch.setattr(run.jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="2 processes were started"):
+def test_processes_that_jax_alone_connects_are_refused_in_each(small_run, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"2 processes were started with jax\.distributed: g"):
         run_training(small_run)
     assert not Path(small_run.out).exists()
 
@@ -119,19 +121,19 @@ def test_copies_that_changed_sides_are_no_changed_text(small_run, tmp_path):
         source = tmp_path / "texts" / f"module{index}.py"
         (tmp_path / "texts" / f"copy{index}.py").write_text(source.read_text())
     task = Task(small_run)
-    data = loop.prepare_data(task, None)
+    data = prepare_data(task, None)
     assert data.split_by_names != data.fingerprint
     saved: Any = {"tokenizer": data.tokenizer.to_json(), "data_stats": data.stats}
     saved["data_fingerprint"] = data.fingerprint
-    assert loop.prepare_data(task, saved).fingerprint == data.fingerprint
+    assert prepare_data(task, saved).fingerprint == data.fingerprint
     saved["data_fingerprint"] = data.split_by_names
     with pytest.raises(
         UserError, match=r"holds the same text more than once\. This run began with"
     ):
-        loop.prepare_data(task, saved)
+        prepare_data(task, saved)
     saved["data_fingerprint"] = "another"
     with pytest.raises(UserError, match=r"has changed since this run began"):
-        loop.prepare_data(task, saved)
+        prepare_data(task, saved)
 
 
 @pytest.mark.slow

@@ -124,6 +124,11 @@ def parse_sweep(
     require(bool(config.search), "nothing to search: add --search FIELD=A,B,… or FIELD=A..B")
     axes = tuple(parse_axis(text, settings) for text in config.search)
     fields = [field for axis in axes for field in axis.field.split("+")]
+    require(
+        not any(word.lstrip("-").startswith("processes.") for word in (*rest, *fields)),
+        "--processes is for one run: each trial of a sweep is one process, and more of the same "
+        "commands share the trials",
+    )
     for field in fields:
         require(fields.count(field) == 1, f"--search {field} is given twice: join the values")
     if config.quick and not any(word.startswith("--steps") for word in rest):

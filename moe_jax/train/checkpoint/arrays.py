@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 import tensorstore
 
@@ -85,3 +86,29 @@ def require_arrays(folder: Path, count: int) -> None:
             raise UserError(
                 f"{path.parent} does not open again: {brief(error, MOST_WORDS)}"
             ) from error
+
+
+def misfit(checkpointer: ocp.StandardCheckpointer, folder: Path, like: Any) -> str | None:
+    """The first array, by name, that the checkpoint and `like` do not have alike. None: all fit.
+
+    Orbax itself would cast silently, and says of a wrong shape not whose it is.
+    """
+    stored = _described(checkpointer.metadata(folder).item_metadata)
+    wanted = _described(like)
+    for name in [*wanted, *stored]:
+        if name not in stored:
+            return f"it has no {name}"
+        if name not in wanted:
+            return f"it has {name}, and this run has not"
+        if stored[name] != wanted[name]:
+            return f"its {name} is {stored[name]}, and this run's is {wanted[name]}"
+    return None
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """Shape and dtype of each leaf, by its path: `float32[4, 6]`."""
+    leaves = jax.tree_util.tree_flatten_with_path(getattr(tree, "tree", tree))[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }

@@ -4,6 +4,9 @@ A checkpoint is written into a folder of unfinished ones, opened again, given a 
 renamed to its step. A step is loaded only if it matches its manifest. One that does not, or that
 this version cannot use, is set aside under another name, and the one before it is used. Nothing is
 removed or renamed because a read failed.
+
+Each of several processes writes and reads its own parts of the arrays. The first one does all the
+rest: it chooses, names, and removes.
 """
 
 import json
@@ -20,9 +23,11 @@ from moe_jax.base.errors import UserError, brief
 from moe_jax.base.files import ANSWERS, disk_errors, disk_fault, patiently, sync
 from moe_jax.base.scratch import make_scratch, remove_scratch
 from moe_jax.config import CheckpointConfig
+from moe_jax.parallel.processes import ALONE, Peers
 from moe_jax.train.checkpoint.arrays import (
     MOST_WORDS,
     make_checkpointer,
+    misfit,
     require_arrays,
     require_plain_path,
 )
@@ -60,12 +65,19 @@ class Checkpoints:
     """The checkpoints of one run, in DIR/checkpoints."""
 
     def __init__(
-        self, directory: Path, config: CheckpointConfig, *, read_only: bool = False
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        read_only: bool = False,
+        peers: Peers = ALONE,
     ) -> None:
         """With `read_only` nothing is changed, because another process may be writing just now.
 
-        UserError: no checkpoint could be written to this path.
+        `peers`: the processes that hold the state together. All of them call `save`, `peek` and
+        `restore` alike. UserError: no checkpoint could be written to this path.
         """
+        self.peers = peers
         self.read_only = read_only
         self.keep = config.keep
         self.directory = (directory / "checkpoints").absolute()
@@ -99,8 +111,9 @@ class Checkpoints:
             files[METRICS] = json.dumps({VALIDATION: bits})
         folder = unfinished_folder(self.directory.parent) / str(step)
         with disk_errors(self.directory):
-            if jax.process_index() == 0:
-                begin(folder)
+            with self.peers.first(f"begin {step}"):
+                if self.peers.index == 0:
+                    begin(folder)
             self._checkpointer.save(folder / STATE, state)
         count = len(jax.tree.leaves(state))
         self._pending = self._worker.submit(self._finish, folder, count, files, beside)
@@ -119,7 +132,13 @@ class Checkpoints:
             self.wait()
 
     def close(self) -> None:
-        """Waits for the last save and ends the background threads."""
+        """Waits for the last save and ends the background threads.
+
+        After an error that ended the other processes nothing is waited for: it would need them.
+        """
+        if self.peers.leaving:
+            self._worker.shutdown(wait=False)
+            return
         try:
             self.wait()
         finally:
@@ -135,7 +154,7 @@ class Checkpoints:
         """
         if not self._examined:
             self._examined = True
-            self._chosen = self._search(say)
+            self._chosen = self._choose(say)
         return None if self._chosen is None else self._chosen[1]
 
     def restore(self, like: TrainState, say: Callable[[str], None]) -> Restored | None:
@@ -149,15 +168,31 @@ class Checkpoints:
         while restored is None and self._chosen is not None:
             step, extra = self._chosen
             state = self._load(step, like)
-            if isinstance(state, Passed):
-                self._pass_over(state, say)
-                self._chosen = self._search(say)
+            passed = self._agreed(state)
+            if passed is not None:
+                self._pass_over(passed, say)
+                self._chosen = self._choose(say)
             else:
+                assert not isinstance(state, Passed)
                 restored = Restored(step, self.directory / str(step), state, extra)
-        if not self.read_only and jax.process_index() == 0:
-            with disk_errors(self.directory):
+        with self.peers.first("set aside"), disk_errors(self.directory):
+            if not self.read_only and self.peers.index == 0:
                 self._set_aside()
         return restored
+
+    def _choose(self, say: Callable[[str], None]) -> tuple[int, Extra] | None:
+        """As _search, in the first process, which tells the others."""
+        found = self._search(say) if self.peers.index == 0 else None
+        return self.peers.from_first("checkpoint", found)
+
+    def _agreed(self, state: TrainState | Passed) -> Passed | None:
+        """Why a process could not load its part of a checkpoint. None: all could.
+
+        If another one is lost while it reads, this does not return: then nothing is set aside.
+        """
+        mine = state if isinstance(state, Passed) else None
+        found = [each for each in self.peers.exchange("loaded", mine) if each is not None]
+        return Passed(*found[0]) if found else None
 
     def _search(self, say: Callable[[str], None]) -> tuple[int, Extra] | None:
         """The newest usable checkpoint below those that were passed over."""
@@ -186,8 +221,10 @@ class Checkpoints:
     def _load(self, step: int, like: TrainState) -> TrainState | Passed:
         folder = self.directory / str(step) / STATE
 
-        def read() -> TrainState:
+        def read() -> TrainState | Passed:
             try:
+                if wrong := misfit(self._checkpointer, folder, like):
+                    return Passed(step, "unusable", brief(wrong, MOST_WORDS))
                 return self._checkpointer.restore(folder, like)
             except Exception as error:
                 # tensorstore's errors are no OSError, but have the operating system's words.
@@ -215,8 +252,14 @@ class Checkpoints:
     ) -> None:
         """Runs in the worker thread. The last rename is what makes a step appear."""
         self._checkpointer.wait_until_finished()
-        if jax.process_index() != 0:
-            return
+        if self.peers.index == 0:
+            self._complete(folder, arrays, files, beside)
+        # So that no process ends before the checkpoint is there.
+        self.peers.exchange(f"saved {folder.name}")
+
+    def _complete(
+        self, folder: Path, arrays: int, files: dict[str, str], beside: Path | None
+    ) -> None:
         for name, content in files.items():
             (folder / name).parent.mkdir()
             (folder / name).write_text(content)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
@@ -15,6 +17,7 @@ from moe_jax.data.tokens import TokenArray
 from moe_jax.model.layout import shardings
 from moe_jax.objectives.base import Batch, Objective
 from moe_jax.parallel.mesh import batch_parts, make_mesh
+from moe_jax.parallel.rows import global_batch, place_whole, rows_of_process
 from moe_jax.parallel.rules import batch_sharding, device_bytes, replicated, with_sharding
 from moe_jax.train.activations import say_if_too_large
 from moe_jax.train.evaluate import make_evaluator
@@ -64,12 +67,11 @@ class DenseEngine:
     def resume(self, out: Path, state: TrainState, checkpoint: Path) -> TrainState:
         return state
 
+    def rows(self) -> np.ndarray:
+        return rows_of_process(batch_sharding(self.mesh), self.config.batch)
+
     def place(self, batch: Batch) -> Batch:
-        # Every process reads its own rows (data.batches), which together are the global batch.
-        sharding = batch_sharding(self.mesh)
-        return jax.tree.map(
-            lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
-        )
+        return global_batch(batch_sharding(self.mesh), self.config.batch, self.rows(), batch)
 
     def abstract_batch(self) -> Batch:
         config = self.config
@@ -86,7 +88,7 @@ class DenseEngine:
         validation: TokenArray,
     ) -> None:
         # Laid out like the state: operands may have been loaded on one device.
-        self._operands = jax.device_put(operands, shardings(self.mesh, operands))
+        self._operands = place_whole(operands, shardings(self.mesh, operands))
         # The layout of the result is that of the argument, which is donated.
         results = (self._shardings(), replicated(self.mesh))
         step = jax.jit(self.make_step(objective), donate_argnums=0, out_shardings=results)
@@ -94,7 +96,7 @@ class DenseEngine:
         lowered = step.lower(self.abstract_state(), batch, *self._operands)
         self._step = lowered.compile()
         say_if_too_large(self._step)
-        self._evaluate = make_evaluator(self.config, validation, self.place)
+        self._evaluate = make_evaluator(self.config, validation, self.place, self.rows())
 
     def make_step(self, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
         """The function that `compile` compiles."""
@@ -116,7 +118,7 @@ class DenseEngine:
         """The parameters and router biases. Nothing that samples reads the moments."""
         own = state._replace(optimizer=())
         size = tree_bytes(own)
-        available = available_bytes()
+        available = least_of_all(available_bytes())
         if self.mesh.size > 1 and available is not None and size > available:
             say(f"no samples: one device has no room for the model's {size / 1e9:,.1f} GB")
             return None
@@ -131,3 +133,17 @@ class DenseEngine:
 
     def close(self) -> None:
         pass
+
+
+def least_of_all(number: int | None) -> int | None:
+    """The least of all processes' numbers, in each of them, so that they decide alike.
+
+    None: a process has none.
+    """
+    if jax.process_count() == 1:
+        return number
+    # As float64 on the host: a device's integers have 32 bits.
+    parts = np.frombuffer(np.float64(-1 if number is None else number).tobytes(), np.uint32)
+    gathered = np.asarray(multihost_utils.process_allgather(parts))
+    least = int(np.frombuffer(gathered.tobytes(), np.float64).min())
+    return None if least < 0 else least

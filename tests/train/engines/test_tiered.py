@@ -45,6 +45,7 @@ from moe_jax.train.metrics import read_lines
 from moe_jax.train.state import init_state
 from moe_jax.train.step import make_step
 from moe_jax.train.task import Task
+from moe_jax.train.text import prepare_data
 from tests.conftest import GQA
 from tests.train.test_step import make_batch
 
@@ -394,7 +395,7 @@ def test_a_run_in_tiers_is_resumed_bit_for_bit_and_loads_as_any_other(tiered_run
     one, two = load_run(tiered_run.out), load_run(cut.out)
     assert_equal(by_name(one.state), by_name(two.state))
 
-    array = loop.prepare_data(Task(tiered_run), None).validation
+    array = prepare_data(Task(tiered_run), None).validation
     bits = make_evaluator(tiered_run, array, lambda batch: batch)(one.state)
     np.testing.assert_allclose(lines[-1]["validation_bits_per_byte"], bits, rtol=1e-5)
     assert one.complete("def f", tokens=3).startswith("def f")

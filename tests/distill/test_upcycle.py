@@ -42,7 +42,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("name", CASES)
 def test_the_upcycled_model_is_the_dense_one(name, tied):
     """Equal but for the order of float32 sums (K products with weights that sum to 1)."""

@@ -85,7 +85,7 @@ def test_against_the_reference_by_dtype(dtype):
         pytest.param((16, 32, 32, 4), id="whole tiles"),
         pytest.param((33, 57, 23, 6), id="no powers of two"),
         pytest.param((150, 130, 70, 3), id="several tiles", marks=pytest.mark.slow),
-        pytest.param((300, 16, 136, 2), id="128 rows a block"),
+        pytest.param((300, 16, 136, 2), id="128 rows a block", marks=pytest.mark.slow),
     ],
 )
 def test_against_the_reference_by_size(sizes):
@@ -185,7 +185,7 @@ def test_without_a_way_to_run_it_says_why(monkeypatch):
         mixture(*inputs, None)
 
 
-@pytest.mark.parametrize("name", ["stream", "wide"])
+@pytest.mark.parametrize("name", [pytest.param("stream", marks=pytest.mark.slow), "wide"])
 def test_instructions_of_combine_change_no_bit(name):
     experts = jnp.asarray(some_experts(5, 2, 3), jnp.int32)
     plan = make_plan(experts, 3)

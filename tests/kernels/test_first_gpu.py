@@ -198,6 +198,7 @@ def test_minutes_that_cannot_be_are_refused(tmp_path, capsys, minutes):
     assert "must be above 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_step(tmp_path):
     arguments = ["--out", str(tmp_path), "--minutes", "9", "--dry-run"]
     assert command.main(arguments, Settings(tmp_path, **PEERS), tmp_path / "none") == 1

@@ -101,6 +101,7 @@ MODELS = {name: shrunk(preset.model) for name, preset in PRESETS.items()} | {
     "dense": replace(SMALL_MODEL, layers=1, dense_layers=1, attention=GQA, init_std=0.3),
 }
 ALIKE = (
+    "deepseek_v3",
     "mla, deep prediction, no shared experts",
     "deepseek_moe_16b",
     "qwen3_30b_a3b",

@@ -58,6 +58,7 @@ def test_scanned_blocks_equal_the_blocks_one_by_one(small_model):
     np.testing.assert_allclose(model.logits(x), model(tokens, segments), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_rematerialisation_changes_no_gradient(small_model, remat):
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 61)

@@ -170,6 +170,7 @@ def test_four_devices(settings):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_fp8_rounds_the_activations_and_nothing_else():
     """Equal to the layer of the rounded activations, gradients included. The error is stated."""
     width = 192  # one tile and a half

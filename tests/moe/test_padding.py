@@ -103,6 +103,7 @@ def test_not_even_nan_logits_of_padding_reach_the_others(name):
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_text_alone():
     """Means over all tokens of documents, with the padding cut out of the arrays."""
     scores = jax.nn.sigmoid(draw(0, 3, 9, 6))

@@ -161,6 +161,7 @@ def test_another_document_changes_nothing_in_this_one():
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_the_policy_losses_of_micro_batches_add_up(tmp_path):
     """With padding in some of them: each is its part of the mean over all sequences."""
     config = make_run(tmp_path, MODEL, batch=ROWS)

@@ -105,6 +105,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(small_run, name):
     assert_close(gradient, accumulated)
 
 
+@pytest.mark.slow
 def test_expert_level_losses_are_the_mean_of_those_of_the_micro_batches(small_run):
     """By their numbers of tokens. Each has its own load, as the text of expert_loss says."""
     moe = MoEConfig(experts=6, groups=2, groups_per_token=2, sequence_loss=0.0)
@@ -154,6 +155,7 @@ def test_two_devices_equal_one(small_run, name, accumulation):
         assert_close(alone, shared)
 
 
+@pytest.mark.slow
 def test_noise_differs_between_devices_and_steps(small_run):
     moe = MoEConfig(experts=6, gate="softmax", bias_rate=0, rule="noisy_top_k")
     config = replace(small_run, model=replace(small_run.model, moe=moe))
@@ -220,6 +222,7 @@ def test_the_same_seed_gives_the_same_bits(small_run):
     assert_close(*runs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moe",
     [

@@ -35,6 +35,7 @@ def test_every_rung_computes_the_layer():
     np.testing.assert_array_equal(outputs["fp8"], outputs["fp8_once"])
 
 
+@pytest.mark.slow
 def test_the_gradient_from_y_is_the_one_without_it():
     from moe_kernels.experts import grouped
 

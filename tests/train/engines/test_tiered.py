@@ -438,6 +438,7 @@ def test_a_disk_that_fails_in_mid_run_is_a_line_and_the_last_checkpoint_is_good(
     assert [step for step, _ in losses(tiered_run)] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_experts_are_damaged_is_passed_over(tiered_run):
     run_training(tiered_run)
     newest = (

@@ -9,8 +9,9 @@ through in a minute then. With names those launches run on the sizes of a model.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
 def whole_layers(shape: Shape) -> dict[str, Work]:
     """Decoding, and the FP8 layer where it can run, with the kernels that only they launch."""
     make_plan = default_peers().make_plan
-    layers = {"decoding": (mixture, shape._replace(tokens=1, per_token=2))}
+    layers: dict[str, tuple[Callable[..., Any], Shape]] = {
+        "decoding": (mixture, shape._replace(tokens=1, per_token=2))
+    }
     # The interpreter's FP8 is the tests' business, and slow.
     if fp8_support().name != "none" and not interpreting():
         layers["FP8"] = (experts_fp8.mixture, shape)

@@ -17,28 +17,36 @@ Settings = TypeVar("Settings")
 MAY_DIFFER: Mapping[str, Any] = MappingProxyType({"may_differ_on_resume": True})
 """`metadata` of a field that a continued run may change, because it does not touch the training.
 
-On a field that holds another config it covers that whole config.
+On a field that holds another config it covers that whole config, but for fields with MUST_MATCH.
 """
+MUST_MATCH: Mapping[str, Any] = MappingProxyType({"may_differ_on_resume": False})
+"""`metadata` of a field that changes results, in a config that may differ otherwise."""
 
 
 def fields(settings: Any) -> dict[str, Any]:
     """Every field of a nested dataclass instance: dotted name -> value."""
-    return _flat(settings, lambda field: True)
+    return _flat(settings, lambda field, outer: True)
 
 
 def settings_that_must_match(settings: Any) -> dict[str, Any]:
     """The fields, as `fields` gives them, without those that a continued run may change."""
-    return _flat(settings, lambda field: not field.metadata.get("may_differ_on_resume", False))
+    return _flat(
+        settings, lambda field, outer: not field.metadata.get("may_differ_on_resume", not outer)
+    )
 
 
-def _flat(settings: Any, wanted: Callable[[dataclasses.Field], bool]) -> dict[str, Any]:
+def _flat(
+    settings: Any, wanted: Callable[[dataclasses.Field, bool], bool], outer: bool = True
+) -> dict[str, Any]:
+    """The leaves that are wanted(field, whether the config around it is)."""
     flat = {}
-    for field in filter(wanted, dataclasses.fields(settings)):
+    for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        own = wanted(field, outer)
         if dataclasses.is_dataclass(value):
-            inner = _flat(value, wanted)
+            inner = _flat(value, wanted, own)
             flat |= {f"{field.name}.{name}": leaf for name, leaf in inner.items()}
-        else:
+        elif own:
             flat[field.name] = value
     return flat
 

@@ -1,10 +1,11 @@
 """How tokens reach experts that lie on other devices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_jax.base.errors import require
 from moe_jax.config.checks import known_choices, not_negative, positive
+from moe_jax.config.codec import MUST_MATCH
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ExchangeConfig:
     """copies: devices of a node.
     A copy then goes to each node, and from there to the devices of the node.
     0: all devices are alike."""
-    fp8: bool = False
+    fp8: bool = field(default=False, metadata=MUST_MATCH)
     """Send activations to the experts in E4M3, in tiles of 1x128 with a scale.
     Gradients and outputs travel in the compute dtype."""
 

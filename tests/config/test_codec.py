@@ -69,7 +69,7 @@ def test_a_continued_run_may_change_what_does_not_touch_the_training():
         *(f"processes.{f.name}" for f in dataclasses.fields(ProcessesConfig)),
         *(f"placement.{f.name}" for f in dataclasses.fields(PlacementConfig) if f.name != "mode"),
         *(name for name in fields(TrainConfig()) if name.startswith("parallel.")),
-    }
+    } - {"parallel.exchange.fp8"}  # it rounds what is sent
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
-from jax.extend.core import primitives
-from jax.interpreters import partial_eval
+
+from moe_jax.parallel.equations import dependents, evaluate, inlined, reduced_to
 
 Saveable = Callable[[core.JaxprEqn], bool]
 """Whether outputs of this equation of the forward pass may be saved. Others are recomputed."""
@@ -162,7 +162,7 @@ class Joint:
     def of(cls, gradient: Callable[..., Any], arguments: tuple[Any, ...]) -> "Joint":
         traced, shapes = jax.make_jaxpr(gradient, return_shape=True)(*arguments)
         leaves = jax.tree.leaves(arguments)
-        closed = jax.make_jaxpr(lambda *leaves: _inlined(traced, leaves))(*leaves)
+        closed = jax.make_jaxpr(lambda *leaves: inlined(traced, leaves))(*leaves)
         jaxpr = closed.jaxpr
         inputs = dict(zip(["p", "x", "c", "dy"], _cut(jaxpr.invars, arguments), strict=True))
         outputs, dx, dp = _cut(jaxpr.outvars, shapes)
@@ -174,8 +174,8 @@ class Joint:
             dx=dx,
             dp=dp,
             trees=tuple(jax.tree.structure(tree) for tree in shapes),
-            varying=_dependents(jaxpr.eqns, [*inputs["x"], *inputs["dy"]]),
-            backward=_dependents(jaxpr.eqns, inputs["dy"]),
+            varying=dependents(jaxpr.eqns, [*inputs["x"], *inputs["dy"]]),
+            backward=dependents(jaxpr.eqns, inputs["dy"]),
         )
 
     @property
@@ -197,7 +197,7 @@ class Joint:
         for equation in reversed(self.equations):
             used = [v in needed and v not in available for v in equation.outvars]
             if any(used):
-                reduced = _reduced(equation, used)
+                reduced = reduced_to(equation, used)
                 equations.append(reduced)
                 needed |= {v for v in reduced.invars if isinstance(v, core.Var)}
         return Sliced(equations[::-1], [v for v in self._order() if v in needed & available])
@@ -218,7 +218,7 @@ class Joint:
         values = self.constants | (known or {})
         for name, tree in trees.items():
             values |= zip(self.inputs[name], jax.tree.leaves(tree), strict=True)
-        return _evaluate(part.equations, values, wanted)
+        return evaluate(part.equations, values, wanted)
 
 
 def _cut(variables: Sequence[Any], trees: Sequence[Any]) -> list[list[Any]]:
@@ -234,98 +234,3 @@ def _in_two(values: Sequence[Any], number: int) -> tuple[list[Any], list[Any]]:
 
 def _unique(variables: Iterable[core.Var]) -> list[core.Var]:
     return list(dict.fromkeys(variables))
-
-
-def _dependents(equations: Iterable[core.JaxprEqn], variables: Iterable[core.Var]) -> set[core.Var]:
-    """The variables, and all that are computed from them."""
-    found = set(variables)
-    for equation in equations:
-        if any(v in found for v in equation.invars if isinstance(v, core.Var)):
-            found |= set(equation.outvars)
-    return found
-
-
-def _evaluate(
-    equations: Iterable[core.JaxprEqn], values: dict[core.Var, Any], wanted: Sequence[Any]
-) -> list[Any]:
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-    for equation in equations:
-        values |= zip(equation.outvars, _bind(equation, map(read, equation.invars)), strict=True)
-    return [read(atom) for atom in wanted]
-
-
-def _bind(equation: core.JaxprEqn, arguments: Iterable[Any]) -> Sequence[Any]:
-    parameters = equation.primitive.get_bind_params(equation.params)
-    with equation.ctx.manager:
-        out = equation.primitive.bind(*arguments, **parameters)
-    return out if equation.primitive.multiple_results else [out]
-
-
-CALLS = {"jit": "jaxpr", "custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
-"""Primitives that call a function, and its name among their parameters. Derivatives are taken
-before equations are looked at, so that those with a rule of their own are calls like others."""
-
-
-def _inlined(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
-    """Evaluates with every called function in its place: an equation is then one operation."""
-    values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    values |= zip(closed.jaxpr.invars, arguments, strict=True)
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-    for equation in closed.jaxpr.eqns:
-        own = [read(atom) for atom in equation.invars]
-        called = CALLS.get(equation.primitive.name)
-        if called is None:
-            out = _bind(equation, own)
-        else:
-            out = _inlined(equation.params[called], own)
-        values |= zip(equation.outvars, out, strict=True)
-    return [read(atom) for atom in closed.jaxpr.outvars]
-
-
-def _reduced(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
-    """The equation without the results that are not used, where its kind allows that."""
-    if all(used):
-        return equation
-    if equation.primitive is primitives.while_p:
-        return _reduced_while(equation, used)
-    rule = partial_eval.dce_rules.get(equation.primitive)
-    reduced = equation if rule is None else rule(used, equation)[1]
-    assert reduced is not None, "an equation that is used was removed"
-    return reduced
-
-
-def _reduced_while(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
-    """A loop that carries what the used results and its condition depend on, and nothing else."""
-    condition = equation.params["cond_jaxpr"]
-    body = equation.params["body_jaxpr"]
-    condition_constants = equation.params["cond_nconsts"]
-    body_constants = equation.params["body_nconsts"]
-    _, in_condition = partial_eval.dce_jaxpr(condition.jaxpr, [True])
-    carried = [a or b for a, b in zip(used, in_condition[condition_constants:], strict=True)]
-    while True:  # until no carried value depends on one that is not carried
-        smaller, read = partial_eval.dce_jaxpr(
-            body.jaxpr, carried, [*[True] * body_constants, *carried]
-        )
-        more = [a or b for a, b in zip(carried, read[body_constants:], strict=True)]
-        if more == carried:
-            break
-        carried = more
-    new_condition, _ = partial_eval.dce_jaxpr(
-        condition.jaxpr, [True], [*[True] * condition_constants, *carried]
-    )
-    constants = equation.invars[: condition_constants + body_constants]
-    carry = equation.invars[condition_constants + body_constants :]
-    return equation.replace(
-        invars=[*constants, *(v for v, keep in zip(carry, carried, strict=True) if keep)],
-        outvars=[v for v, keep in zip(equation.outvars, carried, strict=True) if keep],
-        params={
-            **equation.params,
-            "cond_jaxpr": core.ClosedJaxpr(new_condition, condition.consts),
-            "body_jaxpr": core.ClosedJaxpr(smaller, body.consts),
-        },
-    )

@@ -7,8 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.parallel import executor
-from moe_jax.parallel.executor import Arguments, Stages, make_gradient
+from moe_jax.parallel.executor import Arguments, Stages, device, make_gradient
 from moe_jax.parallel.schedules import SCHEDULES, build
 from moe_jax.parallel.ticks import tick_table
 
@@ -107,7 +106,7 @@ def test_the_gradient_of_every_other_schedule(name):
 
 def test_slots_that_nobody_filled_are_never_read(monkeypatch):
     """NaN in every slot of messages, activations and gradients before the first tick."""
-    zeros = executor._zeros
+    zeros = device.zeros
 
     def poisoned(shapes, *leading):
         empty = zeros(shapes, *leading)
@@ -115,7 +114,7 @@ def test_slots_that_nobody_filled_are_never_read(monkeypatch):
             return empty  # sums begin with zero
         return jax.tree.map(lambda a: a * jnp.nan if a.dtype == jnp.float32 else a, empty)
 
-    monkeypatch.setattr(executor, "_zeros", poisoned)
+    monkeypatch.setattr(device, "zeros", poisoned)
     check("1f1b")
 
 

@@ -1,0 +1,276 @@
+"""The work of one device of the pipeline, tick by tick."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from moe_jax.parallel.executor.interface import PIPE, Arguments, Result, Stages, Tree
+from moe_jax.parallel.executor.piece import Piece
+from moe_jax.parallel.executor.placement import piece_numbers
+from moe_jax.parallel.executor.slots import add, add_at, at, put, shapes_of, when, zero_index, zeros
+from moe_jax.parallel.gradient_split import Saveable, split
+from moe_jax.parallel.mesh import own_copies, varying_axes
+from moe_jax.parallel.schedules import Kind, PipelineSchedule
+from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, Part, TickTable, tick_table
+
+
+class Buffers(NamedTuple):
+    """What a device holds from tick to tick."""
+
+    activations: Array
+    """Messages that wait for their forward, [slots, …]."""
+    gradients: Array
+    """Messages that wait for their backward, [slots, …]."""
+    saved: Tree
+    """Between a forward and its last backward, [slots, …]."""
+    pending: Tree
+    """Between a backward to the input and the one to the weights, [slots, …]."""
+    result: Result
+
+
+class Step(NamedTuple):
+    """A device's cell of parallel.ticks.Part."""
+
+    microbatch: Array
+    chunk: Array
+    inbox: Array
+    saved: Array
+    pending: Array
+
+
+class Row(NamedTuple):
+    """A device's cell of the table."""
+
+    kind: Array
+    forward: Step
+    backward: Step
+    slots: tuple[Array, ...]
+    """Of each channel: where the message that comes in is stored."""
+
+
+class Outbox(NamedTuple):
+    """What a device sends at the end of a tick: an output, and the gradient of an input."""
+
+    activation: Array
+    gradient: Array
+
+
+@dataclass(frozen=True)
+class DeviceProgram:
+    """The work of one device. It runs inside jax.shard_map over `axes`."""
+
+    table: TickTable
+    placement: np.ndarray
+    """piece_numbers of the schedule."""
+    stages: Stages
+    axes: tuple[str, ...]
+    arguments: Arguments
+    """Layers and their constants are [chunks, layers of a piece, …] here."""
+    piece: Piece
+    x: Any
+    """Shape of a message."""
+
+    @classmethod
+    def of(
+        cls,
+        schedule: PipelineSchedule,
+        stages: Stages,
+        saveable: Saveable,
+        axes: tuple[str, ...],
+        arguments: Arguments,
+    ) -> "DeviceProgram":
+        """Marks parameters as the device's own, and splits the gradient of a layer."""
+        # Their gradients then stay local until the end, where they are summed once. What is the
+        # same on several devices keeps its type, and so do losses: the cotangent of a loss that
+        # all devices have together must not be counted by each of them.
+        arguments = arguments._replace(
+            shared=own_copies(arguments.shared, axes), layers=own_copies(arguments.layers, axes)
+        )
+        c = (arguments.constants, at(arguments.contexts, zero_index()))
+        x = jax.eval_shape(lambda a, c: own_copies(stages.first(a, c), axes), arguments.shared, c)
+        p, own = (at(at(tree, zero_index()), 0) for tree in (arguments.layers, arguments.own))
+
+        def layer(p: Tree, x: Array, c: Tree) -> tuple[Array, Array, Tree]:
+            y, loss, others = stages.layer(p, x, c)
+            return own_copies(y, axes), loss, others
+
+        piece = Piece(split(layer, p, x, (own, c), saveable))
+        table = tick_table(schedule)
+        return cls(
+            table=table,
+            placement=piece_numbers(schedule),
+            stages=stages,
+            axes=axes,
+            arguments=arguments,
+            piece=piece,
+            x=x,
+        )
+
+    def run(self) -> Result:
+        """All ticks, then the sums over devices."""
+        rows = jax.tree.map(lambda a: a[:, lax.axis_index(PIPE)], _rows(self.table))
+        buffers, _ = lax.scan(lambda b, row: (self._tick(b, row), None), self._empty(), rows)
+        return self._summed(buffers.result)
+
+    def _tick(self, buffers: Buffers, row: Row) -> Buffers:
+        carry = (buffers, Outbox(*[zeros(self.x)] * 2))
+        for kind in np.unique(self.table.kinds):  # what the schedule never does is not compiled
+            if kind != IDLE:
+                carry = when(row.kind == kind, partial(self._do, kind, row), carry)
+        buffers, outbox = carry
+        for channel, slot in zip(self.table.channels, row.slots, strict=True):
+            buffers = self._receive(buffers, channel, slot, getattr(outbox, channel.payload))
+        return buffers
+
+    def _do(self, kind: int, row: Row, carry: tuple[Buffers, Outbox]) -> tuple[Buffers, Outbox]:
+        """One step of a kind."""
+        buffers, (y, dx) = carry
+        if kind in (Kind.FORWARD, OVERLAPPED):
+            buffers, y = self._forward(buffers, row.forward)
+        if kind in (Kind.BACKWARD, OVERLAPPED):
+            buffers, dx, kept = self._backward_input(buffers, row.backward)
+            buffers = self._backward_weight(buffers, row.backward, kept)
+        if kind == Kind.BACKWARD_INPUT:
+            buffers, dx, kept = self._backward_input(buffers, row.backward)
+            pending = put(buffers.pending, row.backward.pending, kept)
+            buffers = buffers._replace(pending=pending)
+        if kind == Kind.BACKWARD_WEIGHT:
+            kept = at(buffers.pending, row.backward.pending)
+            buffers = self._backward_weight(buffers, row.backward, kept)
+        return buffers, Outbox(y, dx)
+
+    def _forward(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array]:
+        p, own, c = self._inputs(step)
+        # Only the first piece's forward has no message.
+        x = lax.cond(
+            step.inbox == NONE,
+            lambda: own_copies(self.stages.first(self.arguments.shared, c), self.axes),
+            lambda: at(buffers.activations, step.inbox),
+        )
+        y, loss, others, saved = self.piece.forward(p, x, own, c)
+        result = buffers.result
+        result = result._replace(
+            loss=result.loss + loss, others=add_at(result.others, step.chunk, others)
+        )
+        saved = put(buffers.saved, step.saved, (saved, y))
+        return buffers._replace(saved=saved, result=result), y
+
+    def _backward_input(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array, Tree]:
+        p, own, c = self._inputs(step)
+        saved, y = at(buffers.saved, step.saved)
+        dy = at(buffers.gradients, jnp.maximum(step.inbox, 0))
+        # Only the last piece's backward has no message. Only then is y the model's output.
+        dy, result = when(
+            step.inbox == NONE, lambda carry: self._last(carry[1], y, c), (dy, buffers.result)
+        )
+        dx, kept = self.piece.backward_input(p, own, c, saved, dy)
+        result = when(self._is_first(step), lambda r: self._pull_first(r, dx, c), result)
+        return buffers._replace(result=result), dx, kept
+
+    def _last(self, result: Result, y: Array, c: Tree) -> tuple[Array, Result]:
+        def last(shared: Tree, y: Array) -> tuple[Array, Tree]:
+            return self.stages.last(shared, y, c)
+
+        gradient = jax.value_and_grad(last, argnums=(0, 1), has_aux=True)
+        (loss, results), (shared, dy) = gradient(self.arguments.shared, y)
+        result = result._replace(
+            loss=result.loss + loss,
+            shared=add(result.shared, shared),
+            results=add(result.results, results),
+        )
+        return dy, result
+
+    def _pull_first(self, result: Result, dx: Array, c: Tree) -> Result:
+        def first(shared: Tree) -> Array:
+            return own_copies(self.stages.first(shared, c), self.axes)
+
+        (shared,) = jax.vjp(first, self.arguments.shared)[1](dx)
+        return result._replace(shared=add(result.shared, shared))
+
+    def _backward_weight(self, buffers: Buffers, step: Step, kept: Tree) -> Buffers:
+        p, own, c = self._inputs(step)
+        saved, _ = at(buffers.saved, step.saved)
+        gradient = self.piece.backward_weight(p, own, c, saved, kept)
+        result = buffers.result
+        layers = add_at(result.layers, step.chunk, gradient)
+        return buffers._replace(result=result._replace(layers=layers))
+
+    def _inputs(self, step: Step) -> tuple[Tree, Tree, Tree]:
+        """Parameters and constants of the chunk, and the context of the micro-batch."""
+        a = self.arguments
+        c = (a.constants, at(a.contexts, step.microbatch))
+        return at(a.layers, step.chunk), at(a.own, step.chunk), c
+
+    def _receive(self, buffers: Buffers, channel: Channel, slot: Array, sent: Array) -> Buffers:
+        devices = self.table.kinds.shape[1]
+        if channel.hop:
+            pairs = [(device, (device + channel.hop) % devices) for device in range(devices)]
+            sent = lax.ppermute(sent, PIPE, pairs)
+        name = f"{channel.payload}s"
+        box = getattr(buffers, name)
+        # A device that receives nothing writes what is there.
+        value = jnp.where(slot == NONE, at(box, jnp.maximum(slot, 0)), sent)
+        return buffers._replace(**{name: put(box, jnp.maximum(slot, 0), value)})
+
+    def _is_first(self, step: Step) -> Array:
+        """Whether the chunk is the model's first piece."""
+        return jnp.asarray(self.placement == 0)[lax.axis_index(PIPE), step.chunk]
+
+    def _empty(self) -> Buffers:
+        """Slots and sums of zeros."""
+        a = self.arguments
+        p, own, c = self._inputs(Step(*[zero_index()] * 5))
+        shapes = jax.eval_shape(self.piece.forward, p, self.x, own, c)
+        y, loss, others, saved = shapes
+        kept = jax.eval_shape(self.piece.backward_input, p, own, c, saved, y)[1]
+        loss_of_last, results = jax.eval_shape(self.stages.last, a.shared, y, c)
+        slots = self.table.slots
+        chunks = self.placement.shape[1]
+        return Buffers(
+            activations=zeros(y, slots.activation),
+            gradients=zeros(y, slots.gradient),
+            saved=zeros((saved, y), slots.saved),
+            pending=zeros(kept, slots.pending),
+            result=Result(
+                loss=zeros(loss) + zeros(loss_of_last),
+                shared=zeros(shapes_of(a.shared)),
+                layers=zeros(shapes_of(a.layers)),
+                others=zeros(others, chunks),
+                results=zeros(results),
+            ),
+        )
+
+    def _summed(self, result: Result) -> Result:
+        """Over the devices of the pipeline, and gradients over the shares of the batch as well."""
+        shares = tuple(axis for axis in self.axes if axis != PIPE)
+
+        def equal(leaf: Array) -> Array:
+            # It is the same on all of them, and pmax says so to the type.
+            axes = tuple(axis for axis in shares if axis in varying_axes(leaf))
+            return lax.pmax(leaf, axes) if axes else leaf
+
+        def summed(leaf: Array) -> Array:
+            return lax.psum(equal(leaf), PIPE)
+
+        return Result(
+            loss=summed(result.loss),
+            shared=lax.psum(result.shared, self.axes),
+            layers=lax.psum(result.layers, shares) if shares else result.layers,
+            others=jax.tree.map(equal, result.others),
+            results=jax.tree.map(summed, result.results),
+        )
+
+
+def _rows(table: TickTable) -> Row:
+    """The table as arrays [ticks, G]."""
+
+    def step(part: Part) -> Step:
+        return Step(*(jnp.asarray(getattr(part, name)) for name in Step._fields))
+
+    slots = tuple(jnp.asarray(channel.slots) for channel in table.channels)
+    return Row(jnp.asarray(table.kinds), step(table.forward), step(table.backward), slots)

@@ -1,0 +1,70 @@
+"""Slots and sums that a device keeps from tick to tick: trees of arrays with a leading axis."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from moe_jax.parallel.executor.interface import PIPE, Tree
+from moe_jax.parallel.mesh import own_copies, varying_axes
+
+
+def when(predicate: Array, function: Callable[[Tree], Tree], carry: Tree) -> Tree:
+    """function(carry) if the predicate holds, else carry.
+
+    A loop of at most one turn, and not lax.cond: XLA updates the carry of a loop in place, and
+    would copy all slots and sums of gradients in each branch of a conditional.
+    """
+
+    def turn(state: tuple[Array, Tree]) -> tuple[Array, Tree]:
+        old = state[1]
+        new = jax.tree.map(lambda a, like: own_copies(a, varying_axes(like)), function(old), old)
+        return jnp.zeros_like(state[0]), new
+
+    return lax.while_loop(lambda state: state[0], turn, (predicate, carry))[1]
+
+
+def at(tree: Tree, index: Array | int) -> Tree:
+    """tree[index]"""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
+
+
+def put(tree: Tree, index: Array, values: Tree) -> Tree:
+    """The tree with `values` at the index."""
+    return jax.tree.map(
+        lambda a, value: lax.dynamic_update_index_in_dim(a, value, index, 0), tree, values
+    )
+
+
+def add_at(tree: Tree, index: Array, values: Tree) -> Tree:
+    """The tree with `values` added at the index."""
+    return jax.tree.map(lambda a, value: a.at[index].add(value), tree, values)
+
+
+def add(tree: Tree, values: Tree) -> Tree:
+    """The sum of two trees."""
+    return jax.tree.map(jnp.add, tree, values)
+
+
+def zero_index() -> Array:
+    """Index 0, with the type of an index that each device of the pipeline reads from its table."""
+    return own_copies(jnp.zeros((), jnp.int32), (PIPE,))
+
+
+def shapes_of(tree: Tree) -> Tree:
+    """Shapes and dtypes, with the axes over which devices differ."""
+    return jax.eval_shape(lambda: tree)
+
+
+def zeros(shapes: Tree, *leading: int) -> Tree:
+    """Zeros of the same shapes and types, each device's own over the pipeline as well."""
+    # At least one slot, so that a schedule without messages needs no case of its own.
+    leading = tuple(max(1, number) for number in leading)
+
+    def empty(leaf: Any) -> Array:
+        array = jnp.zeros((*leading, *leaf.shape), leaf.dtype)
+        return own_copies(array, {PIPE, *varying_axes(leaf)})
+
+    return jax.tree.map(empty, shapes)

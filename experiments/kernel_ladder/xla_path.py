@@ -91,11 +91,14 @@ def turns(counts: Int[np.ndarray, "E"], shape: Shape) -> list[int]:
     return found
 
 
-TURN_MATRICES = {"forward": 3.0, "backward": 2 + 5 / 3 + 1 + 3}
-"""How often a turn moves its expert's matrices, 3 D F numbers. Forward: it copies them out of the
-stack (read and written), and the products read the copy. Backward: the same copy, the products of
-z, of the hidden gradient and of the input's gradient read it, the gradients are written, and they
-are added into the stack (two reads and a write)."""
+TURN_MATRICES = {"forward": 3.0, "backward": 2 + 5 / 3 + 10}
+"""How often a turn moves its expert's matrices, 3 D F numbers of 16 bits.
+
+Forward: it copies them out of the stack (read and written), and the products read the copy.
+Backward: the same copy, and the products of z, of the hidden gradient and of the input's gradient
+read it. Then sums in float32, which count twice: the gradients are written and read, the expert's
+sum is read and written, and the stack's part is read and written in 16 bits
+(moe_jax/moe/gradients.py)."""
 
 
 def predict_xla(

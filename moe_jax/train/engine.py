@@ -23,7 +23,9 @@ class Engine(Protocol):
     config: TrainConfig
     mesh: Mesh
     described: str
-    """How it differs from other engines, for messages: `with …` or `without …`."""
+    """The form of its checkpoints, for messages: `with …` or `without …`.
+
+    Engines with the same words continue each other's runs."""
 
     def __init__(self, config: TrainConfig) -> None: ...
 

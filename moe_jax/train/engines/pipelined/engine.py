@@ -21,8 +21,6 @@ class PipelinedEngine(DenseEngine):
     So a run may go on with another schedule, another depth, or without a pipeline.
     """
 
-    described = "with parallel.pipe"
-
     def __init__(self, config: TrainConfig, devices: Sequence[Any] | None = None) -> None:
         super().__init__(config, devices)
         self.schedule = schedule_of(config.parallel)

@@ -20,17 +20,24 @@ def dependents(equations: Iterable[core.JaxprEqn], variables: Iterable[core.Var]
 def evaluate(
     equations: Iterable[core.JaxprEqn], values: dict[core.Var, Any], wanted: Sequence[Any]
 ) -> list[Any]:
-    """The values of `wanted`, from those of the variables that the equations begin with."""
+    """The values of `wanted`, from those of the variables that the equations begin with.
+
+    Called functions are evaluated in place, so that a trace of this has none.
+    """
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for equation in equations:
-        values |= zip(equation.outvars, _bind(equation, map(read, equation.invars)), strict=True)
+        out = _bind(equation, [read(atom) for atom in equation.invars])
+        values |= zip(equation.outvars, out, strict=True)
     return [read(atom) for atom in wanted]
 
 
-def _bind(equation: core.JaxprEqn, arguments: Iterable[Any]) -> Sequence[Any]:
+def _bind(equation: core.JaxprEqn, arguments: Sequence[Any]) -> Sequence[Any]:
+    called = CALLS.get(equation.primitive.name)
+    if called is not None:
+        return inlined(equation.params[called], arguments)
     parameters = equation.primitive.get_bind_params(equation.params)
     with equation.ctx.manager:
         out = equation.primitive.bind(*arguments, **parameters)
@@ -46,19 +53,7 @@ def inlined(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
     """Evaluates with every called function in its place: an equation is then one operation."""
     values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     values |= zip(closed.jaxpr.invars, arguments, strict=True)
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-    for equation in closed.jaxpr.eqns:
-        own = [read(atom) for atom in equation.invars]
-        called = CALLS.get(equation.primitive.name)
-        if called is None:
-            out = _bind(equation, own)
-        else:
-            out = inlined(equation.params[called], own)
-        values |= zip(equation.outvars, out, strict=True)
-    return [read(atom) for atom in closed.jaxpr.outvars]
+    return evaluate(closed.jaxpr.eqns, values, closed.jaxpr.outvars)
 
 
 def reduced_to(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:

@@ -29,6 +29,7 @@ from moe_jax.moe.plan import Plan, make_plan
 from moe_jax.moe.precision import wide
 from moe_jax.moe.slots import collect, fill, slots_of
 from moe_jax.parallel.exchange import Level, gather, reduce
+from moe_jax.parallel.mesh import largest
 
 
 class Experts(NamedTuple):
@@ -125,17 +126,11 @@ def _exchanged(path: Path, x: Array, assigned: Assigned, experts: Experts) -> tu
     numbers = (route.experts + 1).astype(route.weights.dtype)
     payload = jnp.concatenate([numbers, route.weights], axis=-1)
     payload = payload.reshape(-1, payload.shape[-1])
-    buffer = Buffer(plan, _most(-(-jnp.max(plan.load) // hop.size)))
+    buffer = Buffer(plan, largest(-(-jnp.max(plan.load) // hop.size)))
     floats = (x, payload, by_lane(experts.matrices, hop.lanes))
     result: Any = _all_rounds(path, floats, (buffer, experts.source))
     out, deeper = result
     return out, deeper + jnp.sum(jnp.maximum(plan.load - hop.size, 0))
-
-
-def _most(number: Int[Array, ""]) -> Int[Array, ""]:
-    """The largest of the devices' numbers."""
-    axes = tuple(jax.typeof(number).manual_axis_type.varying)
-    return lax.pmax(number, axes) if axes else number
 
 
 Floats = tuple[Array, Array, list[Matrices]]

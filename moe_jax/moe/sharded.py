@@ -27,7 +27,9 @@ from moe_jax.parallel.mesh import (
     axis_sizes,
     batch_axes,
     free_axes,
+    largest,
     manual_axes,
+    own_copies,
     sum_over_batch,
 )
 from moe_jax.parallel.rules import place
@@ -70,7 +72,7 @@ def over_data(
         if rows:
             # Marked as each device's own, so that a custom_vjp may return its device's part of
             # their gradient. The transpose of the mark is the sum over devices.
-            gate = jax.tree.map(lambda a: lax.pcast(a, rows, to="varying"), gate)
+            gate = own_copies(gate, rows)
         own = RoutingContext(tokens, key, documents, noise)
         choice = choose(x, gate, config, own)
         mixed = _mix_exchanged if EXPERT in sizes and exchange.kind != "weights" else _mix_gathered
@@ -134,7 +136,7 @@ def _mix_exchanged(
     assigned = Assigned(choice.plan.experts, weights)
     tokens = x.reshape(-1, x.shape[-1])
     out, waited = expert_parallel(tokens, assigned, Experts(matrices), sharding)
-    return _sum_over_tensor(out).reshape(x.shape), _once_for_all_tensor_devices(waited)
+    return _sum_over_tensor(out).reshape(x.shape), largest(waited, (TENSOR,))
 
 
 def _gathered(
@@ -152,19 +154,11 @@ def _gathered(
 
 def _on_tensor_devices(arrays: tuple[Array, Array]) -> tuple[Array, Array]:
     """The same arrays, each device of the tensor axis with a gradient of its own."""
-    if TENSOR not in manual_axes():
-        return arrays
-    return tuple(lax.pcast(a, TENSOR, to="varying") for a in arrays)  # pyright: ignore
+    return own_copies(arrays, {TENSOR} & manual_axes().keys())
 
 
 def _sum_over_tensor(out: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
     return lax.psum(out, TENSOR) if TENSOR in manual_axes() else out
-
-
-def _once_for_all_tensor_devices(number: Int[Array, ""]) -> Int[Array, ""]:
-    """A number that is the same on all devices of the tensor axis."""
-    varying = jax.typeof(number).manual_axis_type.varying
-    return lax.pmax(number, TENSOR) if TENSOR in varying else number
 
 
 def _own_columns(gate_up: Float[Array, "E D twoF"], hidden: int) -> Float[Array, "E D columns"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.parallel.mesh import manual_axes
+from moe_jax.parallel.mesh import manual_axes, own_copies
 
 
 class _Way(NamedTuple):
@@ -53,10 +53,8 @@ def _forward(part: Array, way: _Way) -> tuple[Array, Array]:
     for dimension, axes in enumerate(way.dimensions):
         if axes:
             whole = lax.all_gather(whole, axes, axis=dimension, tiled=True)
-    if way.others:
-        # Marked as each device's own, because each gives its own part of the gradient.
-        whole = lax.pcast(whole, way.others, to="varying")
-    return whole, jnp.zeros((), part.dtype)
+    # Marked as each device's own, because each gives its own part of the gradient.
+    return own_copies(whole, way.others), jnp.zeros((), part.dtype)
 
 
 def _backward(way: _Way, like: Array, whole: Array) -> tuple[Array]:

@@ -139,6 +139,17 @@ def own_copies(tree: Tree, axes: Iterable[str]) -> Tree:
     return jax.tree.map(own, tree)
 
 
+def largest(x: Array, axes: Iterable[str] | None = None) -> Array:
+    """Inside a shard_map: the largest value of all devices of `axes`, by default of all.
+
+    What is the same on all of them stays, and its type then says so.
+    """
+    differing = varying_axes(x)
+    # Sorted, so that all processes trace the same program.
+    over = tuple(sorted(differing if axes is None else differing.intersection(axes)))
+    return lax.pmax(x, over) if over else x
+
+
 def carry_like(start: Tree, *arrays: Array) -> Tree:
     """The start of a loop's carry, marked as the arrays are that the loop adds to it.
 

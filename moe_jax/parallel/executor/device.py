@@ -14,7 +14,7 @@ from moe_jax.parallel.executor.piece import Piece
 from moe_jax.parallel.executor.placement import piece_numbers
 from moe_jax.parallel.executor.slots import add, add_at, at, put, shapes_of, when, zero_index, zeros
 from moe_jax.parallel.gradient_split import Saveable, split
-from moe_jax.parallel.mesh import own_copies, varying_axes
+from moe_jax.parallel.mesh import largest, own_copies
 from moe_jax.parallel.schedules import Kind, PipelineSchedule
 from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, Part, TickTable, tick_table
 
@@ -250,9 +250,7 @@ class DeviceProgram:
         shares = tuple(axis for axis in self.axes if axis != PIPE)
 
         def equal(leaf: Array) -> Array:
-            # It is the same on all of them, and pmax says so to the type.
-            axes = tuple(axis for axis in shares if axis in varying_axes(leaf))
-            return lax.pmax(leaf, axes) if axes else leaf
+            return largest(leaf, shares)  # the same on all of them
 
         def summed(leaf: Array) -> Array:
             return lax.psum(equal(leaf), PIPE)

@@ -14,6 +14,7 @@ import pytest
 
 from moe_jax.parallel.processes import LOST_CODE
 from moe_jax.parallel.processes.start import free_port
+from tests.small_program import sharing_compilations, small_settings
 from tests.test_survival import SCRIPT, losses, reached
 
 pytestmark = pytest.mark.slow
@@ -26,26 +27,17 @@ LONG = ["--steps", "3000", "--evaluate-every", "3000", "--checkpoint.every", "4"
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A run of 16 steps that saves every fourth. Text and cache are shared by all tests."""
-    folder = tmp_path_factory.mktemp("several")
-    for index in range(6):
-        lines = [f"value_{index}_{n} = compute({n} * {index})" for n in range(150)]
-        (folder / f"text{index}.py").write_text("\n".join(lines))
     return [
         *("--steps", f"{STEPS}", "--batch", "4", "--samples", "0", "--evaluate-every", "8"),
-        *("--model.width", "32", "--model.layers", "1", "--model.dense-layers", "0"),
-        *("--model.moe.expert-hidden", "16", "--model.attention.head-dim", "8"),
-        *("--data.source", f"files:{folder}/*.py", "--data.cache", f"{folder / 'cache'}"),
-        *("--data.tokenizer", "bytes", "--data.length", "64", "--data.validation-fraction", "0.3"),
         *("--checkpoint.every", "4"),
+        *small_settings(tmp_path_factory.mktemp("several")),
     ]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
     """The runs of this file are few programs. Each process would compile them anew."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    with sharing_compilations(tmp_path_factory.mktemp("compiled")):
         yield
 
 

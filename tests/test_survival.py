@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.train.metrics import read_lines
+from tests.small_program import sharing_compilations, small_settings
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "train.py"
 STEPS = 30
@@ -22,27 +23,17 @@ TIMEOUT = 120
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A run of 30 steps that saves every third; text and cache shared by all kills."""
-    folder = tmp_path_factory.mktemp("survival")
-    for index in range(6):
-        lines = [f"value_{index}_{n} = compute({n} * {index})" for n in range(150)]
-        (folder / f"text{index}.py").write_text("\n".join(lines))
     return [
         *("--steps", f"{STEPS}", "--batch", "2", "--samples", "0", "--evaluate-every", "15"),
-        *("--model.width", "32", "--model.layers", "1", "--model.dense-layers", "0"),
-        *("--model.moe.expert-hidden", "16", "--model.attention.head-dim", "8"),
-        *("--data.source", f"files:{folder}/*.py", "--data.cache", f"{folder / 'cache'}"),
-        *("--data.tokenizer", "bytes", "--data.length", "64", "--data.validation-fraction", "0.3"),
         *("--checkpoint.every", "3"),
+        *small_settings(tmp_path_factory.mktemp("survival")),
     ]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
     """The runs of this file are one program. Each process would compile it anew."""
-    folder = tmp_path_factory.mktemp("compiled")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    with sharing_compilations(tmp_path_factory.mktemp("compiled")):
         yield
 
 

@@ -1,0 +1,29 @@
+"""A small run of train.py that tests start as a process of its own, and programs compiled once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def small_settings(folder: Path) -> list[str]:
+    """Options for a tiny model on six texts. Text and token cache lie in `folder`."""
+    for index in range(6):
+        lines = [f"value_{index}_{n} = compute({n} * {index})" for n in range(150)]
+        (folder / f"text{index}.py").write_text("\n".join(lines))
+    return [
+        *("--model.width", "32", "--model.layers", "1", "--model.dense-layers", "0"),
+        *("--model.moe.expert-hidden", "16", "--model.attention.head-dim", "8"),
+        *("--data.source", f"files:{folder}/*.py", "--data.cache", f"{folder / 'cache'}"),
+        *("--data.tokenizer", "bytes", "--data.length", "64", "--data.validation-fraction", "0.3"),
+    ]
+
+
+@contextmanager
+def sharing_compilations(folder: Path) -> Iterator[None]:
+    """Processes that are started inside find what others have compiled in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        yield

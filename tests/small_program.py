@@ -1,4 +1,4 @@
-"""A small run of train.py that tests start as a process of its own, and programs compiled once."""
+"""A small run of experiments/train.py as a process of its own, and programs compiled once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Exchange between devices lies above the mixture: no implementation of the experts knows of devices.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from moe_jax.base.errors import require
-from moe_jax.config import ExchangeConfig, MoEConfig
+from moe_jax.config import MoEConfig
 from moe_jax.moe.expert_parallel import Experts, Sharding, expert_parallel
 from moe_jax.moe.hops import Assigned
 from moe_jax.moe.implementation import implementation, mixture_of, uses_kernels
@@ -44,6 +42,26 @@ DOWN = ("E", "F", "D")
 """Letters of the experts' matrices (parallel.rules)."""
 
 
+class Stored(NamedTuple):
+    """A layer's experts as they lie on the mesh, or where they lie."""
+
+    gate_up: Any
+    down: Any
+    slots: Any = None
+    """The expert in each slot of the devices, if experts change their devices. Then every device
+    has a part of every expert (parallel.fetch), and otherwise whole experts."""
+
+
+def _specs(gate_up: tuple[int, ...], down: tuple[int, ...], whole_experts: bool) -> Stored:
+    """How matrices of these shapes lie on the mesh."""
+    sizes = axis_sizes()
+    if whole_experts:
+        one = place(GATE_UP, gate_up, sizes, "moe.gate_up")
+        return Stored(one, place(DOWN, down, sizes, "moe.down"))
+    one = place(within_experts(GATE_UP), gate_up, sizes, "moe.gate_up")
+    return Stored(one, place(within_experts(DOWN), down, sizes, "moe.down"), P())
+
+
 def over_data(
     x: Float[Array, "B L D"],
     context: RoutingContext,
@@ -67,15 +85,11 @@ def over_data(
         hidden % sizes.get(TENSOR, 1) == 0,
         f"parallel.tensor={sizes.get(TENSOR)} does not divide the experts' hidden width {hidden}",
     )
-    stored = _Stored(layer.gate_up, layer.down, slots=_slots(layer, exchange))
-    whole = stored.slots is None
-    specs = stored._replace(
-        gate_up=_spec(GATE_UP, layer.gate_up, whole, "moe.gate_up"),
-        down=_spec(DOWN, layer.down, whole, "moe.down"),
-        slots=P(),
-    )
+    travels = EXPERT in sizes and exchange.kind != "weights"
+    slots = _slots(layer, config) if travels and exchange.rebalance else None
+    specs = _specs(layer.gate_up.shape, layer.down.shape, whole_experts=slots is None)
 
-    def local(batch: Any, gate: Gate, stored: _Stored, key: Array | None) -> Any:
+    def local(batch: Any, gate: Gate, experts: Stored, key: Array | None) -> Any:
         x, tokens, documents, noise = batch
         if rows:
             # Marked as each device's own, so that a custom_vjp may return its device's part of
@@ -83,10 +97,8 @@ def over_data(
             gate = own_copies(gate, rows)
         own = RoutingContext(tokens, key, documents, noise)
         choice = choose(x, gate, config, own)
-        travels = EXPERT in sizes and exchange.kind != "weights"
-        mixed = partial(_mix_exchanged, stored.slots) if travels else _mix_gathered
-        bring = partial(_brought, stored, specs, sum_dtype(x.dtype, gradient), x.dtype)
-        out, counts = mixed(x, choice, bring, config)
+        mixed = _mix_exchanged if travels else _mix_gathered
+        out, counts = mixed(x, choice, experts, specs, config, gradient)
         stats = choice.stats._replace(experts=None, **counts)
         # The chosen experts are rows of the batch. The other statistics are the same everywhere.
         return (out, choice.stats.experts), stats
@@ -99,55 +111,52 @@ def over_data(
     )
     noise = context.draw_noise(config, x.shape[:-1])
     batch = (x, context.tokens, context.documents, noise)
+    stored = Stored(layer.gate_up, layer.down, slots)
     (out, experts), stats = spread(batch, layer.gate, stored, context.key)
     return out, stats._replace(experts=experts)
 
 
-class _Stored(NamedTuple):
-    """A layer's experts as they are stored, or the layout of each of them."""
-
-    gate_up: Any
-    down: Any
-    slots: Any
-    """The expert in each slot. None: device d has the d-th part of all experts."""
+def _slots(layer: Layer, config: MoEConfig) -> Int[Array, "slots"]:
+    """The expert in each slot. In evaluation all experts are in order, without replicas."""
+    return jnp.arange(config.experts) if layer.slots is None else layer.slots
 
 
-def _slots(layer: Layer, exchange: ExchangeConfig) -> Int[Array, "slots"] | None:
-    """The layer's, or all experts in order in evaluation, which has no replicas."""
-    if not exchange.rebalance or EXPERT not in axis_sizes():
-        return None
-    return jnp.arange(len(layer.down)) if layer.slots is None else layer.slots
-
-
-def _spec(letters: tuple[str, ...], array: Array, whole_experts: bool, name: str) -> P:
-    own = letters if whole_experts else within_experts(letters)
-    return place(own, array.shape, axis_sizes(), name)
+def _busiest(device: Int[Array, "T K"], devices: int) -> Float[Array, ""]:
+    """RouterStats.busiest of assignments to these devices of the expert axis."""
+    device = device.reshape(-1, 1)
+    rows = lax.psum(jnp.sum(device == jnp.arange(devices), axis=0), EXPERT)
+    return largest(jnp.max(rows)).astype(jnp.float32) * shared_by()
 
 
 def _mix_gathered(
     x: Float[Array, "B L D"],
     choice: Choice,
-    bring: Callable[..., Matrices],
+    experts: Stored,
+    specs: Stored,
     config: MoEConfig,
+    gradient: str,
 ) -> tuple[Float[Array, "B L D"], dict[str, Array]]:
     """(layer.mix with all experts gathered to every device, no statistics).
 
     On the tensor axis each device has its hidden units of every expert, and outputs are summed.
     """
-    gate_up, down = bring(keep=())
+    gate_up, down = _gathered(experts, specs, sum_dtype(x.dtype, gradient), x.dtype)
     x, weights = _on_tensor_devices((x, choice.routing.weights))
-    return _sum_over_tensor(mix(x, weights, choice.plan, gate_up, down, config)), {}
+    out = mix(x, weights, choice.plan, gate_up, down, config)
+    return _sum_over_tensor(out), {}
 
 
 def _mix_exchanged(
-    slots: Int[Array, "slots"] | None,
     x: Float[Array, "B L D"],
     choice: Choice,
-    bring: Callable[..., Matrices],
+    experts: Stored,
+    specs: Stored,
     config: MoEConfig,
+    gradient: str,
 ) -> tuple[Float[Array, "B L D"], dict[str, Array]]:
-    """(layer.mix with every expert on devices of the expert axis, statistics of the exchange)."""
-    matrices = bring(keep=(EXPERT,))
+    """(layer.mix with experts on devices of the expert axis, statistics of the exchange)."""
+    wide = sum_dtype(x.dtype, gradient)
+    matrices = Matrices(*_gathered(experts, specs, wide, x.dtype, keep=(EXPERT,)))
     reads_sources = implementation(config.implementation, config.precision) == "triton"
     sharding = Sharding(
         EXPERT,
@@ -159,47 +168,35 @@ def _mix_exchanged(
     )
     x, weights = _on_tensor_devices((x, choice.routing.weights))
     # The plan's experts and not the router's: it has dropped what is beyond a capacity.
-    experts = choice.plan.experts
-    if slots is not None:
-        experts = slots_of_experts(choice.plan, slots, lax.axis_index(EXPERT))
-    assigned = Assigned(experts, weights)
+    places = choice.plan.experts
+    if experts.slots is not None:
+        # Devices begin at different replicas, so that their first tokens do not all meet.
+        places = slots_of_experts(choice.plan, experts.slots, lax.axis_index(EXPERT))
+    assigned = Assigned(places, weights)
     tokens = x.reshape(-1, x.shape[-1])
     out, waited = expert_parallel(tokens, assigned, Experts(matrices), sharding)
     counts = {
         "waited": sum_over_batch(largest(waited, (TENSOR,))),
-        "busiest": _busiest(experts // len(matrices.down), sharding.devices),
+        "busiest": _busiest(places // len(matrices.down), sharding.devices),
     }
     return _sum_over_tensor(out).reshape(x.shape), counts
 
 
-def _busiest(device: Int[Array, "T K"], devices: int) -> Float[Array, ""]:
-    """RouterStats.busiest, for assignments that go to these devices of the expert axis."""
-    rows = jnp.sum(device.reshape(-1, 1) == jnp.arange(devices), axis=0)
-    most = largest(jnp.max(lax.psum(rows, EXPERT)))
-    return most.astype(jnp.float32) * shared_by()
-
-
-def _brought(
-    stored: _Stored,
-    specs: _Stored,
+def _gathered(
+    experts: Stored,
+    specs: Stored,
     gradient: jnp.dtype,
     dtype: jnp.dtype,
-    *,
-    keep: tuple[str, ...],
-) -> Matrices:
-    """The experts' matrices with this device's hidden units. Experts stay split over `keep`."""
-
-    def one(part: Array, spec: P, keep: tuple[str, ...]) -> Array:
-        if stored.slots is None:
-            return gather(part, spec, dtype, gradient, keep)
-        others = tuple(axis for axis in keep if axis != EXPERT)  # slots are split over that one
-        return fetch(part, stored.slots, spec, dtype, gradient, others)
-
-    gate_up = one(stored.gate_up, specs.gate_up, keep)
-    down = one(stored.down, specs.down, (*keep, TENSOR))
-    if TENSOR in manual_axes():
-        gate_up = _own_columns(gate_up, down.shape[1])
-    return Matrices(gate_up, down)
+    keep: tuple[str, ...] = (),
+) -> tuple[Array, Array]:
+    """(gate_up, down) with this device's hidden units. They stay split over the axes `keep`."""
+    if experts.slots is not None:
+        gate_up = fetch(experts.gate_up, experts.slots, specs.gate_up, dtype, gradient)
+        down = fetch(experts.down, experts.slots, specs.down, dtype, gradient, (TENSOR,))
+    else:
+        gate_up = gather(experts.gate_up, specs.gate_up, dtype, gradient, keep)
+        down = gather(experts.down, specs.down, dtype, gradient, (*keep, TENSOR))
+    return (_own_columns(gate_up, down.shape[1]) if TENSOR in manual_axes() else gate_up), down
 
 
 def _on_tensor_devices(arrays: tuple[Array, Array]) -> tuple[Array, Array]:

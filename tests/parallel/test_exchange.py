@@ -58,6 +58,7 @@ def test_the_way_back_is_the_transpose(name):
     d = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), jnp.float32)
     np.testing.assert_allclose(pull(d)[0], on_devices(back, d), rtol=1e-6)
 
+
 MOE = MoEConfig(experts=8, groups=4)
 
 

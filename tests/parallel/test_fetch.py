@@ -26,9 +26,7 @@ def fetched(spec):
         return out, pull(direction)[0]
 
     return jax.jit(
-        jax.shard_map(
-            local, mesh=mesh, in_specs=(spec, P("expert")), out_specs=(P("expert"), spec)
-        )
+        jax.shard_map(local, mesh=mesh, in_specs=(spec, P("expert")), out_specs=(P("expert"), spec))
     )
 
 

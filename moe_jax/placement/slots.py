@@ -48,9 +48,10 @@ class SlotPlanner:
         after = improve(loads, before, self.nodes, self.devices, self.moves)
         return after.placement.physical_to_logical
 
-    def fits(self, slots: Int[np.ndarray, "layers slots"]) -> bool:
-        """Whether these are slots of this planner's devices."""
-        return slots.shape[1] == self.slots
+    @property
+    def described(self) -> dict[str, int]:
+        """What a placement must have in common with this planner, so that it may go on from it."""
+        return {name: value for name, value in vars(self).items() if name != "moves"}
 
     def moved(
         self, before: Int[np.ndarray, "layers slots"], after: Int[np.ndarray, "layers slots"]

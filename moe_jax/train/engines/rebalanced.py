@@ -101,21 +101,19 @@ class RebalancedEngine(DenseEngine):
         folder.mkdir(exist_ok=True)
         saved = {"slots": self.slots, "loads": self._loads}
         lists = jax.tree.map(lambda array: array.tolist(), saved)
-        lists["devices"] = self._planner.devices
+        lists["planner"] = self._planner.described
         write_atomically(folder / SLOTS, json.dumps(lists))
         return folder
 
     def resume(self, out: Path, state: TrainState, checkpoint: Path) -> TrainState:
-        """The placement is the checkpoint's if it is of as many devices and slots."""
+        """The placement is the checkpoint's if its devices, nodes and slots are these."""
         self._step_number = int(state.step)
         path = checkpoint / EXPERTS / SLOTS
         if path.exists():
             saved = json.loads(patiently(path.read_bytes))
             self._loads = {part: np.array(saved["loads"][part]) for part in self._layers}
-            slots = {part: np.array(saved["slots"][part]) for part in self._layers}
-            same = saved["devices"] == self._planner.devices
-            if same and all(self._planner.fits(own) for own in slots.values()):
-                self.slots = slots
+            if saved["planner"] == self._planner.described:
+                self.slots = {part: np.array(saved["slots"][part]) for part in self._layers}
         return super().resume(out, state, checkpoint)
 
     def _rebalance(self) -> None:

@@ -5,12 +5,16 @@
 No GPU is used, and every time is predicted. XLA compiles the layer for absent H100s, Triton kernels
 included. Its scheduled program is then read and priced (moe_jax/predict/scheduled_hlo.py has the
 model). It needs the packages triton, jax-triton, jax-cuda13-plugin and jax-cuda13-pjrt.
+
+The load of devices, with and without replicas of hot experts, is counted in training runs on
+simulated devices (experiments/rebalancing.py).
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 # Triton's interpreter compiles nothing, and JAX would look for a GPU.
@@ -26,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 from moe_kernels.experts import Source, mixture
 from moe_kernels.launch import lowering_for, missing_package
 
+from experiments import rebalancing
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import require
@@ -40,7 +45,7 @@ from moe_jax.study.results import publish
 QUESTION = "How much of expert parallelism's communication lies under computation?"
 NODE = 8
 """H100s of a machine."""
-LATER = ("two_process_chunked_over_plain", "eplb_load_before", "eplb_load_after")
+LATER = ("two_process_chunked_over_plain",)
 """Measurements that this experiment does not make yet. They have no value."""
 
 
@@ -51,7 +56,7 @@ class Settings:
     out: str = "runs/expert_parallel"
     """Folder for result.json."""
     seed: int = 0
-    """Nothing is drawn here, so it changes nothing."""
+    """Seed of the training runs in which loads are counted."""
     chunks: int = 16
     """Parts of a device's experts in the chunked layer."""
     width: int = 7168
@@ -191,6 +196,13 @@ def read(settings: Settings, case: Case) -> Reading:
     return Reading(timeline(text, Rates()), covered_by_products(text, Rates()), memory)
 
 
+def device_loads(settings: Settings, out: Path) -> list[Measurement]:
+    """eplb_load_before and eplb_load_after of a training run that places experts by load."""
+    runs = rebalancing.Settings(seed=settings.seed, quick=settings.quick)
+    rows, _ = rebalancing.measure(runs, output_folder(out / "rebalancing"))
+    return [row for row in rows if row.name in ("eplb_load_before", "eplb_load_after")]
+
+
 def measurements(readings: Mapping[str, Reading]) -> list[Measurement]:
     """The shares of the issue's names, and a table of every program."""
     share = "of the transfers' time, under products, predicted"
@@ -222,7 +234,9 @@ def verdict(values: Mapping[str, float | int | None]) -> str:
         f"{values['covered_chunked_backward']:.1%} with the backward pass "
         f"({values['covered_plain']:.1%} without chunks). The layers of a scanned model are "
         f"{values['speedup_scanned_forward']:.2f}x as fast forward, "
-        f"{values['speedup_scanned_backward']:.2f}x with the backward pass."
+        f"{values['speedup_scanned_backward']:.2f}x with the backward pass. Counted in a training "
+        f"run, the device with the most load has {values['eplb_load_before']:.2f} times the mean, "
+        f"and {values['eplb_load_after']:.2f} times with experts placed by load."
     )
 
 
@@ -241,7 +255,7 @@ def main(argv: list[str]) -> None:
             f"{readings[name].covered:6.1%} of {1e3 * line.transfers:.2f} ms covered",
             flush=True,
         )
-    rows = measurements(readings)
+    rows = measurements(readings) + device_loads(settings, out)
     publish(
         out,
         experiment="expert_parallel",

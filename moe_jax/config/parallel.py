@@ -68,6 +68,11 @@ class ParallelConfig:
             f"{owner}.pipe={self.pipe} does not go with {owner}.tensor={self.tensor} yet: set one "
             "of them to 1",
         )
+        require(
+            self.pipe == 1 or self.exchange.rebalance == 0,
+            f"{owner}.pipe={self.pipe} does not go with {owner}.exchange.rebalance="
+            f"{self.exchange.rebalance} yet: set pipe to 1, or rebalance to 0",
+        )
 
     @property
     def fixed(self) -> int:
@@ -112,8 +117,20 @@ def check_layout(config: "TrainConfig") -> None:
     model = config.model
     if model.moe_layers:
         _divides(parallel, "expert", "model.moe.experts", model.moe.experts)
-        parallel.exchange.check(model.moe.experts, parallel.expert)
+        parallel.exchange.check(model.moe, parallel.expert)
         _divides(parallel, "tensor", "model.moe.expert_hidden", model.moe.expert_hidden)
+    require(
+        model.moe_layers > 0 or parallel.exchange.rebalance == 0,
+        f"parallel.exchange.rebalance={parallel.exchange.rebalance} needs a model with experts",
+    )
+    if parallel.exchange.rebalance:
+        parts = parallel.expert * parallel.tensor
+        require(
+            model.width % parts == 0,
+            f"model.width={model.width} does not divide over parallel.expert={parallel.expert} and "
+            f"parallel.tensor={parallel.tensor}, which each have a part of every expert where "
+            f"parallel.exchange.rebalance is set: make it a multiple of {parts}",
+        )
     if model.dense_layers:
         _divides(parallel, "tensor", "model.dense_hidden", model.dense_hidden)
     attention = model.attention

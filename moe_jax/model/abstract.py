@@ -4,11 +4,12 @@ from functools import lru_cache
 
 import jax
 from flax import nnx
+from jax import Array
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.block import Block
 from moe_jax.model.transformer import Transformer
-from moe_jax.moe.module import RouterBias
+from moe_jax.moe.module import ExpertSlots, RouterBias
 
 
 def abstract_model(config: ModelConfig) -> Transformer:
@@ -42,3 +43,14 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def graph_of(config: ModelConfig) -> nnx.GraphDef:
     """The model's static graph: what nnx.merge takes besides the states."""
     return split_model(abstract_model(config))[0]
+
+
+def merge_with_slots(
+    config: ModelConfig, slots: dict[str, Array], parameters: nnx.State, router: nnx.State
+) -> Transformer:
+    """The model, with the experts in the devices' slots for each layer of "sparse" and "mtp"."""
+    model = nnx.merge(graph_of(config), parameters, router)
+    for part, array in slots.items():
+        block = model.sparse.blocks if part == "sparse" else model.mtp.modules.block
+        block.moe.slots = ExpertSlots(array)
+    return model

@@ -28,6 +28,9 @@ class RouterStats(NamedTuple):
     """The weighted balance losses, to be added to the objective."""
     waited: Int[Array, ""]
     """Copies of tokens that did not fit the exchange's buffer and were sent in a further round."""
+    busiest: Float[Array, ""]
+    """Assignments that the devices would compute if each had as many as the one with the most. 0:
+    tokens do not travel."""
     experts: Int[Array, "B L K"] | None = None
     """Each token's experts, E for no expert. Objectives drop them, because the statistics of a step
     would keep them in memory."""
@@ -48,6 +51,8 @@ class Layer(NamedTuple):
     gate: Gate
     gate_up: Float[Array, "E D twoF"]
     down: Float[Array, "E F D"]
+    slots: Int[Array, "slots"] | None = None
+    """The expert in each slot of the devices (module.ExpertSlots)."""
 
 
 class Choice(NamedTuple):
@@ -140,6 +145,7 @@ def router_stats(
         entropy=balance.router_entropy(scores, counted),
         loss=loss,
         waited=jnp.zeros((), jnp.int32),
+        busiest=jnp.zeros((), jnp.float32),
         experts=routing.experts.reshape(*shape, -1),
     )
 

@@ -15,6 +15,11 @@ class RouterBias(nnx.Variable):
     """Selection bias of a sigmoid gate: state that no optimizer touches (balance.update_bias)."""
 
 
+class ExpertSlots(nnx.Variable):
+    """The expert in each slot of the devices, int32[slots] (moe.replicas). A layer has this only
+    where experts change their devices. Otherwise each device has its own, in order."""
+
+
 class MoE(nnx.Module):
     """y[t] = sum_k weight[t, k] · expert_k(x[t]) over the K experts that the gate chooses."""
 
@@ -50,7 +55,8 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], context: RoutingContext = NO_CONTEXT
     ) -> tuple[Float[Array, "B L D"], layer.RouterStats]:
-        arrays = layer.Layer(self.gate(), self.gate_up[...], self.down[...])
+        slots = self.slots[...] if hasattr(self, "slots") else None
+        arrays = layer.Layer(self.gate(), self.gate_up[...], self.down[...], slots)
         return sharded.over_data(x, context, arrays, self.config, self.gradient)
 
     def gate(self) -> layer.Gate:

@@ -3,7 +3,7 @@
 Exchange between devices lies above the mixture: no implementation of the experts knows of devices.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from moe_jax.moe.hops import Assigned
 from moe_jax.moe.implementation import implementation, mixture_of, uses_kernels
 from moe_jax.moe.lanes import Matrices
 from moe_jax.moe.layer import Choice, Gate, Layer, RouterStats, choose, mix, moe_layer
+from moe_jax.moe.replicas import slots_of_experts
 from moe_jax.moe.rules import RoutingContext
 from moe_jax.parallel.exchange import exchange_in_force
+from moe_jax.parallel.fetch import fetch
 from moe_jax.parallel.gather import gather, sum_dtype
 from moe_jax.parallel.mesh import (
     EXPERT,
@@ -30,13 +32,34 @@ from moe_jax.parallel.mesh import (
     largest,
     manual_axes,
     own_copies,
+    shared_by,
     sum_over_batch,
 )
-from moe_jax.parallel.rules import place
+from moe_jax.parallel.rules import place, within_experts
 
 GATE_UP = ("E", "D", "2F")
 DOWN = ("E", "F", "D")
 """Letters of the experts' matrices (parallel.rules)."""
+
+
+class Stored(NamedTuple):
+    """A layer's experts as they lie on the mesh, or where they lie."""
+
+    gate_up: Any
+    down: Any
+    slots: Any = None
+    """The expert in each slot of the devices, if experts change their devices. Then every device
+    has a part of every expert (parallel.fetch), and otherwise whole experts."""
+
+
+def _specs(gate_up: tuple[int, ...], down: tuple[int, ...], whole_experts: bool) -> Stored:
+    """How matrices of these shapes lie on the mesh."""
+    sizes = axis_sizes()
+    if whole_experts:
+        one = place(GATE_UP, gate_up, sizes, "moe.gate_up")
+        return Stored(one, place(DOWN, down, sizes, "moe.down"))
+    one = place(within_experts(GATE_UP), gate_up, sizes, "moe.gate_up")
+    return Stored(one, place(within_experts(DOWN), down, sizes, "moe.down"), P())
 
 
 def over_data(
@@ -62,12 +85,11 @@ def over_data(
         hidden % sizes.get(TENSOR, 1) == 0,
         f"parallel.tensor={sizes.get(TENSOR)} does not divide the experts' hidden width {hidden}",
     )
-    specs = (
-        place(GATE_UP, layer.gate_up.shape, sizes, "moe.gate_up"),
-        place(DOWN, layer.down.shape, sizes, "moe.down"),
-    )
+    travels = EXPERT in sizes and exchange.kind != "weights"
+    slots = _slots(layer, config) if travels and exchange.rebalance else None
+    specs = _specs(layer.gate_up.shape, layer.down.shape, whole_experts=slots is None)
 
-    def local(batch: Any, gate: Gate, experts: tuple[Array, Array], key: Array | None) -> Any:
+    def local(batch: Any, gate: Gate, experts: Stored, key: Array | None) -> Any:
         x, tokens, documents, noise = batch
         if rows:
             # Marked as each device's own, so that a custom_vjp may return its device's part of
@@ -75,9 +97,9 @@ def over_data(
             gate = own_copies(gate, rows)
         own = RoutingContext(tokens, key, documents, noise)
         choice = choose(x, gate, config, own)
-        mixed = _mix_exchanged if EXPERT in sizes and exchange.kind != "weights" else _mix_gathered
-        out, waited = mixed(x, choice, experts, specs, config, gradient)
-        stats = choice.stats._replace(experts=None, waited=sum_over_batch(waited))
+        mixed = _mix_exchanged if travels else _mix_gathered
+        out, counts = mixed(x, choice, experts, specs, config, gradient)
+        stats = choice.stats._replace(experts=None, **counts)
         # The chosen experts are rows of the batch. The other statistics are the same everywhere.
         return (out, choice.stats.experts), stats
 
@@ -89,37 +111,50 @@ def over_data(
     )
     noise = context.draw_noise(config, x.shape[:-1])
     batch = (x, context.tokens, context.documents, noise)
-    (out, experts), stats = spread(batch, layer.gate, (layer.gate_up, layer.down), context.key)
+    stored = Stored(layer.gate_up, layer.down, slots)
+    (out, experts), stats = spread(batch, layer.gate, stored, context.key)
     return out, stats._replace(experts=experts)
+
+
+def _slots(layer: Layer, config: MoEConfig) -> Int[Array, "slots"]:
+    """The expert in each slot. In evaluation all experts are in order, without replicas."""
+    return jnp.arange(config.experts) if layer.slots is None else layer.slots
+
+
+def _busiest(device: Int[Array, "T K"], devices: int) -> Float[Array, ""]:
+    """RouterStats.busiest of assignments to these devices of the expert axis."""
+    device = device.reshape(-1, 1)
+    rows = lax.psum(jnp.sum(device == jnp.arange(devices), axis=0), EXPERT)
+    return largest(jnp.max(rows)).astype(jnp.float32) * shared_by()
 
 
 def _mix_gathered(
     x: Float[Array, "B L D"],
     choice: Choice,
-    experts: tuple[Array, Array],
-    specs: tuple[P, P],
+    experts: Stored,
+    specs: Stored,
     config: MoEConfig,
     gradient: str,
-) -> tuple[Float[Array, "B L D"], Int[Array, ""]]:
-    """(layer.mix with all experts gathered to every device, 0 copies that waited).
+) -> tuple[Float[Array, "B L D"], dict[str, Array]]:
+    """(layer.mix with all experts gathered to every device, no statistics).
 
     On the tensor axis each device has its hidden units of every expert, and outputs are summed.
     """
     gate_up, down = _gathered(experts, specs, sum_dtype(x.dtype, gradient), x.dtype)
     x, weights = _on_tensor_devices((x, choice.routing.weights))
     out = mix(x, weights, choice.plan, gate_up, down, config)
-    return _sum_over_tensor(out), jnp.int32(0)
+    return _sum_over_tensor(out), {}
 
 
 def _mix_exchanged(
     x: Float[Array, "B L D"],
     choice: Choice,
-    experts: tuple[Array, Array],
-    specs: tuple[P, P],
+    experts: Stored,
+    specs: Stored,
     config: MoEConfig,
     gradient: str,
-) -> tuple[Float[Array, "B L D"], Int[Array, ""]]:
-    """(layer.mix with every expert on its own device of the expert axis, copies that waited)."""
+) -> tuple[Float[Array, "B L D"], dict[str, Array]]:
+    """(layer.mix with experts on devices of the expert axis, statistics of the exchange)."""
     wide = sum_dtype(x.dtype, gradient)
     matrices = Matrices(*_gathered(experts, specs, wide, x.dtype, keep=(EXPERT,)))
     reads_sources = implementation(config.implementation, config.precision) == "triton"
@@ -133,22 +168,34 @@ def _mix_exchanged(
     )
     x, weights = _on_tensor_devices((x, choice.routing.weights))
     # The plan's experts and not the router's: it has dropped what is beyond a capacity.
-    assigned = Assigned(choice.plan.experts, weights)
+    places = choice.plan.experts
+    if experts.slots is not None:
+        # Devices begin at different replicas, so that their first tokens do not all meet.
+        places = slots_of_experts(choice.plan, experts.slots, lax.axis_index(EXPERT))
+    assigned = Assigned(places, weights)
     tokens = x.reshape(-1, x.shape[-1])
     out, waited = expert_parallel(tokens, assigned, Experts(matrices), sharding)
-    return _sum_over_tensor(out).reshape(x.shape), largest(waited, (TENSOR,))
+    counts = {
+        "waited": sum_over_batch(largest(waited, (TENSOR,))),
+        "busiest": _busiest(places // len(matrices.down), sharding.devices),
+    }
+    return _sum_over_tensor(out).reshape(x.shape), counts
 
 
 def _gathered(
-    experts: tuple[Array, Array],
-    specs: tuple[P, P],
+    experts: Stored,
+    specs: Stored,
     gradient: jnp.dtype,
     dtype: jnp.dtype,
     keep: tuple[str, ...] = (),
 ) -> tuple[Array, Array]:
     """(gate_up, down) with this device's hidden units. They stay split over the axes `keep`."""
-    gate_up = gather(experts[0], specs[0], dtype, gradient, keep)
-    down = gather(experts[1], specs[1], dtype, gradient, (*keep, TENSOR))
+    if experts.slots is not None:
+        gate_up = fetch(experts.gate_up, experts.slots, specs.gate_up, dtype, gradient)
+        down = fetch(experts.down, experts.slots, specs.down, dtype, gradient, (TENSOR,))
+    else:
+        gate_up = gather(experts.gate_up, specs.gate_up, dtype, gradient, keep)
+        down = gather(experts.down, specs.down, dtype, gradient, (*keep, TENSOR))
     return (_own_columns(gate_up, down.shape[1]) if TENSOR in manual_axes() else gate_up), down
 
 

@@ -10,11 +10,14 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.parallel.mesh import manual_axes, own_copies
 
+Axes = tuple[tuple[str, ...], ...]
+"""The axes of the mesh over which each dimension of an array is split, the outermost first."""
+
 
 class _Way(NamedTuple):
     """How an array is gathered: hashable, as custom_vjp wants its static arguments."""
 
-    dimensions: tuple[tuple[str, ...], ...]
+    dimensions: Axes
     """The axes of the mesh over which each dimension is gathered."""
     others: tuple[str, ...]
     """The axes on which every device has the same part."""
@@ -36,11 +39,32 @@ def gather(
     to `gradient` and summed over all axes of the shard_map. A dimension stays split over the axes
     in `keep`, which must come first in its dimension.
     """
-    names = tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
+    names = axes_of(spec)
     split = {axis for axes in names for axis in axes}
     others = tuple(axis for axis in manual_axes() if axis not in split)
     dimensions = tuple(tuple(axis for axis in axes if axis not in keep) for axes in names)
     return _gather(part, _Way(dimensions, others, jnp.dtype(dtype), jnp.dtype(gradient)))
+
+
+def axes_of(spec: P) -> Axes:
+    """The axes of each dimension."""
+    return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
+
+
+def join(part: Array, dimensions: Axes) -> Array:
+    """The array whose dimensions are split over these axes, whole on each of their devices."""
+    for dimension, axes in enumerate(dimensions):
+        if axes:
+            part = lax.all_gather(part, axes, axis=dimension, tiled=True)
+    return part
+
+
+def split(whole: Array, dimensions: Axes) -> Array:
+    """This device's part of the sum over devices: the transpose of `join`."""
+    for dimension, axes in enumerate(dimensions):
+        if axes:
+            whole = lax.psum_scatter(whole, axes, scatter_dimension=dimension, tiled=True)
+    return whole
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -49,20 +73,14 @@ def _gather(part: Array, way: _Way) -> Array:
 
 
 def _forward(part: Array, way: _Way) -> tuple[Array, Array]:
-    whole = part.astype(way.dtype)
-    for dimension, axes in enumerate(way.dimensions):
-        if axes:
-            whole = lax.all_gather(whole, axes, axis=dimension, tiled=True)
+    whole = join(part.astype(way.dtype), way.dimensions)
     # Marked as each device's own, because each gives its own part of the gradient.
     return own_copies(whole, way.others), jnp.zeros((), part.dtype)
 
 
 def _backward(way: _Way, like: Array, whole: Array) -> tuple[Array]:
-    part = whole.astype(way.gradient)
     # Summed and split in one go, so that the sum over the other axes has less to send.
-    for dimension, axes in enumerate(way.dimensions):
-        if axes:
-            part = lax.psum_scatter(part, axes, scatter_dimension=dimension, tiled=True)
+    part = split(whole.astype(way.gradient), way.dimensions)
     if way.others:
         part = lax.psum(part, way.others)
     return (part.astype(like.dtype),)

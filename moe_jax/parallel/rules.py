@@ -27,6 +27,11 @@ SMALL = 1 << 20
 """Up to so many elements a parameter that no axis divides may be whole on every device."""
 
 
+def within_experts(letters: Sequence[str]) -> list[str]:
+    """The letters of stacked experts, each of which is split. No axis splits their number."""
+    return ["whole E" if letter == "E" else letter for letter in letters]
+
+
 def place(
     letters: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int], name: str = ""
 ) -> P:

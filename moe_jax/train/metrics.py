@@ -114,9 +114,10 @@ def imbalance(load: np.ndarray) -> np.ndarray:
 def describe(step: int, metrics: Metrics, with_load: bool) -> dict[str, Any]:
     """One line of metrics.jsonl. Losses are in nats per token, and floats keep full precision.
 
-    router_entropy and load_imbalance are lists over layers, in the order of the blocks and with
-    multi-token prediction last. `load`, the assignments per layer and expert, is large, so it is
-    there only with `with_load`.
+    router_entropy, load_imbalance and device_imbalance are lists over layers, in the order of the
+    blocks and with multi-token prediction last. device_imbalance is the highest over the mean
+    number of assignments that a device computes, where tokens travel to their experts. `load`, the
+    assignments per layer and expert, is large, so it is there only with `with_load`.
     """
     # One transfer for all of them. It waits until the update is computed.
     metrics = jax.device_get(metrics)
@@ -137,6 +138,9 @@ def describe(step: int, metrics: Metrics, with_load: bool) -> dict[str, Any]:
         line["load_imbalance"] = imbalance(np.asarray(layers.load)).tolist()
         line["dropped"] = int(np.sum(layers.dropped))
         line["exchange_waited"] = int(np.sum(layers.waited))
+        if np.any(layers.busiest):
+            computed = np.sum(layers.load, axis=-1) - layers.dropped
+            line["device_imbalance"] = (layers.busiest / np.maximum(computed, 1)).tolist()
         line["router_entropy"] = np.asarray(layers.entropy).tolist()
         line["router_bias_max"] = float(metrics.router_bias)
         if with_load:

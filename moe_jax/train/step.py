@@ -1,6 +1,7 @@
 """One update as a pure function: (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax import Array, lax
 from moe_jax.base.initial import layer_keys
 from moe_jax.config import TrainConfig
 from moe_jax.model.abstract import graph_of
+from moe_jax.model.transformer import Transformer
 from moe_jax.objectives.base import (
     Batch,
     Losses,
@@ -48,14 +50,20 @@ def make_step(
     return step
 
 
-def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Callable[..., Any]:
+def make_gradient(
+    config: TrainConfig,
+    objective: Objective = next_token,
+    merge: Callable[..., Transformer] | None = None,
+) -> Callable[..., Any]:
     """(parameters, router, batch, key, *operands) -> ((total loss, Losses), gradients).
 
     Gradients are those of the parameters, summed over `optim.accumulation` micro-batches. Every
     loss and statistic is the whole batch's, but for the expert-level and device-level balance
     losses, which take each micro-batch's own load (moe.balance.expert_loss).
+
+    `merge` makes the model of parameters and router biases. Unset, it is nnx.merge.
     """
-    graph = graph_of(config.model)
+    merge = merge or partial(nnx.merge, graph_of(config.model))
     length = config.data.length
     depth = config.model.mtp_depth
     parts = config.optim.accumulation
@@ -64,7 +72,7 @@ def make_gradient(config: TrainConfig, objective: Objective = next_token) -> Cal
         parameters: nnx.State, router: nnx.State, batch: Batch, key: Array, *operands: Any
     ) -> Any:
         def total(parameters: nnx.State, part: Part) -> tuple[Array, Losses]:
-            merged = nnx.merge(graph, parameters, router)
+            merged = merge(parameters, router)
             part_losses = losses(objective, forward(merged, part, length), *operands)
             return part_losses.total(config.model.mtp_weight), part_losses
 

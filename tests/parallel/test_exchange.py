@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.base.errors import UserError
-from moe_jax.config import ExchangeConfig, MoEConfig
+from moe_jax.config import ExchangeConfig, MoEConfig, ParallelConfig
 from moe_jax.parallel.exchange import (
     Level,
     all_to_all,
@@ -59,6 +59,9 @@ def test_the_way_back_is_the_transpose(name):
     np.testing.assert_allclose(pull(d)[0], on_devices(back, d), rtol=1e-6)
 
 
+MOE = MoEConfig(experts=8, groups=4)
+
+
 def test_groups_of_two_nodes():
     """Devices 0 … 5 in nodes of 3: (0, 1, 2) and (3, 4, 5)."""
     assert Level("expert", 6, 3).groups == [[0, 3], [1, 4], [2, 5]]
@@ -83,8 +86,33 @@ def test_the_exchange_in_force():
             lambda: ExchangeConfig(buffer=0.0),
             "parallel.exchange.buffer is 0.0: it must be positive",
         ),
-        (lambda: ExchangeConfig(chunks=3).check(8, 2), "chunks=3 does not divide the 4 experts"),
-        (lambda: ExchangeConfig("copies", node=3).check(8, 4), "node=3 does not divide parallel"),
+        (lambda: ExchangeConfig(chunks=3).check(MOE, 2), "chunks=3 does not divide the 4 experts"),
+        (lambda: ExchangeConfig("copies", node=3).check(MOE, 4), "node=3 does not divide parallel"),
+        (lambda: ExchangeConfig(replicas=4), "replicas=4 needs parallel.exchange.rebalance"),
+        (lambda: ExchangeConfig(moves=4), "moves=4 needs parallel.exchange.rebalance"),
+        (lambda: ExchangeConfig("weights", rebalance=9), "rebalance=9 needs tokens that travel"),
+        (lambda: ExchangeConfig(rebalance=9).check(MOE, 1), "rebalance=9 needs several devices"),
+        (
+            lambda: ExchangeConfig(rebalance=9, replicas=3).check(MOE, 2),
+            "replicas=3 does not divide over parallel.expert=2 devices",
+        ),
+        (
+            lambda: ExchangeConfig(rebalance=9, replicas=10).check(MOE, 2),
+            "replicas=10 would put an expert twice on one device: take at most 8",
+        ),
+        (
+            # Two nodes of two devices, to which groups belong: as many replicas as experts.
+            lambda: ExchangeConfig("copies", node=2, rebalance=9, replicas=12).check(MOE, 4),
+            "take at most 8",
+        ),
+        (
+            lambda: ExchangeConfig(rebalance=9, replicas=2, chunks=2).check(MOE, 2),
+            "chunks=2 does not divide the 5 experts of a device",
+        ),
+        (
+            lambda: ParallelConfig(pipe=2, expert=2, exchange=ExchangeConfig(rebalance=9)),
+            "pipe=2 does not go with parallel.exchange.rebalance=9 yet",
+        ),
         (lambda: MoEConfig(rule="balanced", bias_rate=0, groups=2), "knows no groups"),
     ],
 )

@@ -55,19 +55,23 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("whole_experts", [True, False])
 @pytest.mark.parametrize("preset", LAYOUTS)
-def test_published_models_are_split_over_all_axes(preset):
+def test_published_models_are_split_over_all_axes(preset, whole_experts):
     """Every matrix over every axis, but for those without a dimension for the tensor axis."""
     parameters, _ = abstract_states(PRESETS[preset].resolved().model)
     for sizes in LAYOUTS[preset]:
         mesh = jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
-        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings(mesh, parameters)):
+        own = shardings(mesh, parameters, whole_experts)
+        for path, sharding in jax.tree_util.tree_leaves_with_path(own):
             kind = kind_of(path)
             used = {a for part in sharding.spec for a in np.atleast_1d(part) if a is not None}
             wanted = set(sizes)
             if not set(kind.axes.split()) & set(rules.TENSOR_SPLITS):
                 wanted -= {"tensor"}
             assert len(kind.axes.split()) == 1 or used == wanted, (dotted(path), sharding.spec)
+            if kind.role == "expert" and "expert" in sizes:
+                assert (sharding.spec[-3] == "expert") == whole_experts  # E is third from the end
 
 
 def test_an_axis_that_is_too_long_for_a_model_is_refused_by_name():

@@ -4,9 +4,15 @@ from moe_jax.config import TrainConfig
 from moe_jax.train.engine import Engine
 from moe_jax.train.engines.dense import DenseEngine
 from moe_jax.train.engines.pipelined.engine import PipelinedEngine
+from moe_jax.train.engines.rebalanced import RebalancedEngine
 from moe_jax.train.engines.tiered.engine import TieredEngine
 
-ENGINES: tuple[type[Engine], ...] = (TieredEngine, PipelinedEngine, DenseEngine)
+ENGINES: tuple[type[Engine], ...] = (
+    TieredEngine,
+    PipelinedEngine,
+    RebalancedEngine,
+    DenseEngine,
+)
 """The first one that applies runs. The last one applies to everything."""
 
 

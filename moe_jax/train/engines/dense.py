@@ -58,7 +58,11 @@ class DenseEngine:
 
     def abstract_state(self) -> TrainState:
         state = abstract_state(self.config)
-        return with_sharding(state, shardings(self.mesh, state))
+        return with_sharding(state, self.layout(state))
+
+    def layout(self, tree: Any) -> Any:
+        """The sharding of every array of a state, or of a model that takes part in the step."""
+        return shardings(self.mesh, tree)
 
     def start(self, out: Path) -> TrainState:
         # Initialised with its sharding, so that it is never whole on one device first.
@@ -88,12 +92,12 @@ class DenseEngine:
         validation: TokenArray,
     ) -> None:
         # Laid out like the state: operands may have been loaded on one device.
-        self._operands = place_whole(operands, shardings(self.mesh, operands))
+        self._operands = place_whole(operands, self.layout(operands))
         # The layout of the result is that of the argument, which is donated.
         results = (self._shardings(), replicated(self.mesh))
         step = jax.jit(self.make_step(objective), donate_argnums=0, out_shardings=results)
         # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
-        lowered = step.lower(self.abstract_state(), batch, *self._operands)
+        lowered = step.lower(self.abstract_state(), batch, *self.inputs(), *self._operands)
         self._step = lowered.compile()
         say_if_too_large(self._step)
         self._evaluate = make_evaluator(self.config, validation, self.place, self.rows())
@@ -103,7 +107,11 @@ class DenseEngine:
         return make_step(self.config, objective)
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return self._step(state, batch, *self._operands)
+        return self._step(state, batch, *self.inputs(), *self._operands)
+
+    def inputs(self) -> tuple[Any, ...]:
+        """Arrays that the step takes before the objective's operands. Steps may take others."""
+        return ()
 
     def evaluate(self, state: TrainState) -> float:
         return self._evaluate(state)

@@ -194,21 +194,39 @@ def replica_group(attributes: str) -> list[int]:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return list(map(int, listed[1].split(",")))
-    # [groups,size]<=[a,b]T(1,0): the numbers of all devices, reshaped, transposed, and cut.
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if not iota:
-        raise ValueError(f"no replica groups in {attributes[:200]}")
-    sizes = list(map(int, iota[3].split(",")))
-    order = list(map(int, iota[4].split(","))) if iota[4] else list(range(len(sizes)))
+    size, sizes, order = _grouped_axes(attributes)
     strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
     group = []
-    for n in range(int(iota[2])):
+    for n in range(size):
         device = 0
         for axis in reversed(order):
             n, index = divmod(n, sizes[axis])
             device += index * strides[axis]
         group.append(device)
     return group
+
+
+def _grouped_axes(attributes: str) -> tuple[int, list[int], list[int]]:
+    """(devices of a group, sizes of the axes that number all devices, the axes' order).
+
+    The last axes in this order number the devices of a group.
+    """
+    # [groups,size]<=[a,b]T(1,0): the numbers of all devices, reshaped, transposed, and cut.
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        sizes = list(map(int, iota[3].split(",")))
+        order = list(map(int, iota[4].split(","))) if iota[4] else list(range(len(sizes)))
+        return int(iota[2]), sizes, order
+    # mesh['a'=2,'b'=4] {'b'}: axes of a mesh by name, and those over which a group extends.
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if not mesh:
+        raise ValueError(f"no replica groups in {attributes[:200]}")
+    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    names = list(axes)
+    inside = re.findall(r"'(\w+)'", mesh[2])
+    order = [names.index(name) for name in names if name not in inside]
+    order += [names.index(name) for name in inside]
+    return math.prod(axes[name] for name in inside), list(axes.values()), order
 
 
 def product_flops(program: Program, i: Instruction, by_name: dict[str, Instruction]) -> int:

@@ -3,13 +3,14 @@
 Exchange between devices lies above the mixture: no implementation of the experts knows of devices.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
+from moe_kernels.experts import Source
 
 from moe_jax.base.errors import require
 from moe_jax.config import MoEConfig
@@ -17,7 +18,16 @@ from moe_jax.moe.expert_parallel import Experts, Sharding, expert_parallel
 from moe_jax.moe.hops import Assigned
 from moe_jax.moe.implementation import implementation, mixture_of, uses_kernels
 from moe_jax.moe.lanes import Matrices
-from moe_jax.moe.layer import Choice, Gate, Layer, RouterStats, choose, mix, moe_layer
+from moe_jax.moe.layer import (
+    Choice,
+    ExpertStack,
+    Gate,
+    Layer,
+    RouterStats,
+    choose,
+    mix,
+    moe_layer,
+)
 from moe_jax.moe.rules import RoutingContext
 from moe_jax.parallel.exchange import exchange_in_force
 from moe_jax.parallel.gather import gather, sum_dtype
@@ -37,6 +47,48 @@ from moe_jax.parallel.rules import place
 GATE_UP = ("E", "D", "2F")
 DOWN = ("E", "F", "D")
 """Letters of the experts' matrices (parallel.rules)."""
+
+
+class Stored(NamedTuple):
+    """A layer's experts as they lie on the mesh, or where they lie."""
+
+    gate_up: Any
+    down: Any
+    stack: Any = None
+
+
+def expert_stack(
+    gate_up: Float[Array, "layers E D twoF"],
+    down: Float[Array, "layers E F D"],
+    config: MoEConfig,
+    dtype: jnp.dtype,
+) -> ExpertStack | None:
+    """The experts of all layers for kernels that read them in place, or None where none do.
+
+    They are cast here, once for all layers and for a backward pass that computes layers again. Only
+    the Triton kernels read in place. Matrices that lie split over further axes are gathered layer
+    by layer, and the gathered ones are the copy that is read.
+    """
+    sizes = axis_sizes()
+    if EXPERT not in sizes or exchange_in_force().kind == "weights" or not _reads_sources(config):
+        return None
+    specs = _specs(gate_up.shape[1:], down.shape[1:], sizes)
+    if any(axes not in (None, EXPERT) for spec in specs[:2] for axes in spec):
+        return None
+    return lax.stop_gradient(ExpertStack(gate_up.astype(dtype), down.astype(dtype)))
+
+
+def _reads_sources(config: MoEConfig) -> bool:
+    """Whether the experts' implementation reads matrices where they lie (moe_kernels' Source)."""
+    name = implementation(config.implementation, config.precision)
+    return name == "triton" and config.precision == "compute"
+
+
+def _specs(gate_up: tuple[int, ...], down: tuple[int, ...], sizes: dict[str, int]) -> Stored:
+    """How matrices of these shapes [E, …] lie on the mesh, and the stack of all layers' does."""
+    one = place(GATE_UP, gate_up, sizes, "moe.gate_up")
+    two = place(DOWN, down, sizes, "moe.down")
+    return Stored(one, two, ExpertStack(P(None, *one), P(None, *two), P()))
 
 
 def over_data(
@@ -62,12 +114,11 @@ def over_data(
         hidden % sizes.get(TENSOR, 1) == 0,
         f"parallel.tensor={sizes.get(TENSOR)} does not divide the experts' hidden width {hidden}",
     )
-    specs = (
-        place(GATE_UP, layer.gate_up.shape, sizes, "moe.gate_up"),
-        place(DOWN, layer.down.shape, sizes, "moe.down"),
-    )
+    specs = _specs(layer.gate_up.shape, layer.down.shape, sizes)
+    if layer.stack is None:
+        specs = specs._replace(stack=None)
 
-    def local(batch: Any, gate: Gate, experts: tuple[Array, Array], key: Array | None) -> Any:
+    def local(batch: Any, gate: Gate, experts: Stored, key: Array | None) -> Any:
         x, tokens, documents, noise = batch
         if rows:
             # Marked as each device's own, so that a custom_vjp may return its device's part of
@@ -89,15 +140,16 @@ def over_data(
     )
     noise = context.draw_noise(config, x.shape[:-1])
     batch = (x, context.tokens, context.documents, noise)
-    (out, experts), stats = spread(batch, layer.gate, (layer.gate_up, layer.down), context.key)
+    stored = Stored(layer.gate_up, layer.down, layer.stack)
+    (out, experts), stats = spread(batch, layer.gate, stored, context.key)
     return out, stats._replace(experts=experts)
 
 
 def _mix_gathered(
     x: Float[Array, "B L D"],
     choice: Choice,
-    experts: tuple[Array, Array],
-    specs: tuple[P, P],
+    experts: Stored,
+    specs: Stored,
     config: MoEConfig,
     gradient: str,
 ) -> tuple[Float[Array, "B L D"], Int[Array, ""]]:
@@ -114,41 +166,46 @@ def _mix_gathered(
 def _mix_exchanged(
     x: Float[Array, "B L D"],
     choice: Choice,
-    experts: tuple[Array, Array],
-    specs: tuple[P, P],
+    experts: Stored,
+    specs: Stored,
     config: MoEConfig,
     gradient: str,
 ) -> tuple[Float[Array, "B L D"], Int[Array, ""]]:
     """(layer.mix with every expert on its own device of the expert axis, copies that waited)."""
     wide = sum_dtype(x.dtype, gradient)
     matrices = Matrices(*_gathered(experts, specs, wide, x.dtype, keep=(EXPERT,)))
-    reads_sources = implementation(config.implementation, config.precision) == "triton"
     sharding = Sharding(
         EXPERT,
         manual_axes()[EXPERT],
         exchange_in_force(),
         mixture_of(config),
         kernels=uses_kernels(config),
-        in_place=reads_sources and config.precision == "compute",
+        in_place=_reads_sources(config),
     )
+    source = None
+    if experts.stack is not None:
+        # All layers' experts in one row, of which this layer's are some.
+        flat = (a.reshape(-1, *a.shape[2:]) for a in experts.stack[:2])
+        own = experts.stack.down.shape[1]
+        source = Source(*own_copies(tuple(flat), manual_axes()), experts.stack.layer * own)
     x, weights = _on_tensor_devices((x, choice.routing.weights))
     # The plan's experts and not the router's: it has dropped what is beyond a capacity.
     assigned = Assigned(choice.plan.experts, weights)
     tokens = x.reshape(-1, x.shape[-1])
-    out, waited = expert_parallel(tokens, assigned, Experts(matrices), sharding)
+    out, waited = expert_parallel(tokens, assigned, Experts(matrices, source), sharding)
     return _sum_over_tensor(out).reshape(x.shape), largest(waited, (TENSOR,))
 
 
 def _gathered(
-    experts: tuple[Array, Array],
-    specs: tuple[P, P],
+    experts: Stored,
+    specs: Stored,
     gradient: jnp.dtype,
     dtype: jnp.dtype,
     keep: tuple[str, ...] = (),
 ) -> tuple[Array, Array]:
     """(gate_up, down) with this device's hidden units. They stay split over the axes `keep`."""
-    gate_up = gather(experts[0], specs[0], dtype, gradient, keep)
-    down = gather(experts[1], specs[1], dtype, gradient, (*keep, TENSOR))
+    gate_up = gather(experts.gate_up, specs.gate_up, dtype, gradient, keep)
+    down = gather(experts.down, specs.down, dtype, gradient, (*keep, TENSOR))
     return (_own_columns(gate_up, down.shape[1]) if TENSOR in manual_axes() else gate_up), down
 
 

@@ -1,6 +1,7 @@
 """The one update: what every engine does with its gradient."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,15 +58,15 @@ def make_update(config: TrainConfig) -> Callable[[TrainState, Gradient], Updated
         # Towards the end the bias is frozen (arXiv:2412.19437, §4.2). Updates that were skipped
         # count as well, like the batches.
         rate = moe.bias_rate * _bias_moves(config, state.step)
-        after = (
+        updated = (
             optax.apply_updates(state.parameters, changes),
             update_router(state.router, losses.stats, rate),
             moments,
         )
-        before = (state.parameters, state.router, state.optimizer)
-        # A select, which XLA makes part of the optimizer's own pass. A branch would copy the whole
-        # state, donated or not, because both branches leave their result in one place.
-        parameters, router, moments = optax.tree.where(finite, after, before)
+        # A select, not a branch: XLA:GPU writes the results of a branch beside the old state, which
+        # takes its memory once more.
+        old = (state.parameters, state.router, state.optimizer)
+        parameters, router, moments = jax.tree.map(partial(jnp.where, finite), updated, old)
         new = TrainState(
             step=state.step + 1,
             updates=state.updates + finite,

@@ -7,6 +7,7 @@ pair it prints a line: the pair, and the largest difference relative to each arr
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -37,6 +38,7 @@ from moe_jax.parallel.rules import batch_sharding
 from moe_jax.train.state import TrainState, init_state
 from moe_jax.train.step import make_gradient
 from moe_jax.train.update import Gradient, make_update
+from tests.parallel.in_place import reading_in_place
 
 VOCABULARY = 260
 GQA = AttentionConfig(kind="gqa", heads=4, kv_heads=2, head_dim=6)
@@ -102,6 +104,16 @@ CASES: dict[str, TrainConfig] = {
     "qk_norm": run(replace(MODEL, attention=replace(GQA, qk_norm="full"))),
     "teacher": run(distill=DistillConfig(teacher="another model", alpha=0.5, chunk=100)),
 }
+IN_PLACE: dict[str, TrainConfig] = {
+    "in_place": run(replace(MODEL, layers=3, mtp_depth=1)),
+    "in_place_remat": replace(
+        run(replace(MODEL, layers=3, remat="full", dropout=0.2)),
+        batch=16,
+        optim=OptimConfig(accumulation=2),
+    ),
+}
+"""Their experts are read out of the stack of all layers, as the kernels read them on a GPU."""
+CASES |= IN_PLACE
 LAYOUTS: dict[str, ParallelConfig] = {
     "data": ParallelConfig(),
     "fsdp": ParallelConfig(fsdp=8),
@@ -113,6 +125,8 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "three": ParallelConfig(fsdp=2, expert=2, tensor=2),
     "weights": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig("weights")),
     "all_gather": ParallelConfig(expert=4, tensor=2, exchange=ExchangeConfig("all_gather")),
+    "data-chunks": ParallelConfig(expert=4, exchange=ExchangeConfig(chunks=2)),
+    "data-overflow": ParallelConfig(expert=4, exchange=ExchangeConfig(buffer=0.2)),
     "chunks": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig(chunks=2)),
     "ring": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig("ring")),
     "copies": ParallelConfig(expert=4, tensor=2, exchange=ExchangeConfig("copies", node=2)),
@@ -196,11 +210,15 @@ def alone(name: str) -> Any:
 def spread(name: str, layout: ParallelConfig) -> Any:
     """The results on a mesh."""
     mesh = make_mesh(layout)
-    with jax.set_mesh(mesh), exchanging(layout.exchange):
+    in_place = reading_in_place() if name in IN_PLACE else nullcontext()
+    with jax.set_mesh(mesh), exchanging(layout.exchange), in_place as read:
         state, _, operands = start(name)
         placed = [jax.device_put(tree, shardings(mesh, tree)) for tree in (state, operands)]
         batch = jax.device_put(start(name)[1], batch_sharding(mesh))
-        return jax.device_get(jax.jit(update(name))(placed[0], batch, *placed[1]))
+        results = jax.device_get(jax.jit(update(name))(placed[0], batch, *placed[1]))
+    if name in IN_PLACE:
+        assert bool(read) == (layout.fsdp == 1), read
+    return results
 
 
 def difference(one: Any, other: Any) -> float:

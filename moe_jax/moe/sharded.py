@@ -88,7 +88,8 @@ def _specs(gate_up: tuple[int, ...], down: tuple[int, ...], sizes: dict[str, int
     """How matrices of these shapes [E, …] lie on the mesh, and the stack of all layers' does."""
     one = place(GATE_UP, gate_up, sizes, "moe.gate_up")
     two = place(DOWN, down, sizes, "moe.down")
-    return Stored(one, two, ExpertStack(P(None, *one), P(None, *two), P()))
+    stack: Any = (P(None, *one), P(None, *two), P())
+    return Stored(one, two, ExpertStack(*stack))
 
 
 def over_data(
@@ -184,16 +185,25 @@ def _mix_exchanged(
     )
     source = None
     if experts.stack is not None:
-        # All layers' experts in one row, of which this layer's are some.
-        flat = (a.reshape(-1, *a.shape[2:]) for a in experts.stack[:2])
-        own = experts.stack.down.shape[1]
-        source = Source(*own_copies(tuple(flat), manual_axes()), experts.stack.layer * own)
+        source = _source(experts.stack)
     x, weights = _on_tensor_devices((x, choice.routing.weights))
     # The plan's experts and not the router's: it has dropped what is beyond a capacity.
     assigned = Assigned(choice.plan.experts, weights)
     tokens = x.reshape(-1, x.shape[-1])
     out, waited = expert_parallel(tokens, assigned, Experts(matrices, source), sharding)
     return _sum_over_tensor(out).reshape(x.shape), largest(waited, (TENSOR,))
+
+
+def _source(stack: ExpertStack) -> Source:
+    """This device's experts of all layers, one after the other, and the layer's first one."""
+    gate_up, down, layer = stack
+    gate_up, down = own_copies((gate_up, down), manual_axes())
+    own = down.shape[1]
+    return Source(_in_a_row(gate_up), _in_a_row(down), layer * own)
+
+
+def _in_a_row(matrices: Float[Array, "layers E I O"]) -> Float[Array, "layers*E I O"]:
+    return matrices.reshape(-1, *matrices.shape[2:])
 
 
 def _gathered(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def test_the_same_gradients_as_from_slices(small_model, remat):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5 * scale)
 
 
-def arrays(jaxpr) -> Iterator[tuple[str, jax.core.ShapedArray]]:
+def arrays(jaxpr) -> Iterator[tuple[str, Any]]:
     """(primitive, result) of every equation, those of called functions included."""
     for equation in jaxpr.eqns:
         yield from ((equation.primitive.name, v.aval) for v in equation.outvars)

@@ -4,7 +4,8 @@
 
 No GPU is used, and every time is predicted. XLA compiles the layer for absent H100s, Triton kernels
 included. Its scheduled program is then read and priced (moe_jax/predict/scheduled_hlo.py has the
-model). It needs the packages triton, jax-triton, jax-cuda13-plugin and jax-cuda13-pjrt.
+model). The same is done with the whole update of a model of DeepSeek-V3's shape, as train.py runs
+it. It needs the packages triton, jax-triton, jax-cuda13-plugin and jax-cuda13-pjrt.
 
 The load of devices, with and without replicas of hot experts, is counted in training runs on
 simulated devices (experiments/rebalancing.py).
@@ -12,10 +13,11 @@ simulated devices (experiments/rebalancing.py).
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # Triton's interpreter compiles nothing, and JAX would look for a GPU.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -33,14 +35,20 @@ from moe_kernels.launch import lowering_for, missing_package
 from experiments import rebalancing
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
-from moe_jax.config import require
+from moe_jax.config import DataConfig, ParallelConfig, TrainConfig, require
 from moe_jax.config.exchange import ExchangeConfig
+from moe_jax.config.presets import PRESETS
 from moe_jax.moe.expert_parallel import Experts, Sharding, expert_parallel
 from moe_jax.moe.hops import Assigned
 from moe_jax.moe.lanes import Matrices
+from moe_jax.moe.module import MoE
+from moe_jax.objectives.next_token import next_token
+from moe_jax.parallel.exchange import exchanging
 from moe_jax.predict.absent import OPTIONS, h100s, missing
-from moe_jax.predict.scheduled_hlo import Rates, Timeline, covered_by_products, timeline
+from moe_jax.predict.copies import copied_in_loops
+from moe_jax.predict.scheduled_hlo import Rates, Timeline, timeline
 from moe_jax.study.results import publish
+from moe_jax.train.engines.dense import DenseEngine
 
 QUESTION = "How much of expert parallelism's communication lies under computation?"
 NODE = 8
@@ -71,8 +79,10 @@ class Settings:
     """Tokens of a device."""
     layers: int = 3
     """Layers of the scanned model."""
+    step_layers: int = 2
+    """Layers of the model whose whole update is compiled."""
     quick: bool = False
-    """The plain and the chunked layer on 8 devices alone."""
+    """The plain and the chunked layer and update on 8 devices alone."""
 
     def __post_init__(self) -> None:
         own = self.experts // NODE
@@ -92,6 +102,10 @@ class Case:
     scanned: bool = False
     """Layers with residuals in a scan, each computed again in the backward pass."""
     nodes: int = 1
+    step: bool = False
+    """The whole update of a model, as the dense engine compiles it."""
+    sliced: bool = False
+    """Of an update: each turn of the scan slices its layer's matrices out of the stack."""
 
 
 def cases(settings: Settings) -> dict[str, Case]:
@@ -104,8 +118,10 @@ def cases(settings: Settings) -> dict[str, Case]:
         found[f"{name}_backward"] = Case(exchange, backward=True)
         found[f"{name}_scanned_forward"] = Case(exchange, scanned=True)
         found[f"{name}_scanned_backward"] = Case(exchange, backward=True, scanned=True)
+        found[f"{name}_step"] = Case(exchange, step=True)
     if settings.quick:
         return found
+    found["chunked_step_sliced"] = Case(chunked, step=True, sliced=True)
     found["all_gather_forward"] = Case(ExchangeConfig("all_gather"))
     found["ring_forward"] = Case(ExchangeConfig("ring"))
     found["copies_forward"] = Case(ExchangeConfig("copies"))
@@ -119,6 +135,8 @@ def cases(settings: Settings) -> dict[str, Case]:
 
 def compiled(settings: Settings, case: Case) -> Any:
     """The program of a case, compiled for absent H100s."""
+    if case.step:
+        return _compiled_step(settings, case)
     devices = NODE * case.nodes
     mesh = Mesh(np.array(h100s(case.nodes, NODE)), ("expert",), axis_types=(AxisType.Auto,))
     sharding = Sharding("expert", devices, case.exchange, mixture, True, in_place=True)
@@ -144,6 +162,40 @@ def compiled(settings: Settings, case: Case) -> Any:
     with jax.set_mesh(mesh), lowering_for(90):
         called = jax.jit(partial(_gradient, function) if case.backward else function)
         return called.lower(x, assigned, matrices).compile(compiler_options=dict(OPTIONS))
+
+
+def _compiled_step(settings: Settings, case: Case) -> Any:
+    """The update of DeepSeek-V3 with few layers and no multi-token prediction, a sequence a device.
+
+    Layers are computed again in the backward pass.
+    """
+    published = PRESETS["deepseek_v3"].model
+    experts = {"experts": settings.experts, "experts_per_token": settings.per_token}
+    model = replace(
+        published,
+        width=settings.width,
+        layers=settings.step_layers,
+        dense_layers=0,
+        mtp_depth=0,
+        remat="full",
+        compute_dtype="bfloat16",
+        moe=replace(published.moe, expert_hidden=settings.hidden, **experts),
+    )
+    config = TrainConfig(
+        batch=NODE,
+        model=model,
+        data=DataConfig(length=settings.tokens),
+        parallel=ParallelConfig(expert=NODE, exchange=case.exchange),
+    )
+    with lowering_for(90):
+        engine = DenseEngine(config, h100s(1, NODE))
+        engine.check()
+        with jax.set_mesh(engine.mesh), exchanging(case.exchange):
+            # The control: without a stack to read, every layer reads its own slice.
+            read = MoE.stack if not case.sliced else lambda self, dtype: None
+            with patch.object(MoE, "stack", read):
+                lowered = engine.lower(engine.abstract_batch(), next_token)
+            return lowered.compile(compiler_options=dict(OPTIONS))
 
 
 def _layer(sharding: Sharding, x: Array, assigned: Assigned, matrices: Matrices) -> Array:
@@ -184,16 +236,27 @@ class Reading:
     line: Timeline
     covered: float
     """Share of the transfers' time that lies under products."""
+    exchange: float
+    """The same of the all-to-alls alone."""
     memory: int
     """Temporary bytes of a device."""
+    copied: int
+    """Bytes of experts' matrices that loops copy."""
 
 
 def read(settings: Settings, case: Case) -> Reading:
     """Compiles and prices a program."""
     done = compiled(settings, case)
     text = done.as_text()
-    memory = done.memory_analysis().temp_size_in_bytes
-    return Reading(timeline(text, Rates()), covered_by_products(text, Rates()), memory)
+    under = timeline(text, Rates(), products_alone=True)
+    matrices = {(settings.width, 2 * settings.hidden), (settings.hidden, settings.width)}
+    return Reading(
+        timeline(text, Rates()),
+        under.covered,
+        under.of("all-to-all").covered,
+        done.memory_analysis().temp_size_in_bytes,
+        copied_in_loops(text, matrices),
+    )
 
 
 def device_loads(settings: Settings, out: Path) -> list[Measurement]:
@@ -211,7 +274,10 @@ def measurements(readings: Mapping[str, Reading]) -> list[Measurement]:
         Measurement("covered_chunked_forward", readings["chunked_forward"].covered, share),
         Measurement("covered_chunked_backward", readings["chunked_backward"].covered, share),
     ]
-    for which in ("forward", "backward", "scanned_forward", "scanned_backward"):
+    for arm in ("plain", "chunked"):
+        covered = readings[f"{arm}_step"].exchange
+        rows.append(Measurement(f"covered_{arm}_step", covered, f"{share}, of the exchange alone"))
+    for which in ("forward", "backward", "scanned_forward", "scanned_backward", "step"):
         plain = readings[f"plain_{which}"].line.total
         ratio = plain / readings[f"chunked_{which}"].line.total
         name = f"speedup_{which}"
@@ -222,7 +288,9 @@ def measurements(readings: Mapping[str, Reading]) -> list[Measurement]:
             value = 1e3 * getattr(line, part)
             rows.append(Measurement(f"{name}.{part}", value, "ms a device, predicted"))
         rows.append(Measurement(f"{name}.covered", reading.covered, share))
+        rows.append(Measurement(f"{name}.exchange_covered", reading.exchange, share))
         rows.append(Measurement(f"{name}.temporary", reading.memory, "bytes a device"))
+        rows.append(Measurement(f"{name}.copied", reading.copied, "bytes a device, in loops"))
     return rows + [Measurement(name, None, "not measured yet") for name in LATER]
 
 
@@ -234,7 +302,9 @@ def verdict(values: Mapping[str, float | int | None]) -> str:
         f"{values['covered_chunked_backward']:.1%} with the backward pass "
         f"({values['covered_plain']:.1%} without chunks). The layers of a scanned model are "
         f"{values['speedup_scanned_forward']:.2f}x as fast forward, "
-        f"{values['speedup_scanned_backward']:.2f}x with the backward pass. Counted in a training "
+        f"{values['speedup_scanned_backward']:.2f}x with the backward pass. In a whole update "
+        f"{values['covered_chunked_step']:.1%} of the exchange lies under products, and chunks "
+        f"make it {values['speedup_step']:.2f}x as fast. Counted in a training "
         f"run, the device with the most load has {values['eplb_load_before']:.2f} times the mean, "
         f"and {values['eplb_load_after']:.2f} times with experts placed by load."
     )

@@ -23,7 +23,7 @@ from moe_jax.model.attention import (
     document_context,
 )
 from moe_jax.model.dropout import dropout
-from moe_jax.moe.layer import Choice, RouterStats
+from moe_jax.moe.layer import Choice, ExpertStack, RouterStats
 from moe_jax.moe.rules import RoutingContext
 from moe_jax.parallel.mesh import by_rows
 
@@ -137,13 +137,20 @@ def end(
 
 
 def run_block(
-    block: "Block", x: Float[Array, "B L D"], context: Context, cache: Cache | None = None
+    block: "Block",
+    x: Float[Array, "B L D"],
+    context: Context,
+    cache: Cache | None = None,
+    experts: ExpertStack | None = None,
 ) -> tuple[Float[Array, "B L D"], Cache, RouterStats | None]:
-    """All stages of one block. `context` is the block's own: its key belongs to this layer."""
+    """All stages of one block. `context` is the block's own: its key belongs to this layer.
+
+    `experts`: where the block's experts are read, if not in the block (moe.sharded.expert_stack).
+    """
     entered, cache = enter(block, x, context, cache)
     routed = stats = None
     if block.sparse:
-        routed, stats = block.moe(entered.normed, _routing(context))
+        routed, stats = block.moe(entered.normed, _routing(context), experts)
     return leave(block, entered, routed, context.key), cache, stats
 
 
@@ -166,11 +173,15 @@ def run_stack(
     graph, parameters = nnx.split(stack.blocks)
     own = context.at(stack.name)
     keys = None if own.key is None else layer_keys(own.key, stack.count)
+    # Outside of the scan, so that no turn slices a layer's experts out of it.
+    whole = stack.blocks.moe.stack(x.dtype) if stack.blocks.sparse else None
+    numbers = None if whole is None else jnp.arange(stack.count)
 
-    def step(x: Array, layer: tuple[Any, Cache | None, Array | None]) -> tuple[Array, Any]:
-        parameters, cache, key = layer
+    def step(x: Array, layer: tuple[Any, Cache | None, Array | None, Any]) -> tuple[Array, Any]:
+        parameters, cache, key, number = layer
         block = nnx.merge(graph, parameters)
-        x, extended, stats = run_block(block, x, own._replace(key=key), cache)
+        experts = None if whole is None else whole._replace(layer=number)
+        x, extended, stats = run_block(block, x, own._replace(key=key), cache, experts)
         # Attention returns its keys and values in training, too. Stacked by the scan, they would
         # stay in memory for nothing.
         # The carry's layout: without it the partitioner may choose to send activations.
@@ -179,7 +190,8 @@ def run_stack(
     if stack.remat != "none":
         # The scan keeps XLA from merging the recomputation with the forward pass by itself.
         step = jax.checkpoint(step, policy=REMAT_POLICIES[stack.remat], prevent_cse=False)
-    x, (caches, stats) = lax.scan(step, x, (parameters, caches, keys), unroll=stack.unroll)
+    layers = (parameters, caches, keys, numbers)
+    x, (caches, stats) = lax.scan(step, x, layers, unroll=stack.unroll)
     return x, caches, stats
 
 

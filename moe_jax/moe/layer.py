@@ -45,6 +45,18 @@ class Gate(NamedTuple):
     """Noisy top-k's second router."""
 
 
+class ExpertStack(NamedTuple):
+    """The experts of all layers of a scan, from which kernels read one layer's in place.
+
+    They are in the compute dtype and have no gradient. The layer's own matrices receive it.
+    """
+
+    gate_up: Float[Array, "layers E D twoF"]
+    down: Float[Array, "layers E F D"]
+    layer: Int[Array, ""] | int = 0
+    """The layer that is computed."""
+
+
 class Layer(NamedTuple):
     """The arrays of one layer."""
 
@@ -53,6 +65,8 @@ class Layer(NamedTuple):
     down: Float[Array, "E F D"]
     slots: Int[Array, "slots"] | None = None
     """The expert in each slot of the devices (module.ExpertSlots)."""
+    stack: ExpertStack | None = None
+    """Set where kernels read the experts here, and not in gate_up and down."""
 
 
 class Choice(NamedTuple):

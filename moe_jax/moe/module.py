@@ -53,11 +53,18 @@ class MoE(nnx.Module):
         self.bias = RouterBias(jnp.zeros((experts,), jnp.float32))
 
     def __call__(
-        self, x: Float[Array, "B L D"], context: RoutingContext = NO_CONTEXT
+        self,
+        x: Float[Array, "B L D"],
+        context: RoutingContext = NO_CONTEXT,
+        stack: layer.ExpertStack | None = None,
     ) -> tuple[Float[Array, "B L D"], layer.RouterStats]:
         slots = self.slots[...] if hasattr(self, "slots") else None
-        arrays = layer.Layer(self.gate(), self.gate_up[...], self.down[...], slots)
+        arrays = layer.Layer(self.gate(), self.gate_up[...], self.down[...], slots, stack)
         return sharded.over_data(x, context, arrays, self.config, self.gradient)
+
+    def stack(self, dtype: jnp.dtype) -> layer.ExpertStack | None:
+        """Of layers whose parameters carry a leading layer axis: sharded.expert_stack."""
+        return sharded.expert_stack(self.gate_up[...], self.down[...], self.config, dtype)
 
     def gate(self) -> layer.Gate:
         """The router's own arrays."""

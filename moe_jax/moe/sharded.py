@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
+from moe_kernels.experts import Source
 
 from moe_jax.base.errors import require
 from moe_jax.config import MoEConfig
@@ -17,7 +18,16 @@ from moe_jax.moe.expert_parallel import Experts, Sharding, expert_parallel
 from moe_jax.moe.hops import Assigned
 from moe_jax.moe.implementation import implementation, mixture_of, uses_kernels
 from moe_jax.moe.lanes import Matrices
-from moe_jax.moe.layer import Choice, Gate, Layer, RouterStats, choose, mix, moe_layer
+from moe_jax.moe.layer import (
+    Choice,
+    ExpertStack,
+    Gate,
+    Layer,
+    RouterStats,
+    choose,
+    mix,
+    moe_layer,
+)
 from moe_jax.moe.replicas import slots_of_experts
 from moe_jax.moe.rules import RoutingContext
 from moe_jax.parallel.exchange import exchange_in_force
@@ -50,16 +60,48 @@ class Stored(NamedTuple):
     slots: Any = None
     """The expert in each slot of the devices, if experts change their devices. Then every device
     has a part of every expert (parallel.fetch), and otherwise whole experts."""
+    stack: Any = None
+
+
+def expert_stack(
+    gate_up: Float[Array, "layers E D twoF"],
+    down: Float[Array, "layers E F D"],
+    config: MoEConfig,
+    dtype: jnp.dtype,
+) -> ExpertStack | None:
+    """The experts of all layers for kernels that read them in place, or None where none do.
+
+    They are cast here, once for all layers and for a backward pass that computes layers again. Only
+    the Triton kernels read in place. Matrices that lie split over further axes, or that are fetched
+    for the slots of a device, are gathered layer by layer, and the gathered ones are the copy that
+    is read.
+    """
+    exchange = exchange_in_force()
+    if EXPERT not in axis_sizes() or exchange.kind == "weights" or exchange.rebalance:
+        return None
+    specs = _specs(gate_up.shape[1:], down.shape[1:], whole_experts=True)
+    further = any(axes not in (None, EXPERT) for spec in specs[:2] for axes in spec)
+    if further or not _reads_sources(config):
+        return None
+    return lax.stop_gradient(ExpertStack(gate_up.astype(dtype), down.astype(dtype)))
+
+
+def _reads_sources(config: MoEConfig) -> bool:
+    """Whether the experts' implementation reads matrices where they lie (moe_kernels' Source)."""
+    name = implementation(config.implementation, config.precision)
+    return name == "triton" and config.precision == "compute"
 
 
 def _specs(gate_up: tuple[int, ...], down: tuple[int, ...], whole_experts: bool) -> Stored:
-    """How matrices of these shapes lie on the mesh."""
+    """How matrices of these shapes lie on the mesh, and how the stack of all layers' does."""
     sizes = axis_sizes()
-    if whole_experts:
-        one = place(GATE_UP, gate_up, sizes, "moe.gate_up")
-        return Stored(one, place(DOWN, down, sizes, "moe.down"))
-    one = place(within_experts(GATE_UP), gate_up, sizes, "moe.gate_up")
-    return Stored(one, place(within_experts(DOWN), down, sizes, "moe.down"), P())
+    if not whole_experts:
+        one = place(within_experts(GATE_UP), gate_up, sizes, "moe.gate_up")
+        return Stored(one, place(within_experts(DOWN), down, sizes, "moe.down"), slots=P())
+    one = place(GATE_UP, gate_up, sizes, "moe.gate_up")
+    two = place(DOWN, down, sizes, "moe.down")
+    stack: Any = (P(None, *one), P(None, *two), P())
+    return Stored(one, two, stack=ExpertStack(*stack))
 
 
 def over_data(
@@ -88,6 +130,8 @@ def over_data(
     travels = EXPERT in sizes and exchange.kind != "weights"
     slots = _slots(layer, config) if travels and exchange.rebalance else None
     specs = _specs(layer.gate_up.shape, layer.down.shape, whole_experts=slots is None)
+    if layer.stack is None:
+        specs = specs._replace(stack=None)
 
     def local(batch: Any, gate: Gate, experts: Stored, key: Array | None) -> Any:
         x, tokens, documents, noise = batch
@@ -111,7 +155,7 @@ def over_data(
     )
     noise = context.draw_noise(config, x.shape[:-1])
     batch = (x, context.tokens, context.documents, noise)
-    stored = Stored(layer.gate_up, layer.down, slots)
+    stored = Stored(layer.gate_up, layer.down, slots, layer.stack)
     (out, experts), stats = spread(batch, layer.gate, stored, context.key)
     return out, stats._replace(experts=experts)
 
@@ -157,15 +201,17 @@ def _mix_exchanged(
     """(layer.mix with experts on devices of the expert axis, statistics of the exchange)."""
     wide = sum_dtype(x.dtype, gradient)
     matrices = Matrices(*_gathered(experts, specs, wide, x.dtype, keep=(EXPERT,)))
-    reads_sources = implementation(config.implementation, config.precision) == "triton"
     sharding = Sharding(
         EXPERT,
         manual_axes()[EXPERT],
         exchange_in_force(),
         mixture_of(config),
         kernels=uses_kernels(config),
-        in_place=reads_sources and config.precision == "compute",
+        in_place=_reads_sources(config),
     )
+    source = None
+    if experts.stack is not None:
+        source = _source(experts.stack)
     x, weights = _on_tensor_devices((x, choice.routing.weights))
     # The plan's experts and not the router's: it has dropped what is beyond a capacity.
     places = choice.plan.experts
@@ -174,12 +220,24 @@ def _mix_exchanged(
         places = slots_of_experts(choice.plan, experts.slots, lax.axis_index(EXPERT))
     assigned = Assigned(places, weights)
     tokens = x.reshape(-1, x.shape[-1])
-    out, waited = expert_parallel(tokens, assigned, Experts(matrices), sharding)
+    out, waited = expert_parallel(tokens, assigned, Experts(matrices, source), sharding)
     counts = {
         "waited": sum_over_batch(largest(waited, (TENSOR,))),
         "busiest": _busiest(places // len(matrices.down), sharding.devices),
     }
     return _sum_over_tensor(out).reshape(x.shape), counts
+
+
+def _source(stack: ExpertStack) -> Source:
+    """This device's experts of all layers, one after the other, and the layer's first one."""
+    gate_up, down, layer = stack
+    gate_up, down = own_copies((gate_up, down), manual_axes())
+    own = down.shape[1]
+    return Source(_in_a_row(gate_up), _in_a_row(down), layer * own)
+
+
+def _in_a_row(matrices: Float[Array, "layers E I O"]) -> Float[Array, "layers*E I O"]:
+    return matrices.reshape(-1, *matrices.shape[2:])
 
 
 def _gathered(

@@ -17,7 +17,14 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from moe_jax.predict.hlo_text import Instruction, Program, dimensions, parse, shape_bytes
+from moe_jax.predict.hlo_text import (
+    Instruction,
+    Program,
+    dimensions,
+    parse,
+    replica_group,
+    shape_bytes,
+)
 
 COLLECTIVES = (
     "all-to-all",
@@ -56,6 +63,20 @@ class Rates:
 
 
 @dataclass
+class Transfers:
+    """Those of one kind: seconds, and how many of them the device waits."""
+
+    seconds: float = 0.0
+    stalled: float = 0.0
+
+    @property
+    def covered(self) -> float:
+        """The share of the seconds during which the device computes."""
+        # max: rounding may leave less than nothing.
+        return max(0.0, 1 - self.stalled / self.seconds) if self.seconds else 1.0
+
+
+@dataclass
 class Timeline:
     """Predicted seconds of a program on one device."""
 
@@ -67,28 +88,40 @@ class Timeline:
     """Of `total`: waiting for a transfer."""
     wire: float = 0.0
     """When the second stream is free."""
-    waiting: dict[str, float] = field(default_factory=dict)
+    waiting: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """(kind, end) of the transfers under way."""
+    kinds: dict[str, Transfers] = field(default_factory=dict)
+    """By XLA's name of the collective."""
 
     @property
     def covered(self) -> float:
         """The share of the transfers' time during which the device computes."""
-        # max: rounding may leave less than nothing.
-        return max(0.0, 1 - self.stalled / self.transfers) if self.transfers else 1.0
+        return Transfers(self.transfers, self.stalled).covered
+
+    def of(self, kind: str) -> Transfers:
+        """The transfers of a kind."""
+        return self.kinds.setdefault(kind, Transfers())
 
     def add(self, other: "Timeline", turns: int) -> None:
         """`turns` runs of a loop's body, one after the other."""
         for name in ("total", "products", "rest", "transfers", "stalled"):
             setattr(self, name, getattr(self, name) + turns * getattr(other, name))
+        for kind, transfers in other.kinds.items():
+            self.of(kind).seconds += turns * transfers.seconds
+            self.of(kind).stalled += turns * transfers.stalled
 
-    def start(self, name: str, seconds: float) -> None:
+    def start(self, name: str, kind: str, seconds: float) -> None:
         """A transfer enters the second stream."""
         self.wire = max(self.wire, self.total) + seconds
-        self.waiting[name] = self.wire
+        self.waiting[name] = (kind, self.wire)
         self.transfers += seconds
+        self.of(kind).seconds += seconds
 
     def wait(self, name: str) -> None:
         """The first stream waits until the transfer has ended."""
-        stall = max(0.0, self.waiting.pop(name) - self.total)
+        kind, end = self.waiting.pop(name)
+        stall = max(0.0, end - self.total)
+        self.of(kind).stalled += stall
         self.stalled += stall
         self.total += stall
 
@@ -117,7 +150,7 @@ def _run(program: Program, name: str, rates: Rates, alone: bool) -> Timeline:
         if kind and i.opcode.endswith("-done"):
             line.wait(i.operands[0])
         elif kind:
-            line.start(i.name, transfer_seconds(kind, i, by_name, rates))
+            line.start(i.name, kind, transfer_seconds(kind, i, by_name, rates))
             if not i.opcode.endswith("-start"):
                 line.wait(i.name)
         elif i.opcode in ("while", "call") and i.called:
@@ -187,28 +220,6 @@ def transfer_seconds(
     times = 2 if kind == "all-reduce" else 1
     slower = max(inside / rates.link, (size - 1 - inside) / rates.network)
     return times * part * slower + rates.latency
-
-
-def replica_group(attributes: str) -> list[int]:
-    """The first group of devices of a collective."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    if listed:
-        return list(map(int, listed[1].split(",")))
-    # [groups,size]<=[a,b]T(1,0): the numbers of all devices, reshaped, transposed, and cut.
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if not iota:
-        raise ValueError(f"no replica groups in {attributes[:200]}")
-    sizes = list(map(int, iota[3].split(",")))
-    order = list(map(int, iota[4].split(","))) if iota[4] else list(range(len(sizes)))
-    strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-    group = []
-    for n in range(int(iota[2])):
-        device = 0
-        for axis in reversed(order):
-            n, index = divmod(n, sizes[axis])
-            device += index * strides[axis]
-        group.append(device)
-    return group
 
 
 def product_flops(program: Program, i: Instruction, by_name: dict[str, Instruction]) -> int:

@@ -7,6 +7,7 @@ pair it prints a line: the pair, and the largest difference relative to each arr
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -39,6 +40,7 @@ from moe_jax.placement.slots import SlotPlanner
 from moe_jax.train.state import TrainState, init_state
 from moe_jax.train.step import make_gradient
 from moe_jax.train.update import Gradient, make_update
+from tests.parallel.in_place import reading_in_place
 
 VOCABULARY = 260
 GQA = AttentionConfig(kind="gqa", heads=4, kv_heads=2, head_dim=6)
@@ -104,6 +106,16 @@ CASES: dict[str, TrainConfig] = {
     "qk_norm": run(replace(MODEL, attention=replace(GQA, qk_norm="full"))),
     "teacher": run(distill=DistillConfig(teacher="another model", alpha=0.5, chunk=100)),
 }
+IN_PLACE: dict[str, TrainConfig] = {
+    "in_place": run(replace(MODEL, layers=3, mtp_depth=1)),
+    "in_place_remat": replace(
+        run(replace(MODEL, layers=3, remat="full", dropout=0.2)),
+        batch=16,
+        optim=OptimConfig(accumulation=2),
+    ),
+}
+"""Their experts are read out of the stack of all layers, as the kernels read them on a GPU."""
+CASES |= IN_PLACE
 
 
 def replicated(kind: Any = "all_to_all", **settings: Any) -> ExchangeConfig:
@@ -122,6 +134,8 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "three": ParallelConfig(fsdp=2, expert=2, tensor=2),
     "weights": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig("weights")),
     "all_gather": ParallelConfig(expert=4, tensor=2, exchange=ExchangeConfig("all_gather")),
+    "data-chunks": ParallelConfig(expert=4, exchange=ExchangeConfig(chunks=2)),
+    "data-overflow": ParallelConfig(expert=4, exchange=ExchangeConfig(buffer=0.2)),
     "chunks": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig(chunks=2)),
     "ring": ParallelConfig(fsdp=2, expert=4, exchange=ExchangeConfig("ring")),
     "copies": ParallelConfig(expert=4, tensor=2, exchange=ExchangeConfig("copies", node=2)),
@@ -218,14 +232,19 @@ def spread(name: str, layout: ParallelConfig) -> list[Any]:
     """The results on a mesh: of an update, or of one on each of several placements of experts."""
     mesh = make_mesh(layout)
     whole = not layout.exchange.rebalance
-    with jax.set_mesh(mesh), exchanging(layout.exchange):
+    in_place = reading_in_place() if name in IN_PLACE else nullcontext()
+    with jax.set_mesh(mesh), exchanging(layout.exchange), in_place as read:
         state, _, operands = start(name)
         trees = (state, operands)
         placed = [jax.device_put(tree, shardings(mesh, tree, whole)) for tree in trees]
         batch = jax.device_put(start(name)[1], batch_sharding(mesh))
         if whole:
-            return [jax.device_get(jax.jit(update(name))(placed[0], batch, *placed[1]))]
-        return on_placements(name, layout, (placed[0], batch, *placed[1]))
+            results = [jax.device_get(jax.jit(update(name))(placed[0], batch, *placed[1]))]
+        else:
+            results = on_placements(name, layout, (placed[0], batch, *placed[1]))
+    if name in IN_PLACE:
+        assert bool(read) == (layout.fsdp == 1 and whole), read
+    return results
 
 
 def on_placements(name: str, layout: ParallelConfig, arguments: Any) -> list[Any]:

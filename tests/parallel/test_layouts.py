@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.parallel.layouts import CASES, LAYOUTS
+from tests.parallel.layouts import CASES, IN_PLACE, LAYOUTS
 
 TOLERANCE = 1e-10
 """Of float64, relative to an array's largest value. Sums are taken in another order."""
@@ -43,7 +43,14 @@ def test_every_layout_equals_one_device(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sorted(CASES.keys() - {"gqa", "mla", "dense"}))
+@pytest.mark.parametrize("case", sorted(IN_PLACE))
+def test_experts_read_in_place_equal_one_device(case):
+    # With fsdp they are gathered, and read there.
+    check([f"{case}/{layout}" for layout in ("data-chunks", "data-overflow", "fsdp-expert")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(CASES.keys() - IN_PLACE.keys() - {"gqa", "mla", "dense"}))
 def test_everything_that_a_model_may_have_equals_one_device(case):
     # Micro-batches of the accumulation have four rows.
     others = "expert-tensor" if case == "accumulation" else "fsdp-expert"

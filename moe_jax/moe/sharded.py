@@ -55,8 +55,7 @@ def over_data(
     rows = batch_axes()
     exchange = exchange_in_force()
     if not rows and TENSOR not in sizes:
-        out, choice = moe_layer(x, layer, config, context)
-        return out, choice.stats
+        return _on_this_device(x, context, layer, config)
     hidden = layer.down.shape[1]
     require(
         hidden % sizes.get(TENSOR, 1) == 0,
@@ -93,6 +92,22 @@ def over_data(
     return out, stats._replace(experts=experts)
 
 
+def _on_this_device(
+    x: Float[Array, "B L D"], context: RoutingContext, layer: Layer, config: MoEConfig
+) -> tuple[Float[Array, "B L D"], RouterStats]:
+    """over_data where nothing is left to the partitioner, such as in a pipeline.
+
+    The layer has all experts, or those of this device of the expert axis.
+    """
+    if len(layer.down) == config.experts:
+        out, choice = moe_layer(x, layer, config, context)
+        return out, choice.stats
+    choice = choose(x, layer.gate, config, context)
+    matrices = Matrices(layer.gate_up.astype(x.dtype), layer.down.astype(x.dtype))
+    out, waited = _exchange(x, choice.routing.weights, choice, matrices, config)
+    return out, choice.stats._replace(waited=sum_over_batch(waited))
+
+
 def _mix_gathered(
     x: Float[Array, "B L D"],
     choice: Choice,
@@ -122,6 +137,20 @@ def _mix_exchanged(
     """(layer.mix with every expert on its own device of the expert axis, copies that waited)."""
     wide = sum_dtype(x.dtype, gradient)
     matrices = Matrices(*_gathered(experts, specs, wide, x.dtype, keep=(EXPERT,)))
+    x, weights = _on_tensor_devices((x, choice.routing.weights))
+    out, waited = _exchange(x, weights, choice, matrices, config)
+    return _sum_over_tensor(out), largest(waited, (TENSOR,))
+
+
+def _exchange(
+    x: Float[Array, "B L D"],
+    weights: Float[Array, "T K"],
+    choice: Choice,
+    matrices: Matrices,
+    config: MoEConfig,
+) -> tuple[Float[Array, "B L D"], Int[Array, ""]]:
+    """(layer.mix by the experts of all devices of the expert axis, this device's copies that
+    waited). `matrices` are this device's own experts."""
     reads_sources = implementation(config.implementation, config.precision) == "triton"
     sharding = Sharding(
         EXPERT,
@@ -131,12 +160,11 @@ def _mix_exchanged(
         kernels=uses_kernels(config),
         in_place=reads_sources and config.precision == "compute",
     )
-    x, weights = _on_tensor_devices((x, choice.routing.weights))
     # The plan's experts and not the router's: it has dropped what is beyond a capacity.
     assigned = Assigned(choice.plan.experts, weights)
     tokens = x.reshape(-1, x.shape[-1])
     out, waited = expert_parallel(tokens, assigned, Experts(matrices), sharding)
-    return _sum_over_tensor(out).reshape(x.shape), largest(waited, (TENSOR,))
+    return out.reshape(x.shape), waited
 
 
 def _gathered(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 from jax.extend import core
 from jax.extend.core import primitives
 from jax.interpreters import partial_eval
@@ -49,6 +50,13 @@ CALLS = {"jit": "jaxpr", "custom_vjp_call": "call_jaxpr", "custom_jvp_call": "ca
 before equations are looked at, so that those with a rule of their own are calls like others."""
 
 
+COLLECTIVES = (
+    *("psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_to_all", "ragged_all_to_all"),
+    *("all_gather", "all_gather_invariant", "reduce_scatter"),
+)
+"""Primitives in which devices send each other something."""
+
+
 def inlined(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
     """Evaluates with every called function in its place: an equation is then one operation."""
     values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
@@ -62,10 +70,32 @@ def reduced_to(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
         return equation
     if equation.primitive is primitives.while_p:
         return _reduced_while(equation, used)
+    if equation.primitive.name == "optimization_barrier":
+        return equation.replace(
+            invars=_of(equation.invars, used), outvars=_of(equation.outvars, used)
+        )
     rule = partial_eval.dce_rules.get(equation.primitive)
     reduced = equation if rule is None else rule(used, equation)[1]
     assert reduced is not None, "an equation that is used was removed"
     return reduced
+
+
+def _of(values: Sequence[Any], used: Sequence[bool]) -> list[Any]:
+    return [value for value, is_used in zip(values, used, strict=True) if is_used]
+
+
+def communicates(equation: core.JaxprEqn) -> bool:
+    """Whether devices send each other something in an equation, or inside of its functions."""
+    if equation.primitive.name in COLLECTIVES:
+        return True
+    inner = (
+        leaf for leaf in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr) if _is_jaxpr(leaf)
+    )
+    return any(communicates(e) for jaxpr in inner for e in jaxpr.eqns)
+
+
+def _is_jaxpr(node: Any) -> bool:
+    return isinstance(node, (core.Jaxpr, core.ClosedJaxpr))
 
 
 def _reduced_while(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
@@ -90,8 +120,8 @@ def _reduced_while(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
     constants = equation.invars[: condition_constants + body_constants]
     carry = equation.invars[condition_constants + body_constants :]
     return equation.replace(
-        invars=[*constants, *(v for v, keep in zip(carry, carried, strict=True) if keep)],
-        outvars=[v for v, keep in zip(equation.outvars, carried, strict=True) if keep],
+        invars=[*constants, *_of(carry, carried)],
+        outvars=_of(equation.outvars, carried),
         params={
             **equation.params,
             "cond_jaxpr": core.ClosedJaxpr(new_condition, condition.consts),

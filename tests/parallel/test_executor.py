@@ -32,6 +32,7 @@ def last(shared, y, c):
 
 
 STAGES = Stages(first, layer, last)
+SPECS = Arguments(P(), P("pipe"), P("pipe"), P(), P())
 
 
 def make_arguments(layers, microbatches, rows=3):
@@ -75,7 +76,7 @@ def expected(arguments):
 
 def pipelined(schedule):
     mesh = jax.make_mesh((2,), ("pipe",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    return jax.jit(make_gradient(schedule, STAGES, mesh, P())), mesh
+    return jax.jit(make_gradient(schedule, STAGES, mesh, SPECS)), mesh
 
 
 def check(name):

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 from jax.extend import core
 from jax.extend.core import primitives
 from jax.interpreters import partial_eval
+
+from moe_jax.parallel.mesh import own_copies
 
 
 def dependents(equations: Iterable[core.JaxprEqn], variables: Iterable[core.Var]) -> set[core.Var]:
@@ -39,6 +40,10 @@ def _bind(equation: core.JaxprEqn, arguments: Sequence[Any]) -> Sequence[Any]:
     called = CALLS.get(equation.primitive.name)
     if called is not None:
         return inlined(equation.params[called], arguments)
+    if equation.primitive.name == "pvary":
+        # A value may have more axes here than in the trace: kernels' results have none there, and
+        # what a pipeline has stored between two programs has its axis.
+        return [own_copies(argument, equation.params["axes"]) for argument in arguments]
     parameters = equation.primitive.get_bind_params(equation.params)
     with equation.ctx.manager:
         out = equation.primitive.bind(*arguments, **parameters)
@@ -48,13 +53,6 @@ def _bind(equation: core.JaxprEqn, arguments: Sequence[Any]) -> Sequence[Any]:
 CALLS = {"jit": "jaxpr", "custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 """Primitives that call a function, and its name among their parameters. Derivatives are taken
 before equations are looked at, so that those with a rule of their own are calls like others."""
-
-
-COLLECTIVES = (
-    *("psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_to_all", "ragged_all_to_all"),
-    *("all_gather", "all_gather_invariant", "reduce_scatter"),
-)
-"""Primitives in which devices send each other something."""
 
 
 def inlined(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
@@ -82,20 +80,6 @@ def reduced_to(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
 
 def _of(values: Sequence[Any], used: Sequence[bool]) -> list[Any]:
     return [value for value, is_used in zip(values, used, strict=True) if is_used]
-
-
-def communicates(equation: core.JaxprEqn) -> bool:
-    """Whether devices send each other something in an equation, or inside of its functions."""
-    if equation.primitive.name in COLLECTIVES:
-        return True
-    inner = (
-        leaf for leaf in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr) if _is_jaxpr(leaf)
-    )
-    return any(communicates(e) for jaxpr in inner for e in jaxpr.eqns)
-
-
-def _is_jaxpr(node: Any) -> bool:
-    return isinstance(node, (core.Jaxpr, core.ClosedJaxpr))
 
 
 def _reduced_while(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:

@@ -15,9 +15,6 @@ So no product is computed twice, and the function needs no marks at its linear l
 exceptions. Values of p and c alone (casts, attention masks) are computed anew, because storing them
 for every micro-batch would take more memory. A loop, a branch or a scan is one equation. Where it
 yields parts of both halves it runs in both, each time without the results that nobody reads.
-
-Collectives run in forward and backward_input alone. A loop that has one runs whole there. So the
-gradient of the parameters can be computed at any time, without waiting for another device.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from moe_jax.parallel.equations import communicates, dependents, evaluate, inlined, reduced_to
+from moe_jax.parallel.equations import dependents, evaluate, inlined, reduced_to
 
 Saveable = Callable[[core.JaxprEqn], bool]
 """Whether outputs of this equation of the forward pass may be saved. Others are recomputed."""
@@ -91,11 +88,9 @@ def split(
     y = jax.eval_shape(function, p, x, c)[0]
     joint = Joint.of(_gradient_of(function), (p, x, c, y))
     known = joint.known(saveable)
-    # Whatever devices send each other is sent in the first half, which waits for them anyway.
-    sent = joint.sent(joint.dp, known)
-    to_input = joint.part([*joint.dx, *sent], known)
+    to_input = joint.part(joint.dx, known)
     computed = {v for equation in to_input.equations for v in equation.outvars}
-    available = (computed & joint.varying) | set(sent) | set(joint.dy) | known
+    available = (computed & joint.varying) | set(joint.dy) | known
     to_weight = joint.part(joint.dp, available)
     saved = _unique(v for v in [*to_input.reads, *to_weight.reads] if v in known)
     kept = [v for v in to_weight.reads if v in available - known]
@@ -206,11 +201,6 @@ class Joint:
                 equations.append(reduced)
                 needed |= {v for v in reduced.invars if isinstance(v, core.Var)}
         return Sliced(equations[::-1], [v for v in self._order() if v in needed & available])
-
-    def sent(self, wanted: Iterable[Any], available: set[core.Var]) -> list[core.Var]:
-        """The results of collectives among what computes `wanted`."""
-        equations = self.part(wanted, available).equations
-        return [v for e in equations if communicates(e) for v in e.outvars]
 
     def _order(self) -> list[core.Var]:
         """All variables in the order in which they come to be."""

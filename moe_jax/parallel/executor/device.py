@@ -13,7 +13,17 @@ from moe_jax.parallel.executor.interface import PIPE, Arguments, Result, Stages,
 from moe_jax.parallel.executor.piece import Forward, Piece, Work
 from moe_jax.parallel.executor.placement import piece_numbers
 from moe_jax.parallel.executor.row import Row, Step, rows_of
-from moe_jax.parallel.executor.slots import add, add_at, at, put, shapes_of, when, zero_index, zeros
+from moe_jax.parallel.executor.slots import (
+    Stack,
+    add,
+    add_at,
+    at,
+    put,
+    shapes_of,
+    when,
+    zero_index,
+    zeros,
+)
 from moe_jax.parallel.gradient_split import Saveable, split
 from moe_jax.parallel.mesh import largest, own_copies, varying_axes
 from moe_jax.parallel.schedules import Kind, PipelineSchedule
@@ -30,8 +40,8 @@ class Buffers(NamedTuple):
     """Messages that wait for their forward, [slots, …]."""
     gradients: Array
     """Messages that wait for their backward, [slots, …]."""
-    saved: Tree
-    """Between a forward and its last backward, [slots, …]."""
+    saved: tuple[Tree, Array]
+    """Of a piece's layers and its output, between a forward and its last backward, [slots, …]."""
     pending: Tree
     """Between a backward to the input and the one to the weights, [slots, …]."""
     result: Result
@@ -122,31 +132,33 @@ class DeviceProgram:
         if kind == OVERLAPPED:
             buffers, y, dx = self._overlapped(buffers, row)
         if kind == Kind.FORWARD:
-            work, x = self._to_do(buffers, row.forward)
+            work, x = self._of_forward(buffers, row.forward)
             buffers, y = self._store_forward(buffers, row.forward, self.piece.forward(work, x))
         if kind == Kind.BACKWARD:
             buffers, dx, kept = self._backward_input(buffers, row.backward)
-            buffers = self._backward_weight(buffers, row.backward, kept)
+            one = jax.tree.map(lambda a: a[None], kept)
+            buffers = self._backward_weight(buffers, row.backward, Stack(one, zero_index()))
         if kind == Kind.BACKWARD_INPUT:
             buffers, dx, kept = self._backward_input(buffers, row.backward)
             pending = put(buffers.pending, row.backward.pending, kept)
             buffers = buffers._replace(pending=pending)
         if kind == Kind.BACKWARD_WEIGHT:
-            kept = at(buffers.pending, row.backward.pending)
+            kept = Stack(buffers.pending, row.backward.pending)
             buffers = self._backward_weight(buffers, row.backward, kept)
         return buffers, Outbox(y, dx)
 
     def _overlapped(self, buffers: Buffers, row: Row) -> tuple[Buffers, Array, Array]:
         """A forward and a whole backward as one computation."""
-        # Both are read before anything is written, so that they do not depend on each other.
-        to_do, x = self._to_do(buffers, row.forward)
-        buffers, done, saved, dy = self._done(buffers, row.backward)
-        forward, dx, dp = self.piece.overlapped(to_do, x, done, saved, dy)
+        # Both read before one of them writes, so that they do not depend on each other.
+        work, x = self._of_forward(buffers, row.forward)
+        buffers, other, saved, dy = self._of_backward(buffers, row.backward)
+        sums = buffers.result.layers
+        forward, dx, sums = self.piece.overlapped(work, x, other, saved, dy, sums)
+        buffers = buffers._replace(result=buffers.result._replace(layers=sums))
         buffers, y = self._store_forward(buffers, row.forward, forward)
-        buffers = self._store_first(buffers, row.backward, done, dx)
-        return self._store_weight(buffers, row.backward, dp), y, dx
+        return self._store_first(buffers, row.backward, other, dx), y, dx
 
-    def _to_do(self, buffers: Buffers, step: Step) -> tuple[Work, Array]:
+    def _of_forward(self, buffers: Buffers, step: Step) -> tuple[Work, Array]:
         """The operands of a forward."""
         work = self._work(step)
         # Only the first piece's forward has no message.
@@ -165,10 +177,10 @@ class DeviceProgram:
         saved = put(buffers.saved, step.saved, (done.saved, done.y))
         return buffers._replace(saved=saved, result=result), done.y
 
-    def _done(self, buffers: Buffers, step: Step) -> tuple[Buffers, Work, Tree, Array]:
+    def _of_backward(self, buffers: Buffers, step: Step) -> tuple[Buffers, Work, Stack, Array]:
         """The operands of a backward. The last piece computes its own dy."""
         work = self._work(step)
-        saved, y = at(buffers.saved, step.saved)
+        y = at(buffers.saved[1], step.saved)
         dy = at(buffers.gradients, jnp.maximum(step.inbox, 0))
         # Only the last piece's backward has no message. Only then is y the model's output.
         dy, result = when(
@@ -176,10 +188,10 @@ class DeviceProgram:
             lambda carry: self._last(carry[1], y, work.c),
             (dy, buffers.result),
         )
-        return buffers._replace(result=result), work, saved, dy
+        return buffers._replace(result=result), work, Stack(buffers.saved[0], step.saved), dy
 
     def _backward_input(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array, Tree]:
-        buffers, work, saved, dy = self._done(buffers, step)
+        buffers, work, saved, dy = self._of_backward(buffers, step)
         dx, kept = self.piece.backward_input(work, saved, dy)
         return self._store_first(buffers, step, work, dx), dx, kept
 
@@ -210,21 +222,17 @@ class DeviceProgram:
         (shared,) = jax.vjp(first, self.arguments.shared)[1](dx)
         return result._replace(shared=add(result.shared, shared))
 
-    def _backward_weight(self, buffers: Buffers, step: Step, kept: Tree) -> Buffers:
-        saved, _ = at(buffers.saved, step.saved)
-        dp = self.piece.backward_weight(self._work(step), saved, kept)
-        return self._store_weight(buffers, step, dp)
-
-    def _store_weight(self, buffers: Buffers, step: Step, dp: Tree) -> Buffers:
+    def _backward_weight(self, buffers: Buffers, step: Step, kept: Stack) -> Buffers:
         result = buffers.result
-        layers = add_at(result.layers, step.chunk, dp)
+        saved = Stack(buffers.saved[0], step.saved)
+        layers = self.piece.backward_weight(self._work(step), saved, kept, result.layers)
         return buffers._replace(result=result._replace(layers=layers))
 
     def _work(self, step: Step) -> Work:
         """Parameters and constants of the chunk, and the context of the micro-batch."""
         a = self.arguments
         c = (a.constants, at(a.contexts, step.microbatch))
-        return Work(at(a.layers, step.chunk), at(a.own, step.chunk), c)
+        return Work(Stack(a.layers, step.chunk), Stack(a.own, step.chunk), c)
 
     def _receive(self, buffers: Buffers, channel: Channel, slot: Array, sent: Array) -> Buffers:
         devices = self.table.kinds.shape[1]
@@ -246,7 +254,8 @@ class DeviceProgram:
         a = self.arguments
         work = self._work(Step(*[zero_index()] * 5))
         y, loss, others, saved = jax.eval_shape(self.piece.forward, work, self.x)
-        kept = jax.eval_shape(self.piece.backward_input, work, saved, y)[1]
+        one = Stack(jax.eval_shape(lambda: zeros(saved, 1)), zero_index())
+        kept = jax.eval_shape(self.piece.backward_input, work, one, y)[1]
         loss_of_last, results = jax.eval_shape(self.stages.last, a.shared, y, work.c)
         slots = self.table.slots
         chunks = self.placement.shape[1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moe_jax.parallel.executor.interface import Tree
-from moe_jax.parallel.executor.slots import at
+from moe_jax.parallel.executor.slots import Stack, add_at
 from moe_jax.parallel.gradient_split import Split
 
 
@@ -27,12 +27,21 @@ class Forward(NamedTuple):
 class Work(NamedTuple):
     """The operands of a piece for one micro-batch."""
 
-    p: Tree
-    """Parameters, [layers, …]."""
-    own: Tree
-    """Constants, [layers, …]."""
+    p: Stack
+    """Parameters."""
+    own: Stack
+    """Constants of each layer."""
     c: Tree
-    """(constants of all layers, the micro-batch's context)."""
+    """(constants of all layers, the micro-batch's context)"""
+
+    def layer(self, index: Array) -> tuple[Tree, Tree]:
+        """(parameters, constants) of a layer."""
+        return self.p.layer(index), (self.own.layer(index), self.c)
+
+    @property
+    def indices(self) -> Array:
+        """The layers in order."""
+        return jnp.arange(jax.tree.leaves(self.p.arrays)[0].shape[1], dtype=jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -44,55 +53,55 @@ class Piece:
     def forward(self, work: Work, x: Array) -> Forward:
         """All layers in order."""
 
-        def step(x: Array, layer: tuple[Tree, Tree]) -> tuple[Array, Tree]:
-            p, own = layer
-            (y, loss, others), saved = self.layer.forward(p, x, (own, work.c))
+        def step(x: Array, index: Array) -> tuple[Array, Tree]:
+            p, c = work.layer(index)
+            (y, loss, others), saved = self.layer.forward(p, x, c)
             return y, (loss, others, saved)
 
-        return _forward(*lax.scan(step, x, (work.p, work.own)))
+        return _forward(*lax.scan(step, x, work.indices))
 
-    def backward_input(self, work: Work, saved: Tree, dy: Array) -> tuple[Array, Tree]:
-        """(dx, kept)"""
+    def backward_input(self, work: Work, saved: Stack, dy: Array) -> tuple[Array, Tree]:
+        """(dx, kept of every layer)"""
 
-        def step(dy: Array, layer: tuple[Tree, Tree, Tree]) -> tuple[Array, Tree]:
-            p, own, saved = layer
-            return self.layer.backward_input(p, (own, work.c), saved, dy)
+        def step(dy: Array, index: Array) -> tuple[Array, Tree]:
+            return self.layer.backward_input(*work.layer(index), saved.layer(index), dy)
 
-        return lax.scan(step, dy, (work.p, work.own, saved), reverse=True)
+        return lax.scan(step, dy, work.indices, reverse=True)
 
-    def backward_weight(self, work: Work, saved: Tree, kept: Tree) -> Tree:
-        """dp of every layer"""
+    def backward_weight(self, work: Work, saved: Stack, kept: Stack, sums: Tree) -> Tree:
+        """`sums`, [chunks, layers, …], with the gradients of the parameters added."""
 
-        def step(_: None, layer: tuple[Tree, Tree, Tree, Tree]) -> tuple[None, Tree]:
-            p, own, saved, kept = layer
-            return None, self.layer.backward_weight(p, (own, work.c), saved, kept)
+        def step(sums: Tree, index: Array) -> tuple[Tree, None]:
+            p, c = work.layer(index)
+            dp = self.layer.backward_weight(p, c, saved.layer(index), kept.layer(index))
+            return add_at(sums, (work.p.slot, index), dp), None
 
-        return lax.scan(step, None, (work.p, work.own, saved, kept))[1]
+        return lax.scan(step, sums, work.indices)[0]
 
     def overlapped(
-        self, to_do: Work, x: Array, done: Work, saved: Tree, dy: Array
+        self, work: Work, x: Array, other: Work, saved: Stack, dy: Array, sums: Tree
     ) -> tuple[Forward, Array, Tree]:
-        """(a forward, dx and dp of a whole backward), of different micro-batches.
+        """The forward of `work`, and the whole backward of `other`: (Forward, dx, sums).
 
         A turn of the loop has a layer of the forward, from the first on, and one of the backward,
-        from the last on. Neither reads from the other, so the scheduler of XLA may put the
-        transfers of one under the products of the other. It never does so across loops.
+        from the last on. Neither reads from the other. So XLA's scheduler may put the transfers of
+        one under the products of the other, which it never does across loops.
         """
-        last = len(jax.tree.leaves(saved)[0]) - 1
 
-        def step(carry: tuple[Array, Array], layer: tuple[Array, Tree, Tree]) -> Any:
-            index, p, own = layer
-            x, dy = carry
-            (y, loss, others), new = self.layer.forward(p, x, (own, to_do.c))
-            # Not by the scan, which would have to turn round a copy of all parameters.
-            p, own, old = at((done.p, done.own, saved), last - index)
-            dx, kept = self.layer.backward_input(p, (own, done.c), old, dy)
-            dp = self.layer.backward_weight(p, (own, done.c), old, kept)
-            return (y, dx), ((loss, others, new), dp)
+        def step(carry: tuple[Array, Array, Tree], index: Array) -> tuple[Any, Any]:
+            x, dy, sums = carry
+            p, c = work.layer(index)
+            (y, loss, others), new = self.layer.forward(p, x, c)
+            index = work.indices[-1] - index
+            p, c = other.layer(index)
+            old = saved.layer(index)
+            dx, kept = self.layer.backward_input(p, c, old, dy)
+            dp = self.layer.backward_weight(p, c, old, kept)
+            sums = add_at(sums, (other.p.slot, index), dp)
+            return (y, dx, sums), (loss, others, new)
 
-        layers = (jnp.arange(last + 1), to_do.p, to_do.own)
-        (y, dx), (of_forward, dp) = lax.scan(step, (x, dy), layers)
-        return _forward(y, of_forward), dx, jax.tree.map(lambda a: a[::-1], dp)
+        (y, dx, sums), of_forward = lax.scan(step, (x, dy, sums), work.indices)
+        return _forward(y, of_forward), dx, sums
 
 
 def _forward(y: Array, of_layers: tuple[Array, Tree, Tree]) -> Forward:

@@ -126,7 +126,9 @@ def _exchanged(path: Path, x: Array, assigned: Assigned, experts: Experts) -> tu
     numbers = (route.experts + 1).astype(route.weights.dtype)
     payload = jnp.concatenate([numbers, route.weights], axis=-1)
     payload = payload.reshape(-1, payload.shape[-1])
-    buffer = Buffer(plan, largest(-(-jnp.max(plan.load) // hop.size)))
+    # Of the devices that exchange with each other. Others may be elsewhere in the program.
+    rounds = largest(-(-jnp.max(plan.load) // hop.size), (path.sharding.axis,))
+    buffer = Buffer(plan, rounds)
     floats = (x, payload, by_lane(experts.matrices, hop.lanes))
     result: Any = _all_rounds(path, floats, (buffer, experts.source))
     out, deeper = result

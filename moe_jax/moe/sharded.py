@@ -34,6 +34,7 @@ from moe_jax.parallel.exchange import exchange_in_force
 from moe_jax.parallel.fetch import fetch
 from moe_jax.parallel.gather import gather, sum_dtype
 from moe_jax.parallel.mesh import (
+    BATCH,
     EXPERT,
     TENSOR,
     axis_sizes,
@@ -120,8 +121,7 @@ def over_data(
     rows = batch_axes()
     exchange = exchange_in_force()
     if not rows and TENSOR not in sizes:
-        out, choice = moe_layer(x, layer, config, context)
-        return out, choice.stats
+        return _on_this_device(x, context, layer, config)
     hidden = layer.down.shape[1]
     require(
         hidden % sizes.get(TENSOR, 1) == 0,
@@ -165,11 +165,21 @@ def _slots(layer: Layer, config: MoEConfig) -> Int[Array, "slots"]:
     return jnp.arange(config.experts) if layer.slots is None else layer.slots
 
 
-def _busiest(device: Int[Array, "T K"], devices: int) -> Float[Array, ""]:
-    """RouterStats.busiest of assignments to these devices of the expert axis."""
-    device = device.reshape(-1, 1)
-    rows = lax.psum(jnp.sum(device == jnp.arange(devices), axis=0), EXPERT)
-    return largest(jnp.max(rows)).astype(jnp.float32) * shared_by()
+def _on_this_device(
+    x: Float[Array, "B L D"], context: RoutingContext, layer: Layer, config: MoEConfig
+) -> tuple[Float[Array, "B L D"], RouterStats]:
+    """over_data where nothing is left to the partitioner, such as in a pipeline.
+
+    The layer has all experts, or those of this device of the expert axis.
+    """
+    if len(layer.down) == config.experts:
+        out, choice = moe_layer(x, layer, config, context)
+        return out, choice.stats
+    choice = choose(x, layer.gate, config, context)
+    matrices = Matrices(layer.gate_up.astype(x.dtype), layer.down.astype(x.dtype))
+    assigned = Assigned(choice.plan.experts, choice.routing.weights)
+    out, counts = _exchange(x, assigned, Experts(matrices), config)
+    return out, choice.stats._replace(**counts)
 
 
 def _mix_gathered(
@@ -201,6 +211,24 @@ def _mix_exchanged(
     """(layer.mix with experts on devices of the expert axis, statistics of the exchange)."""
     wide = sum_dtype(x.dtype, gradient)
     matrices = Matrices(*_gathered(experts, specs, wide, x.dtype, keep=(EXPERT,)))
+    source = None if experts.stack is None else _source(experts.stack)
+    x, weights = _on_tensor_devices((x, choice.routing.weights))
+    # The plan's experts and not the router's: it has dropped what is beyond a capacity.
+    places = choice.plan.experts
+    if experts.slots is not None:
+        # Devices begin at different replicas, so that their first tokens do not all meet.
+        places = slots_of_experts(choice.plan, experts.slots, lax.axis_index(EXPERT))
+    out, counts = _exchange(x, Assigned(places, weights), Experts(matrices, source), config)
+    return _sum_over_tensor(out), counts
+
+
+def _exchange(
+    x: Float[Array, "B L D"], assigned: Assigned, experts: Experts, config: MoEConfig
+) -> tuple[Float[Array, "B L D"], dict[str, Array]]:
+    """(layer.mix by the experts of all devices of the expert axis, statistics of the exchange).
+
+    `experts` are this device's own.
+    """
     sharding = Sharding(
         EXPERT,
         manual_axes()[EXPERT],
@@ -209,23 +237,20 @@ def _mix_exchanged(
         kernels=uses_kernels(config),
         in_place=_reads_sources(config),
     )
-    source = None
-    if experts.stack is not None:
-        source = _source(experts.stack)
-    x, weights = _on_tensor_devices((x, choice.routing.weights))
-    # The plan's experts and not the router's: it has dropped what is beyond a capacity.
-    places = choice.plan.experts
-    if experts.slots is not None:
-        # Devices begin at different replicas, so that their first tokens do not all meet.
-        places = slots_of_experts(choice.plan, experts.slots, lax.axis_index(EXPERT))
-    assigned = Assigned(places, weights)
     tokens = x.reshape(-1, x.shape[-1])
-    out, waited = expert_parallel(tokens, assigned, Experts(matrices, source), sharding)
+    out, waited = expert_parallel(tokens, assigned, experts, sharding)
     counts = {
         "waited": sum_over_batch(largest(waited, (TENSOR,))),
-        "busiest": _busiest(places // len(matrices.down), sharding.devices),
+        "busiest": _busiest(assigned.experts // len(experts.matrices.down), sharding.devices),
     }
-    return _sum_over_tensor(out).reshape(x.shape), counts
+    return out.reshape(x.shape), counts
+
+
+def _busiest(device: Int[Array, "T K"], devices: int) -> Float[Array, ""]:
+    """RouterStats.busiest of assignments to these devices of the expert axis."""
+    device = device.reshape(-1, 1)
+    rows = lax.psum(jnp.sum(device == jnp.arange(devices), axis=0), EXPERT)
+    return largest(jnp.max(rows), (*BATCH, TENSOR)).astype(jnp.float32) * shared_by()
 
 
 def _source(stack: ExpertStack) -> Source:

@@ -7,6 +7,8 @@ from jax.extend import core
 from jax.extend.core import primitives
 from jax.interpreters import partial_eval
 
+from moe_jax.parallel.mesh import own_copies
+
 
 def dependents(equations: Iterable[core.JaxprEqn], variables: Iterable[core.Var]) -> set[core.Var]:
     """The variables, and all that are computed from them."""
@@ -38,6 +40,10 @@ def _bind(equation: core.JaxprEqn, arguments: Sequence[Any]) -> Sequence[Any]:
     called = CALLS.get(equation.primitive.name)
     if called is not None:
         return inlined(equation.params[called], arguments)
+    if equation.primitive.name == "pvary":
+        # A value may have more axes here than in the trace: kernels' results have none there, and
+        # what a pipeline has stored between two programs has its axis.
+        return [own_copies(argument, equation.params["axes"]) for argument in arguments]
     parameters = equation.primitive.get_bind_params(equation.params)
     with equation.ctx.manager:
         out = equation.primitive.bind(*arguments, **parameters)
@@ -62,10 +68,18 @@ def reduced_to(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
         return equation
     if equation.primitive is primitives.while_p:
         return _reduced_while(equation, used)
+    if equation.primitive.name == "optimization_barrier":
+        return equation.replace(
+            invars=_of(equation.invars, used), outvars=_of(equation.outvars, used)
+        )
     rule = partial_eval.dce_rules.get(equation.primitive)
     reduced = equation if rule is None else rule(used, equation)[1]
     assert reduced is not None, "an equation that is used was removed"
     return reduced
+
+
+def _of(values: Sequence[Any], used: Sequence[bool]) -> list[Any]:
+    return [value for value, is_used in zip(values, used, strict=True) if is_used]
 
 
 def _reduced_while(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
@@ -90,8 +104,8 @@ def _reduced_while(equation: core.JaxprEqn, used: list[bool]) -> core.JaxprEqn:
     constants = equation.invars[: condition_constants + body_constants]
     carry = equation.invars[condition_constants + body_constants :]
     return equation.replace(
-        invars=[*constants, *(v for v, keep in zip(carry, carried, strict=True) if keep)],
-        outvars=[v for v, keep in zip(equation.outvars, carried, strict=True) if keep],
+        invars=[*constants, *_of(carry, carried)],
+        outvars=_of(equation.outvars, carried),
         params={
             **equation.params,
             "cond_jaxpr": core.ClosedJaxpr(new_condition, condition.consts),

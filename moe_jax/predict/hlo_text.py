@@ -8,6 +8,7 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "bf16": 16}
 """Types whose names do not end in their bits. `pred` takes a byte."""
 ARRAY = re.compile(r"\b(pred|token|bf16|[suf]\d+\w*|c\d+)\[([\d,]*)\]")
 OPERAND = re.compile(r"%([\w.\-]+)")
+SCOPE = re.compile(r'\bop_name="([^"]*)"')
 CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 
 
@@ -36,6 +37,12 @@ class Instruction:
         match = CALLED.search(self.attributes)
         return match[1] if match else None
 
+    @property
+    def scope(self) -> str:
+        """The names of jax.named_scope and of JAX's functions around it, with slashes between."""
+        match = SCOPE.search(self.attributes)
+        return match[1] if match else ""
+
     def frontend(self, name: str) -> str | None:
         """A frontend attribute."""
         match = re.search(rf'frontend_attributes=\{{[^}}]*\b{name}="([^"]*)"', self.attributes)
@@ -48,6 +55,14 @@ class Program:
 
     computations: dict[str, list[Instruction]] = field(default_factory=dict)
     entry: str = ""
+
+    def loop_body(self, scope: str) -> str:
+        """The computation that the loop in jax.named_scope(scope) runs. KeyError: there is none."""
+        for body in self.computations.values():
+            for i in body:
+                if i.opcode == "while" and i.called and i.scope.endswith(f"/{scope}/while"):
+                    return i.called
+        raise KeyError(f"the program has no loop in the scope {scope}")
 
 
 def dimensions(shape: str) -> list[tuple[str, tuple[int, ...]]]:

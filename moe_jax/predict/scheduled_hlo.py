@@ -126,19 +126,21 @@ class Timeline:
         self.total += stall
 
 
-def timeline(text: str, rates: Rates, *, products_alone: bool = False) -> Timeline:
+def timeline(text: str, rates: Rates, *, products_alone: bool = False, loop: str = "") -> Timeline:
     """The prediction for a compiled program, `compiled.as_text()`.
 
     With `products_alone` everything but products and transfers takes no time. The covered share is
-    then that which lies under products, and copies cannot hide a transfer.
+    then that which lies under products, and copies cannot hide a transfer. With `loop` it is one
+    turn of the loop in the jax.named_scope of this name.
     """
     program = parse(text)
-    return _run(program, program.entry, rates, products_alone)
+    start = program.loop_body(loop) if loop else program.entry
+    return _run(program, start, rates, products_alone)
 
 
-def covered_by_products(text: str, rates: Rates) -> float:
+def covered_by_products(text: str, rates: Rates, loop: str = "") -> float:
     """The share of the transfers' time that lies under products."""
-    return timeline(text, rates, products_alone=True).covered
+    return timeline(text, rates, products_alone=True, loop=loop).covered
 
 
 def _run(program: Program, name: str, rates: Rates, alone: bool) -> Timeline:

@@ -200,12 +200,12 @@ def update(name: str, slots: Any = None) -> Any:
         (total, parts), gradients = gradient(state.parameters, state.router, batch, key, *operands)
         whole = Gradient(gradients, optax.tree.norm(gradients), parts)
         after = apply(state, whole)
-        return _but_waited((total, parts, gradients, after.state.router, after.metrics))
+        return but_waited((total, parts, gradients, after.state.router, after.metrics))
 
     return everything
 
 
-def _but_waited(tree: Any) -> Any:
+def but_waited(tree: Any) -> Any:
     """How many copies waited, and how many a device computes, depends on the layout.
 
     Nothing else does.

@@ -12,10 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import DistillConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from moe_jax.config import (
+    DistillConfig,
+    ExchangeConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from moe_jax.model.layout import shardings
 from moe_jax.objectives.distillation import online_objective
 from moe_jax.objectives.next_token import next_token
+from moe_jax.parallel.exchange import exchanging
 from moe_jax.parallel.rules import batch_sharding
 from moe_jax.train.engines.pipelined.engine import PipelinedEngine
 from moe_jax.train.engines.pipelined.gradient import make_pipelined_gradient
@@ -26,6 +34,7 @@ from tests.parallel.layouts import (
     MODEL,
     MOE,
     SOFTMAX,
+    but_waited,
     difference,
     in_float64,
     make_batch,
@@ -36,6 +45,8 @@ DEEP = replace(MODEL, layers=5)
 """One dense block and four sparse ones."""
 NOISY = replace(SOFTMAX, rule="noisy_top_k")
 MICROBATCHES = 4
+ROWS = 16
+"""Of a batch: a row of each micro-batch for four devices."""
 
 
 def deep(**settings: Any) -> ModelConfig:
@@ -65,14 +76,35 @@ PIPELINES: dict[str, ParallelConfig] = {
     "dualpipe": ParallelConfig(pipe=2, data=1, schedule="dualpipe"),
     "dualpipev": ParallelConfig(pipe=2, data=1, schedule="dualpipev"),
     "with-data": ParallelConfig(pipe=2, data=2, schedule="zb-h1"),
-    "with-fsdp-expert": ParallelConfig(pipe=2, data=1, fsdp=2, expert=1, schedule="1f1b"),
+    "with-fsdp": ParallelConfig(pipe=2, data=1, fsdp=2, schedule="1f1b"),
+}
+
+
+def with_experts(schedule: Any = "zb-h1", **exchange: Any) -> ParallelConfig:
+    return ParallelConfig(
+        pipe=2, data=1, expert=4, schedule=schedule, exchange=ExchangeConfig(**exchange)
+    )
+
+
+PIPELINES |= {
+    "expert": with_experts(),
+    "expert-data": ParallelConfig(pipe=2, data=2, expert=2, schedule="zb-v"),
+    "expert-dualpipe": with_experts("dualpipe"),
+    "expert-dualpipev": with_experts("dualpipev"),
+    "weights": with_experts(kind="weights"),
+    "all_gather": with_experts(kind="all_gather"),
+    "chunks": with_experts("dualpipe", chunks=2),
+    "ring": with_experts(kind="ring"),
+    "copies": with_experts(kind="copies"),
+    "nodes": with_experts(kind="copies", node=2),
+    "overflow": with_experts("dualpipe", buffer=0.2),
 }
 
 
 def compare(name: str, parallel: ParallelConfig) -> float:
     """Losses, statistics and gradients of the pipeline, beside those of one device."""
     parallel = replace(parallel, microbatches=MICROBATCHES)
-    config = in_float64(CASES[name])
+    config = in_float64(replace(CASES[name], batch=ROWS))
     objective = next_token
     operands: tuple[Any, ...] = ()
     if config.distill.teacher:
@@ -88,13 +120,13 @@ def compare(name: str, parallel: ParallelConfig) -> float:
     devices = jax.devices()[: parallel.fixed * parallel.data]
     engine = PipelinedEngine(replace(config, parallel=parallel), devices)
     engine.check()
-    with jax.set_mesh(engine.mesh):
+    with jax.set_mesh(engine.mesh), exchanging(parallel.exchange):
         gradient = make_pipelined_gradient(config, objective, engine.schedule, engine.mesh)
         trees = (state.parameters, bias, operands)
         parameters, bias, operands = jax.device_put(trees, shardings(engine.mesh, trees))
         batch = jax.device_put(batch, batch_sharding(engine.mesh))
         spread = jax.jit(gradient)(parameters, bias, batch, key, *operands)
-        return difference(jax.device_get(alone), jax.device_get(spread))
+        return difference(but_waited(jax.device_get(alone)), but_waited(jax.device_get(spread)))
 
 
 def main(pairs: list[str]) -> None:

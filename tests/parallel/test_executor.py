@@ -7,7 +7,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.parallel.equations import dependents
 from moe_jax.parallel.executor import Arguments, Stages, device, make_gradient
+from moe_jax.parallel.executor.piece import Piece, Work
+from moe_jax.parallel.executor.slots import Stack, at
+from moe_jax.parallel.gradient_split import split
 from moe_jax.parallel.schedules import SCHEDULES, build
 from moe_jax.parallel.ticks import tick_table
 
@@ -32,6 +36,7 @@ def last(shared, y, c):
 
 
 STAGES = Stages(first, layer, last)
+SPECS = Arguments(P(), P("pipe"), P("pipe"), P(), P())
 
 
 def make_arguments(layers, microbatches, rows=3):
@@ -75,7 +80,7 @@ def expected(arguments):
 
 def pipelined(schedule):
     mesh = jax.make_mesh((2,), ("pipe",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    return jax.jit(make_gradient(schedule, STAGES, mesh, P())), mesh
+    return jax.jit(make_gradient(schedule, STAGES, mesh, SPECS)), mesh
 
 
 def check(name):
@@ -102,6 +107,38 @@ def test_the_gradient_is_that_of_the_layers_in_order(name):
 @pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"zb-h1"}))
 def test_the_gradient_of_every_other_schedule(name):
     check(name)
+
+
+def test_an_overlapped_forward_and_backward_read_nothing_from_each_other():
+    """So that XLA's scheduler may put the transfers of one under the products of the other."""
+    arguments = make_arguments(2, 1)
+    constants = (arguments.constants, at(arguments.contexts, 0))
+    chunks = jax.tree.map(lambda a: a[None], (arguments.layers, arguments.own))
+    work = Work(*(Stack(tree, jnp.int32(0)) for tree in chunks), constants)
+    x = arguments.contexts["x"][0]
+    p, c = work.layer(0)
+    piece = Piece(split(layer, p, x, c))
+    saved = jax.tree.map(lambda a: a[None], piece.forward(work, x).saved)
+
+    def step(x, dy, sums):
+        forward, dx, sums = piece.overlapped(work, x, work, Stack(saved, jnp.int32(0)), dy, sums)
+        return forward, (dx, sums)
+
+    (loop,) = (
+        equation
+        for equation in jax.make_jaxpr(step)(x, x, chunks[0]).eqns
+        if equation.primitive.name == "scan"
+    )
+    body = loop.params["jaxpr"].jaxpr
+    carry = loop.params["num_consts"]
+    x_in, dy_in = body.invars[carry : carry + 2]
+    sums = len(jax.tree.leaves(chunks[0]))
+    y, *backward = body.outvars[: 2 + sums]
+    forward = [y, *body.outvars[2 + sums :]]
+    assert not dependents(body.eqns, [x_in]) & set(backward)
+    assert not dependents(body.eqns, [dy_in]) & set(forward)
+    assert {y} <= dependents(body.eqns, [x_in])
+    assert set(backward) <= dependents(body.eqns, [dy_in])
 
 
 def test_slots_that_nobody_filled_are_never_read(monkeypatch):

@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
+from moe_jax.config import ExchangeConfig
 from moe_jax.model import stages
 from moe_jax.model.abstract import split_model
 from moe_jax.model.block import Block
+from moe_jax.model.parameters import role_of
+from moe_jax.parallel.exchange import exchanging
 from moe_jax.parallel.gradient_split import SAVEABLE, split
+from moe_jax.parallel.mesh import own_copies
 
 
 def gated(p, x, c):
@@ -88,6 +94,55 @@ def test_a_block_with_experts_splits_without_excess(small_model):
     # Nine matrices: four of attention, the router, two of the experts, two of the shared experts.
     # Attention itself has two products forward and four in the gradient.
     assert (forward, to_input, to_weight) == (9 + 2, 9 + 4, 9)
+
+
+SENDING = {
+    "psum",
+    "psum_invariant",
+    "pmax",
+    "all_to_all",
+    "all_gather",
+    "reduce_scatter",
+    "ppermute",
+}
+
+
+@pytest.mark.parametrize("remat", SAVEABLE)
+@pytest.mark.parametrize("kind", ["all_to_all", "all_gather"])
+def test_the_gradient_of_the_weights_waits_for_no_device(small_model, kind, remat):
+    """A block whose experts lie on two devices."""
+    block = Block(small_model, sparse=True, key=jax.random.key(0))
+    graph, p, router = split_model(block)
+    tokens = jnp.zeros((1, 12), jnp.int32)
+    x = jnp.zeros((2, 12, small_model.width))
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: P("expert") if role_of(path) == "expert" else P(), p
+    )
+    parts = []
+
+    def run(p, x, c):
+        context = stages.whole_documents(small_model, tokens, tokens + 1, None)
+        y, _, stats = stages.run_block(nnx.merge(graph, p, c), x, context)
+        return own_copies(y, ("expert",)), stats.loss, ()
+
+    def local(p, x, router):
+        p = own_copies(p, ("expert",))
+        parts.extend(split(run, p, x, router, SAVEABLE[remat]).equations)
+        return x
+
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    chunks = 3 if kind == "all_to_all" else 1
+    with jax.set_mesh(mesh), exchanging(ExchangeConfig(kind, chunks=chunks)):
+        spread = jax.shard_map(local, in_specs=(specs, P("expert"), P()), out_specs=P("expert"))
+        jax.eval_shape(spread, p, x, router)
+    forward, to_input, to_weight = (
+        {equation.primitive.name for equation in equations} for equations in parts
+    )
+    assert kind in forward & to_input
+    # Loops are equations of their own: further rounds of a full exchange buffer.
+    assert not to_weight & SENDING
+    # The barriers between lanes hold no product of the weights back in the first half.
+    assert dots(parts[2]) >= 9
 
 
 def test_only_what_depends_on_the_input_is_saved():

@@ -40,7 +40,7 @@ ENTRY %main (a: f32[1000,1000], b: f32[1000,500]) -> f32[1000,500] {
   %done = f32[1000,500]{1,0} all-to-all-done(%start)
   %zero = s32[] constant(0)
   %init = (s32[], f32[8,1000]{1,0}) tuple(%zero, %done)
-  %known = (s32[], f32[8,1000]{1,0}) while(%init), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %known = (s32[], f32[8,1000]{1,0}) while(%init), condition=%c, body=%body, metadata={op_name="jit(f)/step/while"}, backend_config={"known_trip_count":{"n":"3"}}
   %open = (s32[], f32[8,1000]{1,0}) while(%init), condition=%c, body=%body
   %ours = (f32[1000,500]{1,0}, f32[1]{0}) custom-call(%dot), custom_call_target="k", frontend_attributes={bytes="7",flops="2000000000",latency_metadata="1"}
   ROOT %first = f32[1000,500]{1,0} get-tuple-element(%ours), index=0, frontend_attributes={flops="2000000000"}
@@ -73,6 +73,13 @@ def test_two_streams():
     assert line.stalled == 0
     assert line.total == pytest.approx(line.products + line.rest)
     assert line.covered == 1
+
+
+def test_one_turn_of_a_named_loop():
+    line = timeline(PROGRAM, RATES, loop="step")
+    assert line.rest == line.total == pytest.approx(8e-9 + 4e-12)
+    with pytest.raises(KeyError, match="no loop in the scope other"):
+        timeline(PROGRAM, RATES, loop="other")
 
 
 def test_copies_cover_nothing():

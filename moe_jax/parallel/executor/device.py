@@ -10,13 +10,27 @@ import numpy as np
 from jax import Array, lax
 
 from moe_jax.parallel.executor.interface import PIPE, Arguments, Result, Stages, Tree
-from moe_jax.parallel.executor.piece import Piece
+from moe_jax.parallel.executor.piece import Forward, Piece, Work
 from moe_jax.parallel.executor.placement import piece_numbers
-from moe_jax.parallel.executor.slots import add, add_at, at, put, shapes_of, when, zero_index, zeros
+from moe_jax.parallel.executor.row import Row, Step, rows_of
+from moe_jax.parallel.executor.slots import (
+    Stack,
+    add,
+    add_at,
+    at,
+    put,
+    shapes_of,
+    when,
+    zero_index,
+    zeros,
+)
 from moe_jax.parallel.gradient_split import Saveable, split
-from moe_jax.parallel.mesh import largest, own_copies
+from moe_jax.parallel.mesh import largest, own_copies, varying_axes
 from moe_jax.parallel.schedules import Kind, PipelineSchedule
-from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, Part, TickTable, tick_table
+from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, TickTable, tick_table
+
+NAMES = {kind: kind.name.lower() for kind in Kind} | {OVERLAPPED: "overlapped"}
+"""Names of the steps, which the operations of the compiled program carry."""
 
 
 class Buffers(NamedTuple):
@@ -26,31 +40,11 @@ class Buffers(NamedTuple):
     """Messages that wait for their forward, [slots, …]."""
     gradients: Array
     """Messages that wait for their backward, [slots, …]."""
-    saved: Tree
-    """Between a forward and its last backward, [slots, …]."""
+    saved: tuple[Tree, Array]
+    """Of a piece's layers and its output, between a forward and its last backward, [slots, …]."""
     pending: Tree
     """Between a backward to the input and the one to the weights, [slots, …]."""
     result: Result
-
-
-class Step(NamedTuple):
-    """A device's cell of parallel.ticks.Part."""
-
-    microbatch: Array
-    chunk: Array
-    inbox: Array
-    saved: Array
-    pending: Array
-
-
-class Row(NamedTuple):
-    """A device's cell of the table."""
-
-    kind: Array
-    forward: Step
-    backward: Step
-    slots: tuple[Array, ...]
-    """Of each channel: where the message that comes in is stored."""
 
 
 class Outbox(NamedTuple):
@@ -74,6 +68,8 @@ class DeviceProgram:
     piece: Piece
     x: Any
     """Shape of a message."""
+    split: tuple[Tree, Tree]
+    """The axes over which each of the shared parameters and of the layers' is split."""
 
     @classmethod
     def of(
@@ -85,6 +81,7 @@ class DeviceProgram:
         arguments: Arguments,
     ) -> "DeviceProgram":
         """Marks parameters as the device's own, and splits the gradient of a layer."""
+        split_over = jax.tree.map(varying_axes, (arguments.shared, arguments.layers))
         # Their gradients then stay local until the end, where they are summed once. What is the
         # same on several devices keeps its type, and so do losses: the cotangent of a loss that
         # all devices have together must not be counted by each of them.
@@ -109,11 +106,12 @@ class DeviceProgram:
             arguments=arguments,
             piece=piece,
             x=x,
+            split=split_over,
         )
 
     def run(self) -> Result:
         """All ticks, then the sums over devices."""
-        rows = jax.tree.map(lambda a: a[:, lax.axis_index(PIPE)], _rows(self.table))
+        rows = jax.tree.map(lambda a: a[:, lax.axis_index(PIPE)], rows_of(self.table))
         buffers, _ = lax.scan(lambda b, row: (self._tick(b, row), None), self._empty(), rows)
         return self._summed(buffers.result)
 
@@ -121,7 +119,8 @@ class DeviceProgram:
         carry = (buffers, Outbox(*[zeros(self.x)] * 2))
         for kind in np.unique(self.table.kinds):  # what the schedule never does is not compiled
             if kind != IDLE:
-                carry = when(row.kind == kind, partial(self._do, kind, row), carry)
+                with jax.named_scope(NAMES[kind]):
+                    carry = when(row.kind == kind, partial(self._do, kind, row), carry)
         buffers, outbox = carry
         for channel, slot in zip(self.table.channels, row.slots, strict=True):
             buffers = self._receive(buffers, channel, slot, getattr(outbox, channel.payload))
@@ -130,47 +129,78 @@ class DeviceProgram:
     def _do(self, kind: int, row: Row, carry: tuple[Buffers, Outbox]) -> tuple[Buffers, Outbox]:
         """One step of a kind."""
         buffers, (y, dx) = carry
-        if kind in (Kind.FORWARD, OVERLAPPED):
-            buffers, y = self._forward(buffers, row.forward)
-        if kind in (Kind.BACKWARD, OVERLAPPED):
+        if kind == OVERLAPPED:
+            buffers, y, dx = self._overlapped(buffers, row)
+        if kind == Kind.FORWARD:
+            work, x = self._of_forward(buffers, row.forward)
+            buffers, y = self._store_forward(buffers, row.forward, self.piece.forward(work, x))
+        if kind == Kind.BACKWARD:
             buffers, dx, kept = self._backward_input(buffers, row.backward)
-            buffers = self._backward_weight(buffers, row.backward, kept)
+            one = jax.tree.map(lambda a: a[None], kept)
+            buffers = self._backward_weight(buffers, row.backward, Stack(one, zero_index()))
         if kind == Kind.BACKWARD_INPUT:
             buffers, dx, kept = self._backward_input(buffers, row.backward)
             pending = put(buffers.pending, row.backward.pending, kept)
             buffers = buffers._replace(pending=pending)
         if kind == Kind.BACKWARD_WEIGHT:
-            kept = at(buffers.pending, row.backward.pending)
+            kept = Stack(buffers.pending, row.backward.pending)
             buffers = self._backward_weight(buffers, row.backward, kept)
         return buffers, Outbox(y, dx)
 
-    def _forward(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array]:
-        p, own, c = self._inputs(step)
+    def _overlapped(self, buffers: Buffers, row: Row) -> tuple[Buffers, Array, Array]:
+        """A forward and a whole backward as one computation."""
+        # Both read before one of them writes, so that they do not depend on each other.
+        work, x = self._of_forward(buffers, row.forward)
+        buffers, other, saved, dy = self._of_backward(buffers, row.backward)
+        sums = buffers.result.layers
+        forward, dx, sums = self.piece.overlapped(work, x, other, saved, dy, sums)
+        buffers = buffers._replace(result=buffers.result._replace(layers=sums))
+        buffers, y = self._store_forward(buffers, row.forward, forward)
+        return self._store_first(buffers, row.backward, other, dx), y, dx
+
+    def _of_forward(self, buffers: Buffers, step: Step) -> tuple[Work, Array]:
+        """The operands of a forward."""
+        work = self._work(step)
         # Only the first piece's forward has no message.
         x = lax.cond(
             step.inbox == NONE,
-            lambda: own_copies(self.stages.first(self.arguments.shared, c), self.axes),
+            lambda: own_copies(self.stages.first(self.arguments.shared, work.c), self.axes),
             lambda: at(buffers.activations, step.inbox),
         )
-        y, loss, others, saved = self.piece.forward(p, x, own, c)
+        return work, x
+
+    def _store_forward(self, buffers: Buffers, step: Step, done: Forward) -> tuple[Buffers, Array]:
         result = buffers.result
         result = result._replace(
-            loss=result.loss + loss, others=add_at(result.others, step.chunk, others)
+            loss=result.loss + done.loss, others=add_at(result.others, step.chunk, done.others)
         )
-        saved = put(buffers.saved, step.saved, (saved, y))
-        return buffers._replace(saved=saved, result=result), y
+        saved = put(buffers.saved, step.saved, (done.saved, done.y))
+        return buffers._replace(saved=saved, result=result), done.y
 
-    def _backward_input(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array, Tree]:
-        p, own, c = self._inputs(step)
-        saved, y = at(buffers.saved, step.saved)
+    def _of_backward(self, buffers: Buffers, step: Step) -> tuple[Buffers, Work, Stack, Array]:
+        """The operands of a backward. The last piece computes its own dy."""
+        work = self._work(step)
+        y = at(buffers.saved[1], step.saved)
         dy = at(buffers.gradients, jnp.maximum(step.inbox, 0))
         # Only the last piece's backward has no message. Only then is y the model's output.
         dy, result = when(
-            step.inbox == NONE, lambda carry: self._last(carry[1], y, c), (dy, buffers.result)
+            step.inbox == NONE,
+            lambda carry: self._last(carry[1], y, work.c),
+            (dy, buffers.result),
         )
-        dx, kept = self.piece.backward_input(p, own, c, saved, dy)
-        result = when(self._is_first(step), lambda r: self._pull_first(r, dx, c), result)
-        return buffers._replace(result=result), dx, kept
+        return buffers._replace(result=result), work, Stack(buffers.saved[0], step.saved), dy
+
+    def _backward_input(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array, Tree]:
+        buffers, work, saved, dy = self._of_backward(buffers, step)
+        dx, kept = self.piece.backward_input(work, saved, dy)
+        return self._store_first(buffers, step, work, dx), dx, kept
+
+    def _store_first(self, buffers: Buffers, step: Step, work: Work, dx: Array) -> Buffers:
+        """The first piece has the gradient of the parameters of `first`."""
+        result = when(
+            self._is_first(step), lambda r: self._pull_first(r, dx, work.c), buffers.result
+        )
+        return buffers._replace(result=result)
 
     def _last(self, result: Result, y: Array, c: Tree) -> tuple[Array, Result]:
         def last(shared: Tree, y: Array) -> tuple[Array, Tree]:
@@ -192,19 +222,17 @@ class DeviceProgram:
         (shared,) = jax.vjp(first, self.arguments.shared)[1](dx)
         return result._replace(shared=add(result.shared, shared))
 
-    def _backward_weight(self, buffers: Buffers, step: Step, kept: Tree) -> Buffers:
-        p, own, c = self._inputs(step)
-        saved, _ = at(buffers.saved, step.saved)
-        gradient = self.piece.backward_weight(p, own, c, saved, kept)
+    def _backward_weight(self, buffers: Buffers, step: Step, kept: Stack) -> Buffers:
         result = buffers.result
-        layers = add_at(result.layers, step.chunk, gradient)
+        saved = Stack(buffers.saved[0], step.saved)
+        layers = self.piece.backward_weight(self._work(step), saved, kept, result.layers)
         return buffers._replace(result=result._replace(layers=layers))
 
-    def _inputs(self, step: Step) -> tuple[Tree, Tree, Tree]:
+    def _work(self, step: Step) -> Work:
         """Parameters and constants of the chunk, and the context of the micro-batch."""
         a = self.arguments
         c = (a.constants, at(a.contexts, step.microbatch))
-        return at(a.layers, step.chunk), at(a.own, step.chunk), c
+        return Work(Stack(a.layers, step.chunk), Stack(a.own, step.chunk), c)
 
     def _receive(self, buffers: Buffers, channel: Channel, slot: Array, sent: Array) -> Buffers:
         devices = self.table.kinds.shape[1]
@@ -224,11 +252,11 @@ class DeviceProgram:
     def _empty(self) -> Buffers:
         """Slots and sums of zeros."""
         a = self.arguments
-        p, own, c = self._inputs(Step(*[zero_index()] * 5))
-        shapes = jax.eval_shape(self.piece.forward, p, self.x, own, c)
-        y, loss, others, saved = shapes
-        kept = jax.eval_shape(self.piece.backward_input, p, own, c, saved, y)[1]
-        loss_of_last, results = jax.eval_shape(self.stages.last, a.shared, y, c)
+        work = self._work(Step(*[zero_index()] * 5))
+        y, loss, others, saved = jax.eval_shape(self.piece.forward, work, self.x)
+        one = Stack(jax.eval_shape(lambda: zeros(saved, 1)), zero_index())
+        kept = jax.eval_shape(self.piece.backward_input, work, one, y)[1]
+        loss_of_last, results = jax.eval_shape(self.stages.last, a.shared, y, work.c)
         slots = self.table.slots
         chunks = self.placement.shape[1]
         return Buffers(
@@ -246,7 +274,10 @@ class DeviceProgram:
         )
 
     def _summed(self, result: Result) -> Result:
-        """Over the devices of the pipeline, and gradients over the shares of the batch as well."""
+        """Over the devices of the pipeline, and gradients over the shares of the batch as well.
+
+        A parameter's gradient is summed over the axes on which devices have the same part of it.
+        """
         shares = tuple(axis for axis in self.axes if axis != PIPE)
 
         def equal(leaf: Array) -> Array:
@@ -255,20 +286,15 @@ class DeviceProgram:
         def summed(leaf: Array) -> Array:
             return lax.psum(equal(leaf), PIPE)
 
+        def gradient(leaf: Array, split: frozenset[str]) -> Array:
+            over = tuple(axis for axis in self.axes if axis not in split)
+            return lax.psum(leaf, over) if over else leaf
+
+        shared, layers = self.split
         return Result(
             loss=summed(result.loss),
-            shared=lax.psum(result.shared, self.axes),
-            layers=lax.psum(result.layers, shares) if shares else result.layers,
+            shared=jax.tree.map(gradient, result.shared, shared),
+            layers=jax.tree.map(gradient, result.layers, layers),
             others=jax.tree.map(equal, result.others),
             results=jax.tree.map(summed, result.results),
         )
-
-
-def _rows(table: TickTable) -> Row:
-    """The table as arrays [ticks, G]."""
-
-    def step(part: Part) -> Step:
-        return Step(*(jnp.asarray(getattr(part, name)) for name in Step._fields))
-
-    slots = tuple(jnp.asarray(channel.slots) for channel in table.channels)
-    return Row(jnp.asarray(table.kinds), step(table.forward), step(table.backward), slots)

@@ -18,14 +18,16 @@ def make_gradient(
     schedule: PipelineSchedule,
     stages: Stages,
     mesh: Mesh,
-    contexts: Tree,
+    specs: Arguments,
     saveable: Saveable = everything,
 ) -> Callable[[Arguments], Result]:
     """The gradient of an update by this schedule, over the axis `pipe` of the mesh.
 
-    `contexts` is the layout of Arguments.contexts: a spec, or a tree of them. All axes of the mesh
+    `specs` is the layout of the arguments: specs, or trees of them. Layers are split over `pipe`.
+    A parameter may be split over other axes as well, and its gradient then is. All axes of the mesh
     are manual inside. Each device runs the stages on its own rows, and the losses that `layer` and
-    `last` return are sums over the whole batch, which they take themselves (lax.psum).
+    `last` return are sums over the whole batch, which they take themselves (lax.psum). Their
+    collectives must be over axes other than `pipe`: its devices do different steps in a tick.
     """
     placement = piece_numbers(schedule)
     axes = tuple(mesh.axis_names)
@@ -34,9 +36,10 @@ def make_gradient(
         return DeviceProgram.of(schedule, stages, saveable, axes, arguments).run()
 
     whole: Any = P()
-    own: Any = P(PIPE)
-    spec = Arguments(whole, own, own, whole, contexts)
-    out = Result(whole, whole, own, own, whole)
+    # [layers, …] is [devices · chunks, layers of a piece, …] inside (placement.to_places).
+    layers = jax.tree.map(lambda spec: P(PIPE, None, *spec[1:]), specs.layers, is_leaf=_is_spec)
+    spec: Any = specs._replace(layers=layers)
+    out = Result(whole, specs.shared, layers, P(PIPE), whole)
     local = jax.shard_map(
         of_device, mesh=mesh, in_specs=(spec,), out_specs=out, axis_names=set(axes)
     )
@@ -55,3 +58,7 @@ def make_gradient(
         return result._replace(layers=collected(result.layers), others=collected(result.others))
 
     return gradient
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, P)

@@ -1,7 +1,7 @@
 """Slots and sums that a device keeps from tick to tick: trees of arrays with a leading axis."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +26,57 @@ def when(predicate: Array, function: Callable[[Tree], Tree], carry: Tree) -> Tre
     return lax.while_loop(lambda state: state[0], turn, (predicate, carry))[1]
 
 
-def at(tree: Tree, index: Array | int) -> Tree:
+Index = Array | int | tuple[Array | int, ...]
+"""Of the first dimension, or of as many as it has numbers."""
+
+
+def at(tree: Tree, index: Index) -> Tree:
     """tree[index]"""
-    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
+    return jax.tree.map(lambda a: _cut(a, index).reshape(a.shape[len(_numbers(index)) :]), tree)
 
 
-def put(tree: Tree, index: Array, values: Tree) -> Tree:
+def put(tree: Tree, index: Index, values: Tree) -> Tree:
     """The tree with `values` at the index."""
-    return jax.tree.map(
-        lambda a, value: lax.dynamic_update_index_in_dim(a, value, index, 0), tree, values
-    )
+    numbers = _numbers(index)
+
+    def one(a: Array, value: Array) -> Array:
+        value = value.reshape(*[1] * len(numbers), *value.shape)
+        return lax.dynamic_update_slice(a, value, _starts(a, index))
+
+    return jax.tree.map(one, tree, values)
 
 
-def add_at(tree: Tree, index: Array, values: Tree) -> Tree:
+def add_at(tree: Tree, index: Index, values: Tree) -> Tree:
     """The tree with `values` added at the index."""
-    return jax.tree.map(lambda a, value: a.at[index].add(value), tree, values)
+    return put(tree, index, add(at(tree, index), values))
+
+
+def _cut(a: Array, index: Index) -> Array:
+    numbers = len(_numbers(index))
+    return lax.dynamic_slice(a, _starts(a, index), (*[1] * numbers, *a.shape[numbers:]))
+
+
+def _starts(a: Array, index: Index) -> list[Array]:
+    numbers = _numbers(index)
+    return [jnp.asarray(n, jnp.int32) for n in (*numbers, *[0] * (a.ndim - len(numbers)))]
+
+
+def _numbers(index: Index) -> tuple[Array | int, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+class Stack(NamedTuple):
+    """Layers in one slot of arrays [slots, layers, …].
+
+    A loop takes layer after layer from where they lie. A slot taken out first would be a copy.
+    """
+
+    arrays: Tree
+    slot: Array
+
+    def layer(self, index: Array) -> Tree:
+        """The arrays of a layer."""
+        return at(self.arrays, (self.slot, index))
 
 
 def add(tree: Tree, values: Tree) -> Tree:

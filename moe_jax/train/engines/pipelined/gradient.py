@@ -21,6 +21,7 @@ from moe_jax.config import ModelConfig, TrainConfig
 from moe_jax.model import stages
 from moe_jax.model.abstract import abstract_model, graph_of, split_model
 from moe_jax.model.block import Block
+from moe_jax.model.parameters import role_of
 from moe_jax.model.transformer import Transformer
 from moe_jax.objectives.base import (
     Batch,
@@ -34,11 +35,15 @@ from moe_jax.objectives.base import (
     share_of,
     whole_batch,
 )
-from moe_jax.parallel.executor import Arguments, Stages, make_gradient
+from moe_jax.parallel.exchange import exchange_in_force
+from moe_jax.parallel.executor import PIPE, Arguments, Stages, make_gradient
 from moe_jax.parallel.gradient_split import SAVEABLE
-from moe_jax.parallel.mesh import BATCH, sum_over_batch
+from moe_jax.parallel.mesh import BATCH, EXPERT, sum_over_batch
 from moe_jax.parallel.schedules import PipelineSchedule
 from moe_jax.train.step import micro_batches
+
+Flat = dict[Any, Any]
+"""Arrays by their path, a tuple. Such trees keep their type when parts of them are put together."""
 
 
 def make_pipelined_gradient(
@@ -61,15 +66,21 @@ def make_pipelined_gradient(
         micro = micro_batches(batch, parts)
         shares = jax.vmap(lambda part: part_of(whole, part, length, None).shares)(micro)
         contexts = {"batch": micro, "key": layer_keys(key, parts), "shares": shares}
-        rows = jax.tree.map(lambda _: P(None, BATCH), micro)
+        shared, layers = _apart(parameters, name)
+        specs = Arguments(
+            shared=_experts_apart(shared),
+            layers=_experts_apart(layers, PIPE),
+            own=P(PIPE),
+            constants=P(),
+            contexts={"batch": P(None, BATCH), "key": P(), "shares": P()},
+        )
         gradient = make_gradient(
             schedule,
             PipelinedModel(config, objective, whole.rows).as_stages(),
             mesh,
-            {"batch": rows, "key": P(), "shares": P()},
+            specs,
             SAVEABLE[model.remat],
         )
-        shared, layers = _apart(parameters, name)
         own = {"index": jnp.arange(layer_count(model)), "router": _apart(router, name)[1]}
         constants = {"router": router, "normalisers": whole.normalisers, "operands": operands}
         result = gradient(Arguments(shared, layers, own, constants, contexts))
@@ -77,6 +88,18 @@ def make_pipelined_gradient(
         return (result.loss, _all_losses(model, result.others, result.results)), gradients
 
     return of_batch
+
+
+def _experts_apart(parameters: Flat, *stacked: str) -> dict[Any, P]:
+    """Every device of the axis `expert` has its own routed experts, and all of the rest.
+
+    `stacked` are the axes over which leading dimensions are split. With the exchange `weights`
+    every device has all experts.
+    """
+    kept = exchange_in_force().kind == "weights"
+    whole = P(*stacked)
+    apart = P(*stacked, EXPERT)
+    return {path: whole if kept or role_of(path) != "expert" else apart for path in parameters}
 
 
 def stack_name(model: ModelConfig) -> str:
@@ -167,10 +190,6 @@ class PipelinedModel:
         name = stack_name(model)
         absent = _apart(split_model(abstract_model(model))[1], name)[1]
         return nnx.merge(graph_of(model), _together(shared, absent, name), constants["router"])
-
-
-Flat = dict[Any, Any]
-"""Arrays by their path, a tuple. Such trees keep their type when parts of them are put together."""
 
 
 def _apart(state: nnx.State, name: str) -> tuple[Flat, Flat]:

@@ -51,32 +51,47 @@ def make_pipelined_gradient(
     """
     model = config.model
     name = stack_name(model)
-    length = config.data.length
     parts = schedule.microbatches
 
     def of_batch(
         parameters: nnx.State, router: nnx.State, batch: Batch, key: Array, *operands: Any
     ) -> Any:
-        whole = whole_batch(batch, length, model.mtp_depth, key)
-        micro = micro_batches(batch, parts)
-        shares = jax.vmap(lambda part: part_of(whole, part, length, None).shares)(micro)
-        contexts = {"batch": micro, "key": layer_keys(key, parts), "shares": shares}
-        rows = jax.tree.map(lambda _: P(None, BATCH), micro)
+        arguments, rows = make_arguments(config, parts, parameters, router, batch, key, *operands)
         gradient = make_gradient(
             schedule,
-            PipelinedModel(config, objective, whole.rows).as_stages(),
+            PipelinedModel(config, objective, rows).as_stages(),
             mesh,
-            {"batch": rows, "key": P(), "shares": P()},
+            {"batch": P(None, BATCH), "key": P(), "shares": P()},
             SAVEABLE[model.remat],
         )
-        shared, layers = _apart(parameters, name)
-        own = {"index": jnp.arange(layer_count(model)), "router": _apart(router, name)[1]}
-        constants = {"router": router, "normalisers": whole.normalisers, "operands": operands}
-        result = gradient(Arguments(shared, layers, own, constants, contexts))
+        result = gradient(arguments)
         gradients = _together(result.shared, result.layers, name)
         return (result.loss, _all_losses(model, result.others, result.results)), gradients
 
     return of_batch
+
+
+def make_arguments(
+    config: TrainConfig,
+    parts: int,
+    parameters: nnx.State,
+    router: nnx.State,
+    batch: Batch,
+    key: Array,
+    *operands: Any,
+) -> tuple[Arguments, int]:
+    """(what the executor takes for a batch in so many micro-batches, sequences of the batch)."""
+    model = config.model
+    name = stack_name(model)
+    length = config.data.length
+    whole = whole_batch(batch, length, model.mtp_depth, key)
+    micro = micro_batches(batch, parts)
+    shares = jax.vmap(lambda part: part_of(whole, part, length, None).shares)(micro)
+    contexts = {"batch": micro, "key": layer_keys(key, parts), "shares": shares}
+    shared, layers = _apart(parameters, name)
+    own = {"index": jnp.arange(layer_count(model)), "router": _apart(router, name)[1]}
+    constants = {"router": router, "normalisers": whole.normalisers, "operands": operands}
+    return Arguments(shared, layers, own, constants, contexts), whole.rows
 
 
 def stack_name(model: ModelConfig) -> str:

@@ -75,7 +75,7 @@ def test_kill_9_of_a_stage_ends_the_other_and_the_run_goes_on(settings, whole, t
     assert codes[victim] == -signal.SIGKILL
     assert codes[other] == LOST_CODE, run.all_printed()
     assert_lost(run.printed(other)[len(before) :], other, victim)
-    goes_on = finish(settings, run.out, *((2, PIPE) if victim else (1,)))
+    goes_on = finish(settings, run.out, 2, PIPE) if victim else finish(settings, run.out, 1)
     assert "continuing after step" in goes_on.printed()
     if victim:
         assert losses(run.out) == whole

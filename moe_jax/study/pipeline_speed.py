@@ -84,7 +84,8 @@ def with_schedule(config: TrainConfig, name: str, microbatches: int) -> TrainCon
     return replace(config, parallel=parallel)
 
 
-def random_batch(config: TrainConfig) -> dict[str, np.ndarray]:
+# Any: engines take arrays of NumPy too.
+def random_batch(config: TrainConfig) -> Any:
     """Random tokens, a document in each sequence."""
     shape = (config.batch, config.data.length + 1 + config.model.mtp_depth)
     random = np.random.default_rng(config.seed)

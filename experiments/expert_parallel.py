@@ -2,13 +2,14 @@
 
     python experiments/expert_parallel.py [--out DIR] [--chunks N] [--quick]
 
-No GPU is used, and every time is predicted. XLA compiles the layer for absent H100s, Triton kernels
-included. Its scheduled program is then read and priced (moe_jax/predict/scheduled_hlo.py has the
-model). The same is done with the whole update of a model of DeepSeek-V3's shape, as train.py runs
-it. It needs the packages triton, jax-triton, jax-cuda13-plugin and jax-cuda13-pjrt.
+No GPU is used, and times of H100s are predicted. XLA compiles the layer for absent H100s, Triton
+kernels included. Its scheduled program is then read and priced (moe_jax/predict/scheduled_hlo.py
+has the model). The same is done with the whole update of a model of DeepSeek-V3's shape, as
+train.py runs it. It needs the packages triton, jax-triton, jax-cuda13-plugin and jax-cuda13-pjrt.
 
-The load of devices, with and without replicas of hot experts, is counted in training runs on
-simulated devices (experiments/rebalancing.py).
+Before that the layer is timed here, in two processes with a core each
+(moe_jax/study/exchange_speed.py). The load of devices, with and without replicas of hot experts, is
+counted in training runs on simulated devices (experiments/rebalancing.py).
 """
 
 import os
@@ -33,6 +34,7 @@ from moe_kernels.experts import Source, mixture
 from moe_kernels.launch import lowering_for, missing_package
 
 from experiments import rebalancing
+from moe_jax.base.errors import UserError
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import DataConfig, ParallelConfig, TrainConfig, require
@@ -47,14 +49,16 @@ from moe_jax.parallel.exchange import exchanging
 from moe_jax.predict.absent import OPTIONS, h100s, missing
 from moe_jax.predict.copies import copied_in_loops
 from moe_jax.predict.scheduled_hlo import Rates, Timeline, timeline
+from moe_jax.study import exchange_speed
+from moe_jax.study.exchange_speed import LayerSize
+from moe_jax.study.on_cores import on_cores, two_cores
 from moe_jax.study.results import publish
 from moe_jax.train.engines.dense import DenseEngine
 
 QUESTION = "How much of expert parallelism's communication lies under computation?"
 NODE = 8
 """H100s of a machine."""
-LATER = ("two_process_chunked_over_plain",)
-"""Measurements that this experiment does not make yet. They have no value."""
+TWO_PROCESSES = "two_process_chunked_over_plain"
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,11 @@ class Settings:
     """Layers of the scanned model."""
     step_layers: int = 2
     """Layers of the model whose whole update is compiled."""
+    rounds: int = 15
+    """Times that the layer of two processes is timed."""
     quick: bool = False
-    """The plain and the chunked layer and update on 8 devices alone."""
+    """The plain and the chunked layer and update on 8 devices alone, and a small one in two
+    processes."""
 
     def __post_init__(self) -> None:
         own = self.experts // NODE
@@ -266,6 +273,18 @@ def device_loads(settings: Settings, out: Path) -> list[Measurement]:
     return [row for row in rows if row.name in ("eplb_load_before", "eplb_load_after")]
 
 
+def in_two_processes(settings: Settings) -> list[Measurement]:
+    """The layer on two cores of this machine, if it has them."""
+    size = LayerSize().quick() if settings.quick else LayerSize()
+    rounds = 2 if settings.quick else settings.rounds
+    try:
+        cores = two_cores()
+    except UserError as error:
+        return [Measurement(TWO_PROCESSES, None, f"not measured: {error}")]
+    seconds = on_cores(exchange_speed.time_exchanges, cores, size, rounds)
+    return exchange_speed.measurements(size, seconds)
+
+
 def measurements(readings: Mapping[str, Reading]) -> list[Measurement]:
     """The shares of the issue's names, and a table of every program."""
     share = "of the transfers' time, under products, predicted"
@@ -291,7 +310,7 @@ def measurements(readings: Mapping[str, Reading]) -> list[Measurement]:
         rows.append(Measurement(f"{name}.exchange_covered", reading.exchange, share))
         rows.append(Measurement(f"{name}.temporary", reading.memory, "bytes a device"))
         rows.append(Measurement(f"{name}.copied", reading.copied, "bytes a device, in loops"))
-    return rows + [Measurement(name, None, "not measured yet") for name in LATER]
+    return rows
 
 
 def verdict(values: Mapping[str, float | int | None]) -> str:
@@ -310,12 +329,24 @@ def verdict(values: Mapping[str, float | int | None]) -> str:
     )
 
 
+def verdict_of_two(ratio: float | None) -> str:
+    """The measured sentence, or nothing."""
+    if ratio is None:
+        return ""
+    return (
+        f" Measured in two processes with a core each: in {LayerSize().chunks[0]} chunks the "
+        f"layer, forward and backward, takes {ratio:.2f} times as long as with one exchange."
+    )
+
+
 def main(argv: list[str]) -> None:
-    """Compiles, reads, writes."""
+    """Measures, compiles, reads, writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
     problem = missing() or missing_package()
     require(not problem, f"no compiler for absent GPUs: {problem}")
     out = output_folder(settings.out)
+    # First, because JAX starts here in what follows, and its threads would use both cores.
+    timed = in_two_processes(settings)
     readings = {}
     for name, case in cases(settings).items():
         readings[name] = read(settings, case)
@@ -325,14 +356,15 @@ def main(argv: list[str]) -> None:
             f"{readings[name].covered:6.1%} of {1e3 * line.transfers:.2f} ms covered",
             flush=True,
         )
-    rows = measurements(readings) + device_loads(settings, out)
+    rows = measurements(readings) + timed + device_loads(settings, out)
+    values = {m.name: m.value for m in rows}
     publish(
         out,
         experiment="expert_parallel",
         question=QUESTION,
         settings=settings,
         measurements=rows,
-        verdict=verdict({m.name: m.value for m in rows}),
+        verdict=verdict(values) + verdict_of_two(values[TWO_PROCESSES]),
         figures={},
     )
 

@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
-from moe_jax.base.errors import require
 from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, preset, program
 from moe_jax.config import TrainConfig
 from moe_jax.config.presets import PRESETS
 from moe_jax.parallel.processes.start import free_port
+from moe_jax.study.on_cores import two_cores
 from moe_jax.study.results import table
 from moe_jax.study.rounds import speedup
 from moe_jax.train.metrics import read_lines
@@ -43,7 +43,7 @@ class Settings:
     """Folder for result.json."""
     seed: int = 0
     """Seed of the runs."""
-    steps: int = 40
+    steps: int = 30
     """Updates of each run. The first one is not timed."""
     rounds: int = 3
     """Times that each run is made."""
@@ -68,8 +68,11 @@ def arms(first: int, second: int) -> dict[str, Arm]:
     }
 
 
-def token_seconds(arm: Arm, config: TrainConfig, steps: int) -> float:
-    """Median seconds of an update over its tokens."""
+def token_seconds(arm: Arm, config: TrainConfig, steps: int, compiled: str) -> float:
+    """Median seconds of an update over its tokens.
+
+    `compiled` is a folder of compiled programs: each round would compile the same ones anew.
+    """
     batch = config.batch * arm.batches
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(TRAIN), config.preset, "--out", folder]
@@ -78,20 +81,21 @@ def token_seconds(arm: Arm, config: TrainConfig, steps: int) -> float:
         if len(arm.cores) > 1:
             command += ["--processes.count", str(len(arm.cores))]
             command += ["--processes.coordinator", f"localhost:{free_port()}"]
-        run_together(command, arm)
+        run_together(command, arm, compiled)
         lines = list(read_lines(Path(folder) / "metrics.jsonl"))
         seconds = [line["seconds"] for line in lines if "seconds" in line]
     return float(np.median(seconds)) / (batch * config.data.length)
 
 
-def run_together(command: list[str], arm: Arm) -> None:
+def run_together(command: list[str], arm: Arm, compiled: str) -> None:
     """Starts one process for each set of cores, and waits for all."""
     processes = []
     for index, cores in enumerate(arm.cores):
         own = ["--processes.index", str(index)] if len(arm.cores) > 1 else []
         bound = ["taskset", "--cpu-list", ",".join(map(str, cores))]
         # One device each, however many this program simulates.
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        own_settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        environment = {**os.environ, **own_settings, "JAX_COMPILATION_CACHE_DIR": compiled}
         processes.append(
             subprocess.Popen([*bound, *command, *own], env=environment, stdout=subprocess.DEVNULL)
         )
@@ -129,17 +133,17 @@ def verdict(measurements: list[Measurement]) -> str:
 def main(argv: list[str]) -> None:
     """Measures and writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    require(len(cores) >= 2, f"two cores are needed, and this program may use {len(cores)}")
+    cores = two_cores()
     out = output_folder(settings.out)
     config = replace(preset(PRESETS, settings.preset), seed=settings.seed)
     rounds = 1 if settings.quick else settings.rounds
     steps = 5 if settings.quick else settings.steps
-    chosen = arms(*cores[:2])
+    chosen = arms(*cores)
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
-    for _ in track(range(rounds), "rounds"):
-        for name, arm in chosen.items():
-            seconds[name].append(token_seconds(arm, config, steps))
+    with tempfile.TemporaryDirectory() as compiled:
+        for _ in track(range(rounds), "rounds"):
+            for name, arm in chosen.items():
+                seconds[name].append(token_seconds(arm, config, steps, compiled))
     measurements = measure(seconds)
     text = verdict(measurements)
     write_result(

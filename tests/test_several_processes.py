@@ -1,25 +1,20 @@
 """Runs of two processes: equal to one, stopped together, and resumed by another number."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from moe_jax.parallel.processes import LOST_CODE
-from moe_jax.parallel.processes.start import free_port
+from tests.several_processes import TIMEOUT, Started, assert_lost, checkpointed, finish
 from tests.small_program import sharing_compilations, small_settings
-from tests.test_survival import SCRIPT, losses, reached
+from tests.test_survival import losses, reached
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT = 300
 STEPS = 16
 LONG = ["--steps", "3000", "--evaluate-every", "3000", "--checkpoint.every", "4"]
 
@@ -39,58 +34,6 @@ def compiled_once(tmp_path_factory):
     """The runs of this file are few programs. Each process would compile them anew."""
     with sharing_compilations(tmp_path_factory.mktemp("compiled")):
         yield
-
-
-class Started:
-    """`count` processes of one run. Each prints into a file of its own."""
-
-    def __init__(self, settings: Sequence[str], out: Path, count: int, more: Sequence[str] = ()):
-        self.out = out
-        out.parent.mkdir(exist_ok=True, parents=True)
-        own = [
-            "--processes.count",
-            f"{count}",
-            "--processes.coordinator",
-            f"localhost:{free_port()}",
-        ]
-        self.files = [out.parent / f"{out.name}-{index}.txt" for index in range(count)]
-        self.processes = []
-        for index, file in enumerate(self.files):
-            words = [*own, "--processes.index", f"{index}"] if count > 1 else []
-            command = [sys.executable, str(SCRIPT), "--out", str(out), *settings, *more, *words]
-            with file.open("w") as printed:
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
-                        stdout=printed,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-
-    def printed(self, index: int = 0) -> str:
-        return self.files[index].read_text()
-
-    def until(self, moment: Callable[[Path], bool]) -> "Started":
-        deadline = time.monotonic() + TIMEOUT
-        while not moment(self.out):
-            assert all(p.poll() is None for p in self.processes), self.all_printed()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        return self
-
-    def codes(self) -> list[int]:
-        """The exit codes, once all have ended."""
-        return [process.wait(TIMEOUT) for process in self.processes]
-
-    def all_printed(self) -> str:
-        return "\n".join(file.read_text() for file in self.files)
-
-
-def finish(settings: Sequence[str], out: Path, count: int, more: Sequence[str] = ()) -> Started:
-    run = Started(settings, out, count, more)
-    assert run.codes() == [0] * count, run.all_printed()
-    return run
 
 
 def evaluations(out: Path) -> list[float]:
@@ -169,9 +112,7 @@ def test_a_second_sigterm_ends_at_once(settings, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_kill_9_ends_the_other_with_one_line_that_says_who(settings, whole, tmp_path, victim):
     """And what is left goes on with one process, or with two bit for bit."""
-    run = Started(settings, tmp_path / "run", 2).until(
-        lambda out: (out / "checkpoints" / "4" / "MANIFEST.json").exists()
-    )
+    run = Started(settings, tmp_path / "run", 2).until(checkpointed(4))
     other = 1 - victim
     before = run.printed(other)
     run.processes[victim].kill()
@@ -180,13 +121,7 @@ def test_kill_9_ends_the_other_with_one_line_that_says_who(settings, whole, tmp_
     assert time.monotonic() - begun < 60
     assert codes[victim] == -signal.SIGKILL
     assert codes[other] == LOST_CODE, run.all_printed()
-    errors = [x for x in run.printed(other)[len(before) :].splitlines() if "process" in x]
-    assert errors == [
-        f"process {other}: error: process {victim} is lost (its connection has ended): the run "
-        "ends here, the same command continues from the last checkpoint, also with another number "
-        "of processes"
-    ]
-    assert "Traceback" not in run.printed(other)
+    assert_lost(run.printed(other)[len(before) :], other, victim)
     finish(settings, run.out, 2 if victim else 1)
     expected = losses(whole[2].out)
     if victim:
@@ -201,7 +136,7 @@ def test_kill_9_ends_the_other_with_one_line_that_says_who(settings, whole, tmp_
 def test_an_axis_may_cross_processes_and_another_layout_goes_on(settings, whole, tmp_path, axis):
     """On the axis tensor both processes read the same rows. One process without it goes on."""
     run = Started(settings, tmp_path / "run", 2, [f"--parallel.{axis}", "2"])
-    run.until(lambda out: (out / "checkpoints" / "4" / "MANIFEST.json").exists())
+    run.until(checkpointed(4))
     run.processes[0].kill()
     run.codes()
     printed = finish(settings, run.out, 1).printed()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.parallel.mesh import manual_axes, own_copies
+from moe_jax.parallel.mesh import BATCH, TENSOR, manual_axes, own_copies
 
 Axes = tuple[tuple[str, ...], ...]
 """The axes of the mesh over which each dimension of an array is split, the outermost first."""
@@ -36,12 +36,13 @@ def gather(
     """The whole array in `dtype`, of which `spec` gives each device a part.
 
     Parts are cast before they are sent. The gradient of the whole is each device's own. It is cast
-    to `gradient` and summed over all axes of the shard_map. A dimension stays split over the axes
-    in `keep`, which must come first in its dimension.
+    to `gradient` and summed over all axes that share the work of a layer. A dimension stays split
+    over the axes in `keep`, which must come first in its dimension.
     """
     names = axes_of(spec)
     split = {axis for axes in names for axis in axes}
-    others = tuple(axis for axis in manual_axes() if axis not in split)
+    # Not the axis of a pipeline: outside of its schedule all its devices compute the same.
+    others = tuple(a for a in (*BATCH, TENSOR) if a in manual_axes() and a not in split)
     dimensions = tuple(tuple(axis for axis in axes if axis not in keep) for axes in names)
     return _gather(part, _Way(dimensions, others, jnp.dtype(dtype), jnp.dtype(gradient)))
 

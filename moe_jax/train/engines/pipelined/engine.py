@@ -48,8 +48,11 @@ class PipelinedEngine(DenseEngine):
         self.abstract_state()
 
     def make_step(self, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
-        gradient = make_pipelined_gradient(self.config, objective, self.schedule, self.mesh)
-        return make_step(self.config, objective, gradient)
+        return make_step(self.config, objective, self.make_gradient(objective))
+
+    def make_gradient(self, objective: Objective) -> Callable[..., Any]:
+        """The gradient of an update by the schedule, as train.step.make_gradient's."""
+        return make_pipelined_gradient(self.config, objective, self.schedule, self.mesh)
 
 
 def schedule_of(parallel: ParallelConfig) -> PipelineSchedule:

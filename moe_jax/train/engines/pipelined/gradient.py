@@ -56,34 +56,27 @@ def make_pipelined_gradient(
     """
     model = config.model
     name = stack_name(model)
-    length = config.data.length
     parts = schedule.microbatches
 
     def of_batch(
         parameters: nnx.State, router: nnx.State, batch: Batch, key: Array, *operands: Any
     ) -> Any:
-        whole = whole_batch(batch, length, model.mtp_depth, key)
-        micro = micro_batches(batch, parts)
-        shares = jax.vmap(lambda part: part_of(whole, part, length, None).shares)(micro)
-        contexts = {"batch": micro, "key": layer_keys(key, parts), "shares": shares}
-        shared, layers = _apart(parameters, name)
+        arguments, rows = make_arguments(config, parts, parameters, router, batch, key, *operands)
         specs = Arguments(
-            shared=_experts_apart(shared),
-            layers=_experts_apart(layers, PIPE),
+            shared=_experts_apart(arguments.shared),
+            layers=_experts_apart(arguments.layers, PIPE),
             own=P(PIPE),
             constants=P(),
             contexts={"batch": P(None, BATCH), "key": P(), "shares": P()},
         )
         gradient = make_gradient(
             schedule,
-            PipelinedModel(config, objective, whole.rows).as_stages(),
+            PipelinedModel(config, objective, rows).as_stages(),
             mesh,
             specs,
             SAVEABLE[model.remat],
         )
-        own = {"index": jnp.arange(layer_count(model)), "router": _apart(router, name)[1]}
-        constants = {"router": router, "normalisers": whole.normalisers, "operands": operands}
-        result = gradient(Arguments(shared, layers, own, constants, contexts))
+        result = gradient(arguments)
         gradients = _together(result.shared, result.layers, name)
         return (result.loss, _all_losses(model, result.others, result.results)), gradients
 
@@ -100,6 +93,29 @@ def _experts_apart(parameters: Flat, *stacked: str) -> dict[Any, P]:
     whole = P(*stacked)
     apart = P(*stacked, EXPERT)
     return {path: whole if kept or role_of(path) != "expert" else apart for path in parameters}
+
+
+def make_arguments(
+    config: TrainConfig,
+    parts: int,
+    parameters: nnx.State,
+    router: nnx.State,
+    batch: Batch,
+    key: Array,
+    *operands: Any,
+) -> tuple[Arguments, int]:
+    """(what the executor takes for a batch in so many micro-batches, sequences of the batch)."""
+    model = config.model
+    name = stack_name(model)
+    length = config.data.length
+    whole = whole_batch(batch, length, model.mtp_depth, key)
+    micro = micro_batches(batch, parts)
+    shares = jax.vmap(lambda part: part_of(whole, part, length, None).shares)(micro)
+    contexts = {"batch": micro, "key": layer_keys(key, parts), "shares": shares}
+    shared, layers = _apart(parameters, name)
+    own = {"index": jnp.arange(layer_count(model)), "router": _apart(router, name)[1]}
+    constants = {"router": router, "normalisers": whole.normalisers, "operands": operands}
+    return Arguments(shared, layers, own, constants, contexts), whole.rows
 
 
 def stack_name(model: ModelConfig) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from moe_jax.base.errors import require
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.placement.eplb import device_loads, imbalance, placement_of
@@ -52,6 +53,17 @@ class Settings:
     quick: bool = False
     """25 steps, placed anew every 5."""
 
+    def __post_init__(self) -> None:
+        require(
+            self.every < self.steps < 200,
+            f"steps={self.steps} must be above rebalance={self.rebalance} and below 200",
+        )
+
+    @property
+    def every(self) -> int:
+        """Steps between two placements."""
+        return 5 if self.quick else self.rebalance
+
 
 class Loads(NamedTuple):
     """The highest over the mean load of the devices at every step, counted."""
@@ -64,28 +76,32 @@ class Loads(NamedTuple):
     """Experts of a layer that came to another device, mean over layers."""
 
 
-def train(out: Path, settings: Settings, moves: int) -> Loads:
-    """The loads of a run with this bound on moves. A run that was killed goes on."""
+def options(settings: Settings, moves: int) -> dict[str, int | str]:
+    """The settings of a run that differ from the preset's."""
     steps = 25 if settings.quick else settings.steps
-    every = 5 if settings.quick else settings.rebalance
-    folder = out / f"run-{settings.seed}-moves{moves}{'-quick' * settings.quick}"
-    options = {
+    return {
         "seed": settings.seed,
         "steps": steps,
-        "evaluate-every": steps,
+        "evaluate_every": steps,
         "samples": 0,
         "data.tokenizer": "bytes",
-        "data.validation-tokens": 5000,
+        "data.validation_tokens": 5000,
         "model.moe.experts": 32,
-        "model.moe.experts-per-token": 4,
+        "model.moe.experts_per_token": 4,
         "parallel.expert": settings.devices,
-        "parallel.fake-devices": settings.devices,
-        "parallel.exchange.rebalance": every,
+        "parallel.fake_devices": settings.devices,
+        "parallel.exchange.rebalance": settings.every,
         "parallel.exchange.replicas": settings.devices,
         "parallel.exchange.moves": moves,
     }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, str(TRAIN), "tiny", "--out", str(folder), *words]
+
+
+def train(out: Path, settings: Settings, moves: int) -> Loads:
+    """The loads of a run with this bound on moves. A run that was killed goes on."""
+    folder = out / f"run-{settings.seed}-moves{moves}{'-quick' * settings.quick}"
+    command = [sys.executable, str(TRAIN), "tiny", "--out", str(folder)]
+    for name, value in options(settings, moves).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
@@ -114,9 +130,11 @@ def measurements(free: Loads, bounded: Loads, every: int, seed: int) -> list[Mea
             Measurement(name, value, UNIT, "eplb_load_before", value / before, seeds=[seed])
         )
     for name, loads in (("eplb_moved", free), ("eplb_moved_bounded", bounded)):
-        # The last placement is for a step that is not there.
-        moved = float(loads.moved.mean())
-        rows.append(Measurement(name, moved, "experts a layer and placement", seeds=[seed]))
+        rows.append(
+            Measurement(
+                name, float(loads.moved.mean()), "experts a layer and placement", seeds=[seed]
+            )
+        )
     return rows
 
 
@@ -152,7 +170,7 @@ def measure(settings: Settings, out: Path) -> tuple[list[Measurement], Figure]:
     """Trains both runs."""
     free = train(out, settings, 0)
     bounded = train(out, settings, settings.moves)
-    every = 5 if settings.quick else settings.rebalance
+    every = settings.every
     return measurements(free, bounded, every, settings.seed), draw(free, bounded, every)
 
 

@@ -37,8 +37,8 @@ class ExchangeConfig:
     """Steps after which experts are placed on devices anew, by the loads of these steps (EPLB).
     0: each device keeps its experts."""
     replicas: int = 0
-    """rebalance: second copies of hot experts in a layer, over all devices of the axis `expert`.
-    A device computes experts / expert + replicas / expert experts."""
+    """rebalance: further copies of hot experts in a layer, over all devices of the axis `expert`.
+    A device computes (experts + replicas) / expert of them."""
     moves: int = 0
     """rebalance: experts of a layer that may come to another device at a time.
     0: as many as a whole new plan wants."""

@@ -103,8 +103,9 @@ def _sum_of_slots(
     first = jnp.searchsorted(grouped, jnp.arange(experts))
     again = jnp.nonzero(jnp.diff(grouped, prepend=-1) == 0, size=len(slots) - experts)[0]
 
-    def add(index: Array, sums: Array) -> Array:
-        place = again[index]
-        return sums.at[grouped[place]].add(of_slots[order[place]])
+    def add(sums: Array, replica: tuple[Array, Array]) -> tuple[Array, None]:
+        expert, slot = replica
+        return sums.at[expert].add(of_slots[slot]), None
 
-    return lax.fori_loop(0, len(again), add, jnp.take(of_slots, order[first], axis=0))
+    start = jnp.take(of_slots, order[first], axis=0)
+    return lax.scan(add, start, (grouped[again], order[again]))[0]

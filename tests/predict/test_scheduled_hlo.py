@@ -129,3 +129,7 @@ def test_shares_and_times_of_the_layer_on_eight_h100(tmp_path):
     assert found["chunked_scanned_backward.covered"] >= 0.90
     assert found["speedup_scanned_forward"] >= 1.15
     assert found["speedup_scanned_backward"] >= 1.10
+    assert found["covered_chunked_step"] >= 0.88
+    assert found["speedup_step"] >= 1.01
+    # The scan slices no layer's experts out of the stack.
+    assert found["plain_step.copied"] == found["chunked_step.copied"] == 0

@@ -27,6 +27,7 @@ from jax import Array
 from jax.extend import core
 
 from moe_jax.parallel.equations import dependents, evaluate, inlined, reduced_to
+from moe_jax.parallel.interleaving import Run, interleaved
 
 Saveable = Callable[[core.JaxprEqn], bool]
 """Whether outputs of this equation of the forward pass may be saved. Others are recomputed."""
@@ -68,6 +69,9 @@ class Split:
     """(p, c, saved, dy) -> (dx, kept)"""
     backward_weight: Callable[[Any, Any, Sequence[Array], Sequence[Array]], Any]
     """(p, c, saved, kept) -> dp"""
+    overlapped: Callable[[tuple[Any, Any, Any], tuple[Any, Any, Sequence[Array], Any]], Any]
+    """(operands of a forward, operands of another's backward_input) -> the results of both, in
+    turns (parallel.interleaving)."""
     equations: tuple[list[core.JaxprEqn], ...]
     """What the three run, for counting."""
 
@@ -96,26 +100,44 @@ def split(
     kept = [v for v in to_weight.reads if v in available - known]
     forward = joint.part([*joint.outputs, *saved], set())
 
-    def run_forward(p: Any, x: Any, c: Any) -> tuple[Any, list[Array]]:
-        out = joint.run(forward, [*joint.outputs, *saved], p=p, x=x, c=c)
+    def start_forward(p: Any, x: Any, c: Any) -> Run:
+        ends = _variables(joint.outputs[: len(joint.dy)])
+        return Run(forward.equations, joint.values(p=p, x=x, c=c), joint.inputs["x"], ends)
+
+    def end_forward(run: Run) -> tuple[Any, list[Array]]:
+        out = evaluate(run.equations, run.values, [*joint.outputs, *saved])
         outputs, saved_values = _in_two(out, len(joint.outputs))
         return jax.tree.unflatten(joint.trees[0], outputs), saved_values
 
-    def run_to_input(p: Any, c: Any, saved_values: Sequence[Array], dy: Any) -> Any:
-        known_values = dict(zip(saved, saved_values, strict=True))
-        out = joint.run(to_input, [*joint.dx, *kept], known_values, p=p, c=c, dy=dy)
+    def start_to_input(p: Any, c: Any, saved_values: Sequence[Array], dy: Any) -> Run:
+        values = joint.values(p=p, c=c, dy=dy) | dict(zip(saved, saved_values, strict=True))
+        return Run(to_input.equations, values, joint.dy, _variables(joint.dx))
+
+    def end_to_input(run: Run) -> tuple[Any, list[Array]]:
+        out = evaluate(run.equations, run.values, [*joint.dx, *kept])
         dx, kept_values = _in_two(out, len(joint.dx))
         return jax.tree.unflatten(joint.trees[1], dx), kept_values
+
+    def run_overlapped(one: tuple[Any, ...], other: tuple[Any, ...]) -> Any:
+        runs = start_forward(*one), start_to_input(*other)
+        interleaved(*reversed(runs))  # the backward has rows to send at once
+        return end_forward(runs[0]), end_to_input(runs[1])
 
     def run_to_weight(
         p: Any, c: Any, saved_values: Sequence[Array], kept_values: Sequence[Array]
     ) -> Any:
         known_values = dict(zip([*saved, *kept], [*saved_values, *kept_values], strict=True))
-        out = joint.run(to_weight, joint.dp, known_values, p=p, c=c)
+        out = evaluate(to_weight.equations, joint.values(p=p, c=c) | known_values, joint.dp)
         return jax.tree.unflatten(joint.trees[2], out)
 
     parts = (forward.equations, to_input.equations, to_weight.equations)
-    return Split(run_forward, run_to_input, run_to_weight, parts)
+    return Split(
+        forward=lambda *operands: end_forward(start_forward(*operands)),
+        backward_input=lambda *operands: end_to_input(start_to_input(*operands)),
+        backward_weight=run_to_weight,
+        overlapped=run_overlapped,
+        equations=parts,
+    )
 
 
 def _gradient_of(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,18 +229,12 @@ class Joint:
         inputs = [v for group in self.inputs.values() for v in group]
         return [*inputs, *(v for equation in self.equations for v in equation.outvars)]
 
-    def run(
-        self,
-        part: Sliced,
-        wanted: Sequence[Any],
-        known: dict[core.Var, Array] | None = None,
-        **trees: Any,
-    ) -> list[Any]:
-        """The values of `wanted`, from known variables and the trees p, x, c, dy that are given."""
-        values = self.constants | (known or {})
+    def values(self, **trees: Any) -> dict[core.Var, Any]:
+        """The values of the variables of those trees p, x, c, dy that are given."""
+        values = dict(self.constants)
         for name, tree in trees.items():
             values |= zip(self.inputs[name], jax.tree.leaves(tree), strict=True)
-        return evaluate(part.equations, values, wanted)
+        return values
 
 
 def _cut(variables: Sequence[Any], trees: Sequence[Any]) -> list[list[Any]]:
@@ -230,6 +246,10 @@ def _cut(variables: Sequence[Any], trees: Sequence[Any]) -> list[list[Any]]:
 def _in_two(values: Sequence[Any], number: int) -> tuple[list[Any], list[Any]]:
     """The first `number` values, and the rest."""
     return list(values[:number]), list(values[number:])
+
+
+def _variables(atoms: Iterable[Any]) -> list[core.Var]:
+    return [atom for atom in atoms if isinstance(atom, core.Var)]
 
 
 def _unique(variables: Iterable[core.Var]) -> list[core.Var]:

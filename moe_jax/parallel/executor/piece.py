@@ -90,12 +90,13 @@ class Piece:
 
         def step(carry: tuple[Array, Array, Tree], index: Array) -> tuple[Any, Any]:
             x, dy, sums = carry
-            p, c = work.layer(index)
-            (y, loss, others), new = self.layer.forward(p, x, c)
+            p_of_x, c_of_x = work.layer(index)
             index = work.indices[-1] - index
             p, c = other.layer(index)
             old = saved.layer(index)
-            dx, kept = self.layer.backward_input(p, c, old, dy)
+            forward, backward = self.layer.overlapped((p_of_x, x, c_of_x), (p, c, old, dy))
+            (y, loss, others), new = forward
+            dx, kept = backward
             dp = self.layer.backward_weight(p, c, old, kept)
             sums = add_at(sums, (other.p.slot, index), dp)
             return (y, dx, sums), (loss, others, new)

@@ -1,0 +1,88 @@
+"""Two independent programs as one, in which each computes while the other's rows travel.
+
+A program is equations (parallel.equations). Some of them are transfers: collectives that send many
+bytes. XLA's scheduler may start a transfer early and wait for it late, and yet it puts one program
+behind the other where nothing holds it back. So the two take turns here: a program computes until
+it has the operands of its next transfer. Then that transfer starts, and the other program goes on
+from the result of its own last one. An optimization barrier around both values fixes this order:
+
+    a: computes | transfer .......... | computes | transfer ......
+    b: transfer ......... | computes  | transfer ........ | computes
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax import lax
+from jax.extend import core
+
+from moe_jax.parallel.equations import evaluate
+
+TRANSFERS = ("all_to_all", "all_gather", "reduce_scatter", "ppermute")
+"""Collectives that send rows. Sums of a few numbers wait for each other as they come."""
+SMALL = 1 / 8
+"""A transfer of less than this share of the largest one is no turn."""
+
+
+@dataclass
+class Run:
+    """A program under way."""
+
+    equations: list[core.JaxprEqn]
+    values: dict[core.Var, Any]
+    """What is known, at first the inputs."""
+    last: list[core.Var]
+    """Results of its last transfer, at first the input that everything depends on."""
+    ends: list[core.Var]
+    """Its results."""
+    sent: bool = False
+    """Whether it has transferred anything yet."""
+
+
+def interleaved(one: Run, other: Run) -> None:
+    """Evaluates both programs, turn by turn. `one` begins."""
+    least = SMALL * max(map(_bytes, (*one.equations, *other.equations)), default=0)
+    while one.equations:
+        operands = _advance(one, least)
+        if other.equations and (one.equations or other.sent):
+            _tie(one, operands, other)
+        if one.equations:
+            transfer = one.equations.pop(0)
+            evaluate([transfer], one.values, [])
+            one.last = list(transfer.outvars)
+            one.sent = True
+        if other.equations:
+            one, other = other, one
+
+
+def _advance(run: Run, least: float) -> list[core.Var]:
+    """Evaluates up to the next transfer: its operands. At the end they are the results."""
+    number = next(
+        (i for i, equation in enumerate(run.equations) if _bytes(equation) > max(least, 0.0)),
+        len(run.equations),
+    )
+    evaluate(run.equations[:number], run.values, [])
+    run.equations = run.equations[number:]
+    return _variables(run.equations[0].invars) if run.equations else run.ends
+
+
+def _tie(one: Run, operands: list[core.Var], other: Run) -> None:
+    """`one` does not send before the other's last rows are there, and the other waits for `one`."""
+    places = [(one.values, v) for v in operands] + [(other.values, v) for v in other.last]
+    tied = lax.optimization_barrier([values[v] for values, v in places])
+    for (values, v), value in zip(places, tied, strict=True):
+        values[v] = value
+
+
+def _bytes(equation: core.JaxprEqn) -> int:
+    """Bytes of the operands of a transfer, 0 for any other equation."""
+    if equation.primitive.name not in TRANSFERS:
+        return 0
+    shapes: list[Any] = [v.aval for v in equation.invars]
+    return sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes)
+
+
+def _variables(atoms: Sequence[Any]) -> list[core.Var]:
+    return [atom for atom in atoms if isinstance(atom, core.Var)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_jax.parallel.processes.start import free_port
 from tests.test_survival import SCRIPT
 
-TIMEOUT = 300
+TIMEOUT = 600
 
 
 class Started:
@@ -47,13 +47,18 @@ class Started:
         deadline = time.monotonic() + TIMEOUT
         while not moment(self.out):
             assert all(p.poll() is None for p in self.processes), self.all_printed()
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, self.all_printed()
             time.sleep(0.005)
         return self
 
     def codes(self) -> list[int]:
-        """The exit codes, once all have ended."""
-        return [process.wait(TIMEOUT) for process in self.processes]
+        """The exit codes, once all have ended. Those that do not end are killed."""
+        try:
+            return [process.wait(TIMEOUT) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            for process in self.processes:
+                process.kill()
+            raise AssertionError(f"no end in {TIMEOUT} s: {self.all_printed()}") from None
 
     def all_printed(self) -> str:
         return "\n".join(file.read_text() for file in self.files)

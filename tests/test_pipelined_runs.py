@@ -54,12 +54,12 @@ def test_two_processes_train_as_one_does(settings, whole, tmp_path):
     assert [loss for _, loss in alone] == pytest.approx([loss for _, loss in whole], rel=3e-6)
 
 
-def test_each_process_reads_the_rows_of_its_devices(settings, whole, tmp_path):
-    """The first process has half of the stages. Four have half of the rows as well."""
+@pytest.mark.parametrize(("count", "more"), [(2, FAKE), (4, [])])
+def test_each_process_reads_the_rows_of_its_devices(settings, whole, tmp_path, count, more):
+    """Of two processes, each has a stage and all rows. Of four, each has half of the rows too."""
+    run = finish(settings, tmp_path / "run", count, [*PIPE, *more])
     expected = [loss for _, loss in whole]
-    for count, more in ((2, FAKE), (4, [])):
-        run = finish(settings, tmp_path / f"{count}", count, [*PIPE, *more])
-        assert [loss for _, loss in losses(run.out)] == pytest.approx(expected, rel=3e-6)
+    assert [loss for _, loss in losses(run.out)] == pytest.approx(expected, rel=3e-6)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -186,8 +186,8 @@ def parts_of(stages: Stages, arguments: Arguments, saveable: Any) -> dict[str, P
 
     # The sums of gradients are donated, as the executor's lie in the carry of its loop.
     @partial(jax.jit, donate_argnums=0)
-    def to_weight(sums: Any, *operands: Any) -> Any:
-        return add(sums, piece.backward_weight(*operands))
+    def to_weight(sums: Any, layers: Any, c: Any, between: tuple[Any, Any]) -> Any:
+        return add(sums, piece.backward_weight(layers, own, c, *between))
 
     @partial(jax.jit, donate_argnums=0)
     def last(sums: Any, shared: Any, y: Array, c: Any) -> tuple[Any, Array]:
@@ -210,7 +210,7 @@ def parts_of(stages: Stages, arguments: Arguments, saveable: Any) -> dict[str, P
         "first": lambda: first(shared, c),
         "forward": lambda: forward(layers, x, own, c),
         "backward_input": lambda: to_input(layers, own, c, saved, y),
-        "backward_weight": lambda: add_to("layers", to_weight, layers, own, c, saved, kept),
+        "backward_weight": lambda: add_to("layers", to_weight, layers, c, (saved, kept)),
         "last": lambda: add_to("last", last, shared, y, c),
         "pull_first": lambda: add_to("first", pull_first, shared, x, c),
     }

@@ -261,7 +261,7 @@ def _source(stack: ExpertStack) -> Source:
     return Source(_in_a_row(gate_up), _in_a_row(down), layer * own)
 
 
-def _in_a_row(matrices: Float[Array, "layers E I O"]) -> Float[Array, "layers*E I O"]:
+def _in_a_row(matrices: Float[Array, "layers E *shape"]) -> Float[Array, "layers*E *shape"]:
     return matrices.reshape(-1, *matrices.shape[2:])
 
 

@@ -22,8 +22,8 @@ from moe_jax.base.initial import root_key
 from moe_jax.config import ParallelConfig, TrainConfig
 from moe_jax.objectives.next_token import next_token
 from moe_jax.parallel.executor import PIPE, Arguments, Stages, make_gradient
-from moe_jax.parallel.executor.piece import Piece
-from moe_jax.parallel.executor.slots import add, at
+from moe_jax.parallel.executor.piece import Piece, Work
+from moe_jax.parallel.executor.slots import Stack, add, at
 from moe_jax.parallel.gradient_split import SAVEABLE, split
 from moe_jax.parallel.processes import Peers
 from moe_jax.parallel.schedules import PipelineSchedule
@@ -174,20 +174,26 @@ def on_one_device(config: TrainConfig, microbatches: int) -> tuple[Program, dict
 def parts_of(stages: Stages, arguments: Arguments, saveable: Any) -> dict[str, Program]:
     """The parts as programs of their own, by their names in Parts."""
     shared = arguments.shared
-    layers, own = jax.tree.map(lambda a: a[: len(a) // DEVICES], (arguments.layers, arguments.own))
+    slot = jnp.zeros((), jnp.int32)
+    half = jax.tree.map(lambda a: a[: len(a) // DEVICES], (arguments.layers, arguments.own))
+    layers, own = _in_a_slot(half)
     c = (arguments.constants, at(arguments.contexts, 0))
     first = jax.jit(stages.first)
     x = first(shared, c)
-    piece = Piece(split(stages.layer, at(layers, 0), x, (at(own, 0), c), saveable))
+    p, constants = at((layers, own), (0, 0))
+    piece = Piece(split(stages.layer, p, x, (constants, c), saveable))
+    work = Work(Stack(layers, slot), Stack(own, slot), c)
     forward = jax.jit(piece.forward)
     to_input = jax.jit(piece.backward_input)
-    y, _, _, saved = forward(layers, x, own, c)
-    _, kept = to_input(layers, own, c, saved, y)
+    done = forward(work, x)
+    y = done.y
+    saved = Stack(_in_a_slot(done.saved), slot)
+    kept = Stack(_in_a_slot(to_input(work, saved, y)[1]), slot)
 
     # The sums of gradients are donated, as the executor's lie in the carry of its loop.
     @partial(jax.jit, donate_argnums=0)
-    def to_weight(sums: Any, layers: Any, c: Any, between: tuple[Any, Any]) -> Any:
-        return add(sums, piece.backward_weight(layers, own, c, *between))
+    def to_weight(sums: Any, work: Work, saved: Stack, kept: Stack) -> Any:
+        return piece.backward_weight(work, saved, kept, sums)
 
     @partial(jax.jit, donate_argnums=0)
     def last(sums: Any, shared: Any, y: Array, c: Any) -> tuple[Any, Array]:
@@ -208,12 +214,16 @@ def parts_of(stages: Stages, arguments: Arguments, saveable: Any) -> dict[str, P
 
     return {
         "first": lambda: first(shared, c),
-        "forward": lambda: forward(layers, x, own, c),
-        "backward_input": lambda: to_input(layers, own, c, saved, y),
-        "backward_weight": lambda: add_to("layers", to_weight, layers, c, (saved, kept)),
+        "forward": lambda: forward(work, x),
+        "backward_input": lambda: to_input(work, saved, y),
+        "backward_weight": lambda: add_to("layers", to_weight, work, saved, kept),
         "last": lambda: add_to("last", last, shared, y, c),
         "pull_first": lambda: add_to("first", pull_first, shared, x, c),
     }
+
+
+def _in_a_slot(tree: Any) -> Any:
+    return jax.tree.map(lambda a: a[None], tree)
 
 
 def ticks_alone(config: TrainConfig) -> Program:
@@ -231,7 +241,8 @@ def ticks_alone(config: TrainConfig) -> Program:
         layer=layer,
         last=lambda shared, y, c: (shared * y.ravel()[0], ()),
     )
-    gradient = make_gradient(schedule, stages, engine.mesh, P())
+    specs: Any = Arguments(P(), P(PIPE), P(PIPE), P(), P())
+    gradient = make_gradient(schedule, stages, engine.mesh, specs)
 
     def run() -> Array:
         one = jnp.ones(())

@@ -5,17 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments.rebalancing import (
-    Settings,
-    draw,
-    loads_of,
-    main,
-    measurements,
-    options,
-    verdict,
-)
+from experiments.rebalancing import main, verdict
 from moe_jax.cli import override
 from moe_jax.config.presets import TINY
+from moe_jax.study.rebalancing import Settings, draw, loads_of, measurements, options
 
 
 def write(path, imbalances):

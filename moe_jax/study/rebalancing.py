@@ -27,7 +27,7 @@ class Settings:
     """Folder for result.json, the plot and the runs."""
     seed: int = 0
     """Seed of the model."""
-    steps: int = 150
+    steps: int = 100
     """Updates of each run. At most 199: a longer run does not write all loads."""
     rebalance: int = 10
     """Steps between two placements."""

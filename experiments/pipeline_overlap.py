@@ -193,11 +193,14 @@ def verdict(values: Mapping[str, float | int | None]) -> str:
     """Shares and times, with what they are."""
     sentences = ["Predicted from programs compiled for absent H100, and not measured."]
     for devices in (name.split(".")[0] for name in values if name.endswith(".covered_apart")):
+        own = {
+            name: values[f"{devices}.{name}"] for name in ("covered_overlapped", "covered_apart")
+        }
         sentences.append(
-            f"{devices} devices: {values[f'{devices}.covered_overlapped']:.0%} of the transfers "
-            f"lie under products in F&B, {values[f'{devices}.covered_apart']:.0%} in F, Bi and W one "
-            f"after the other. F&B waits {values[f'{devices}.overlapped.stalled']:.2f} ms for "
-            f"transfers, F, Bi and W {values[f'{devices}.apart.stalled']:.2f} ms. F&B is "
+            f"{devices} devices: {own['covered_overlapped']:.0%} of the transfers lie under "
+            f"products in F&B, {own['covered_apart']:.0%} in F, Bi and W one after the other. "
+            f"F&B waits {values[f'{devices}.overlapped.stalled']:.2f} ms for transfers, the three "
+            f"{values[f'{devices}.apart.stalled']:.2f} ms. F&B is "
             f"{values[f'{devices}.speedup_overlapped']:.2f}x as fast."
         )
     return " ".join(sentences)

@@ -59,8 +59,8 @@ class Settings:
     """Folder for result.json."""
     seed: int = 0
     """Nothing is drawn here, so it changes nothing."""
-    chunks: int = 4
-    """Parts of a device's experts in the chunked exchange."""
+    chunks: int = 1
+    """Parts of a device's experts in the exchange."""
     width: int = 7168
     """Model width (D)."""
     hidden: int = 2048
@@ -83,29 +83,11 @@ class Settings:
         )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One program."""
-
-    exchange: ExchangeConfig
-    experts: int
-    """Devices of the axis `expert`."""
-
-
-def cases(settings: Settings) -> dict[str, Case]:
-    """All programs by name."""
-    found = {}
-    for devices in (8,) if settings.quick else (8, 16):
-        experts = devices // STAGES
-        found[f"plain_{devices}"] = Case(ExchangeConfig(), experts)
-        found[f"chunked_{devices}"] = Case(ExchangeConfig(chunks=settings.chunks), experts)
-    return found
-
-
-def config_of(settings: Settings, case: Case) -> TrainConfig:
+def config_of(settings: Settings, devices: int) -> TrainConfig:
     """DeepSeek-V3's blocks, one a stage, with fewer experts, so that the state fits a device."""
+    split = devices // STAGES
     moe = MoEConfig(
-        experts=settings.own * case.experts,
+        experts=settings.own * split,
         experts_per_token=settings.per_token,
         expert_hidden=settings.hidden,
         groups=8,
@@ -128,15 +110,15 @@ def config_of(settings: Settings, case: Case) -> TrainConfig:
     parallel = ParallelConfig(
         pipe=STAGES,
         data=1,
-        expert=case.experts,
+        expert=split,
         schedule="dualpipe",
         microbatches=MICROBATCHES,
-        exchange=case.exchange,
+        exchange=ExchangeConfig(chunks=settings.chunks),
     )
     return TrainConfig(
         model=model,
         parallel=parallel,
-        batch=settings.rows * MICROBATCHES * case.experts,
+        batch=settings.rows * MICROBATCHES * split,
         data=DataConfig(tokenizer="bytes", length=settings.length),
     )
 
@@ -210,12 +192,16 @@ def measurements(readings: Mapping[str, Mapping[str, Reading]]) -> list[Measurem
 def verdict(values: Mapping[str, float | int | None]) -> str:
     """Shares and times, with what they are."""
     sentences = ["Predicted from programs compiled for absent H100, and not measured."]
-    for name in (name.removesuffix(".covered_apart") for name in values if "covered_apart" in name):
-        kind, devices = name.split("_")
+    for devices in (name.split(".")[0] for name in values if name.endswith(".covered_apart")):
+        own = {
+            name: values[f"{devices}.{name}"] for name in ("covered_overlapped", "covered_apart")
+        }
         sentences.append(
-            f"{devices} devices, {kind} exchange: {values[f'{name}.covered_overlapped']:.0%} of "
-            f"the transfers lie under products in F&B, {values[f'{name}.covered_apart']:.0%} in "
-            f"F, Bi and W, and F&B is {values[f'{name}.speedup_overlapped']:.2f}x as fast."
+            f"{devices} devices: {own['covered_overlapped']:.0%} of the transfers lie under "
+            f"products in F&B, {own['covered_apart']:.0%} in F, Bi and W one after the other. "
+            f"F&B waits {values[f'{devices}.overlapped.stalled']:.2f} ms for transfers, the three "
+            f"{values[f'{devices}.apart.stalled']:.2f} ms. F&B is "
+            f"{values[f'{devices}.speedup_overlapped']:.2f}x as fast."
         )
     return " ".join(sentences)
 
@@ -227,11 +213,12 @@ def main(argv: list[str]) -> None:
     require(not problem, f"no compiler for absent GPUs: {problem}")
     out = output_folder(settings.out)
     readings = {}
-    for name, case in cases(settings).items():
-        readings[name] = read(compiled(config_of(settings, case)).as_text())
+    for devices in (8,) if settings.quick else (8, 16):
+        name = str(devices)
+        readings[name] = read(compiled(config_of(settings, devices)).as_text())
         for step, reading in readings[name].items():
             print(
-                f"{name:12s} {step:16s} {1e3 * reading.line.total:8.2f} ms predicted, "
+                f"{name:>2s} {step:16s} {1e3 * reading.line.total:8.2f} ms predicted, "
                 f"{reading.bare.covered:6.1%} of {1e3 * reading.line.transfers:.2f} ms covered",
                 flush=True,
             )

@@ -111,7 +111,7 @@ def split(
 
     def start_to_input(p: Any, c: Any, saved_values: Sequence[Array], dy: Any) -> Run:
         values = joint.values(p=p, c=c, dy=dy) | dict(zip(saved, saved_values, strict=True))
-        return Run(to_input.equations, values, joint.dy, _variables(joint.dx))
+        return Run(to_input.equations, values, [*joint.dy, *saved], _variables(joint.dx))
 
     def end_to_input(run: Run) -> tuple[Any, list[Array]]:
         out = evaluate(run.equations, run.values, [*joint.dx, *kept])

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from moe_jax.parallel.equations import evaluate
+from moe_jax.parallel.equations import dependents, evaluate
 
 TRANSFERS = ("all_to_all", "all_gather", "reduce_scatter", "ppermute")
 """Collectives that send rows. Sums of a few numbers wait for each other as they come."""
@@ -34,20 +35,27 @@ class Run:
     values: dict[core.Var, Any]
     """What is known, at first the inputs."""
     last: list[core.Var]
-    """Results of its last transfer, at first the input that everything depends on."""
+    """Results of its last transfer, at first all of a micro-batch that it reads."""
     ends: list[core.Var]
     """Its results."""
     sent: bool = False
     """Whether it has transferred anything yet."""
 
 
+Place = tuple[dict[core.Var, Any], core.Var]
+"""Where a value is."""
+
+
 def interleaved(one: Run, other: Run) -> None:
     """Evaluates both programs, turn by turn. `one` begins."""
+    prepared = [*_prepare(one), *_prepare(other)]
     least = SMALL * max(map(_bytes, (*one.equations, *other.equations)), default=0)
     while one.equations:
         operands = _advance(one, least)
         if other.equations and (one.equations or other.sent):
-            _tie(one, operands, other)
+            places = [(one.values, v) for v in operands]
+            _tie(places + [(other.values, v) for v in other.last] + prepared)
+            prepared = []
         if one.equations:
             transfer = one.equations.pop(0)
             evaluate([transfer], one.values, [])
@@ -68,12 +76,30 @@ def _advance(run: Run, least: float) -> list[core.Var]:
     return _variables(run.equations[0].invars) if run.equations else run.ends
 
 
-def _tie(one: Run, operands: list[core.Var], other: Run) -> None:
-    """`one` does not send before the other's last rows are there, and the other waits for `one`."""
-    places = [(one.values, v) for v in operands] + [(other.values, v) for v in other.last]
+def _prepare(run: Run) -> list[Place]:
+    """Evaluates what does not depend on the micro-batch, such as matrices in the compute dtype.
+
+    They are made before the first transfer starts, so that they are no cover for it: copies take
+    memory bandwidth from a transfer, and products take little.
+    """
+    later = dependents(run.equations, run.last)
+    first = [e for e in run.equations if not later.intersection(e.outvars)]
+    run.equations = [e for e in run.equations if later.intersection(e.outvars)]
+    evaluate(first, run.values, [])
+    read = {v for e in run.equations for v in e.invars if isinstance(v, core.Var)}
+    made = [v for e in first for v in e.outvars if v in read and _is_float(v.aval)]
+    return [(run.values, v) for v in made]
+
+
+def _tie(places: list[Place]) -> None:
+    """No value can be used before all of them are there."""
     tied = lax.optimization_barrier([values[v] for values, v in places])
     for (values, v), value in zip(places, tied, strict=True):
         values[v] = value
+
+
+def _is_float(shape: Any) -> bool:
+    return jnp.issubdtype(shape.dtype, jnp.floating)
 
 
 def _bytes(equation: core.JaxprEqn) -> int:

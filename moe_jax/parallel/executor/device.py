@@ -153,7 +153,9 @@ class DeviceProgram:
         work, x = self._of_forward(buffers, row.forward)
         buffers, other, saved, dy = self._of_backward(buffers, row.backward)
         sums = buffers.result.layers
-        forward, dx, sums = self.piece.overlapped(work, x, other, saved, dy, sums)
+        results = self.piece.overlapped(work, x, other, saved, dy, sums)
+        # Nothing is written before all is read. Otherwise XLA copies all slots.
+        forward, dx, sums = lax.optimization_barrier(results)
         buffers = buffers._replace(result=buffers.result._replace(layers=sums))
         buffers, y = self._store_forward(buffers, row.forward, forward)
         return self._store_first(buffers, row.backward, other, dx), y, dx

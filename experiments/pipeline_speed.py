@@ -53,7 +53,7 @@ class Settings:
     """Model width (D)."""
     layers: int = 4
     """Layers of the model, half of them in each process."""
-    rounds: int = 9
+    rounds: int = 7
     """Times that everything is timed."""
     quick: bool = False
     """A small model and three schedules, timed twice."""

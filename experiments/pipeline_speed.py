@@ -53,7 +53,7 @@ class Settings:
     """Model width (D)."""
     layers: int = 4
     """Layers of the model, half of them in each process."""
-    rounds: int = 9
+    rounds: int = 7
     """Times that everything is timed."""
     quick: bool = False
     """A small model and three schedules, timed twice."""
@@ -235,9 +235,9 @@ def draw(rows: list[Row]) -> Figure:
         drawn = axes.bar(places, values, 0.25, label=label, color=f"C{number}")
         axes.bar_label(drawn, fmt="{:.2f}", fontsize=7)
     axes.set_xticks(range(len(rows)), [row.schedule.name for row in rows])
-    axes.set(ylabel="share of both cores' time", ylim=(0, 1.1))
+    axes.set(ylabel="share of both cores' time", ylim=(0, 1.2))
     axes.set_title("two processes with a core each")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", ncols=3)
     return figure
 
 

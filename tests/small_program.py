@@ -20,6 +20,15 @@ def small_settings(folder: Path) -> list[str]:
     ]
 
 
+def run_settings(folder: Path, *, steps: int, batch: int, save_every: int) -> list[str]:
+    """Options for a run of it that evaluates twice and writes no samples."""
+    return [
+        *("--steps", f"{steps}", "--batch", f"{batch}", "--samples", "0"),
+        *("--evaluate-every", f"{steps // 2}", "--checkpoint.every", f"{save_every}"),
+        *small_settings(folder),
+    ]
+
+
 @contextmanager
 def sharing_compilations(folder: Path) -> Iterator[None]:
     """Processes that are started inside find what others have compiled in `folder`."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.several_processes import Started, checkpointed, finish
-from tests.small_program import sharing_compilations, small_settings
+from tests.small_program import run_settings, sharing_compilations
 from tests.test_survival import losses
 
 pytestmark = pytest.mark.slow
@@ -46,12 +46,9 @@ ROUTES = {
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A run of 24 steps and two layers that saves every second step."""
-    return [
-        *("--steps", f"{STEPS}", "--batch", "8", "--samples", "0", "--evaluate-every", "12"),
-        *("--checkpoint.every", "2"),
-        *small_settings(tmp_path_factory.mktemp("layouts")),
-        *("--model.layers", "2"),
-    ]
+    folder = tmp_path_factory.mktemp("layouts")
+    own = run_settings(folder, steps=STEPS, batch=8, save_every=2)
+    return [*own, "--model.layers", "2"]
 
 
 @pytest.fixture(scope="module", autouse=True)

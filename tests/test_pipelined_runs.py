@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.parallel.processes import LOST_CODE
 from tests.several_processes import Started, assert_lost, checkpointed, finish
-from tests.small_program import sharing_compilations, small_settings
+from tests.small_program import run_settings, sharing_compilations
 from tests.test_survival import kill_when, losses, reached, writing
 
 pytestmark = pytest.mark.slow
@@ -20,12 +20,9 @@ FAKE = ["--parallel.fake-devices", "2"]
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A run of 16 steps and two layers that saves every fourth step."""
-    return [
-        *("--steps", f"{STEPS}", "--batch", "4", "--samples", "0", "--evaluate-every", "8"),
-        *("--checkpoint.every", "4"),
-        *small_settings(tmp_path_factory.mktemp("pipelined")),
-        *("--model.layers", "2"),
-    ]
+    folder = tmp_path_factory.mktemp("pipelined")
+    own = run_settings(folder, steps=STEPS, batch=4, save_every=4)
+    return [*own, "--model.layers", "2"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.parallel.processes import LOST_CODE
 from tests.several_processes import TIMEOUT, Started, assert_lost, checkpointed, finish
-from tests.small_program import sharing_compilations, small_settings
+from tests.small_program import run_settings, sharing_compilations
 from tests.test_survival import losses, reached
 
 pytestmark = pytest.mark.slow
@@ -22,11 +22,8 @@ LONG = ["--steps", "3000", "--evaluate-every", "3000", "--checkpoint.every", "4"
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A run of 16 steps that saves every fourth. Text and cache are shared by all tests."""
-    return [
-        *("--steps", f"{STEPS}", "--batch", "4", "--samples", "0", "--evaluate-every", "8"),
-        *("--checkpoint.every", "4"),
-        *small_settings(tmp_path_factory.mktemp("several")),
-    ]
+    folder = tmp_path_factory.mktemp("several")
+    return run_settings(folder, steps=STEPS, batch=4, save_every=4)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.train.metrics import read_lines
-from tests.small_program import sharing_compilations, small_settings
+from tests.small_program import run_settings, sharing_compilations
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "train.py"
 STEPS = 30
@@ -23,11 +23,8 @@ TIMEOUT = 120
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A run of 30 steps that saves every third; text and cache shared by all kills."""
-    return [
-        *("--steps", f"{STEPS}", "--batch", "2", "--samples", "0", "--evaluate-every", "15"),
-        *("--checkpoint.every", "3"),
-        *small_settings(tmp_path_factory.mktemp("survival")),
-    ]
+    folder = tmp_path_factory.mktemp("survival")
+    return run_settings(folder, steps=STEPS, batch=2, save_every=3)
 
 
 @pytest.fixture(scope="module", autouse=True)

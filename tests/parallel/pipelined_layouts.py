@@ -21,10 +21,20 @@ from moe_jax.train.engines.pipelined.engine import PipelinedEngine
 from moe_jax.train.engines.pipelined.gradient import make_pipelined_gradient
 from moe_jax.train.state import init_state
 from moe_jax.train.step import make_gradient
-from tests.parallel.layouts import MLA, MODEL, MOE, difference, in_float64, make_batch, run
+from tests.parallel.layouts import (
+    MLA,
+    MODEL,
+    MOE,
+    SOFTMAX,
+    difference,
+    in_float64,
+    make_batch,
+    run,
+)
 
 DEEP = replace(MODEL, layers=5)
 """One dense block and four sparse ones."""
+NOISY = replace(SOFTMAX, rule="noisy_top_k")
 MICROBATCHES = 4
 
 
@@ -41,6 +51,7 @@ CASES: dict[str, TrainConfig] = {
     "remat": run(deep(remat="full")),
     "dots": run(deep(remat="dots")),
     "dropout": run(deep(dropout=0.2)),
+    "noisy": run(deep(moe=NOISY)),
     "capacity": run(deep(moe=replace(MOE, capacity_factor=0.6))),
     "teacher": run(deep(), distill=DistillConfig(teacher="another model", alpha=0.5, chunk=100)),
 }

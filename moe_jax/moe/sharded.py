@@ -54,7 +54,7 @@ DOWN = ("E", "F", "D")
 
 
 class Stored(NamedTuple):
-    """A layer's experts as they lie on the mesh, or where they lie."""
+    """A layer's experts on the mesh: the arrays, or their PartitionSpecs."""
 
     gate_up: Any
     down: Any
@@ -257,12 +257,8 @@ def _source(stack: ExpertStack) -> Source:
     """This device's experts of all layers, one after the other, and the layer's first one."""
     gate_up, down, layer = stack
     gate_up, down = own_copies((gate_up, down), manual_axes())
-    own = down.shape[1]
-    return Source(_in_a_row(gate_up), _in_a_row(down), layer * own)
-
-
-def _in_a_row(matrices: Float[Array, "layers E *shape"]) -> Float[Array, "layers*E *shape"]:
-    return matrices.reshape(-1, *matrices.shape[2:])
+    rows = [matrices.reshape(-1, *matrices.shape[2:]) for matrices in (gate_up, down)]
+    return Source(rows[0], rows[1], layer * down.shape[1])
 
 
 def _gathered(

@@ -12,6 +12,7 @@ import tyro
 
 from moe_jax import cli
 from moe_jax.base.paths import user_path
+from moe_jax.base.provenance import call_of
 from moe_jax.base.seeds import check_seed
 from moe_jax.config import TrainConfig, require
 from moe_jax.study.sweep.axes import Axis, parse_axis
@@ -22,9 +23,10 @@ QUICK_STEPS = "20"
 
 @dataclass(frozen=True)
 class Experiment:
-    """A script with a TrainConfig. It takes `PRESET --FIELD VALUE …` and writes DIR/result.json."""
+    """A program with a TrainConfig. It takes `PRESET --FIELD VALUE …`, writes DIR/result.json."""
 
-    script: Path
+    program: tuple[str, ...]
+    """What Python is given before the options."""
     presets: Mapping[str, TrainConfig]
 
 
@@ -111,7 +113,9 @@ def parse_sweep(
     Options that are not the sweep's own are the experiment's, and go to every trial.
     """
     if cli.asks_for_help(argv):
-        cli.parse_settings(SweepConfig(), ["--help"], description, prog="sweep.py EXPERIMENT")
+        cli.parse_settings(
+            SweepConfig(), ["--help"], description, prog=f"{call_of('sweep')} EXPERIMENT"
+        )
     name = argv[0] if argv else ""
     require(
         name in experiments,

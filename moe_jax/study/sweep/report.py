@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_jax import cli
 from moe_jax.base.files import write_atomically
-from moe_jax.base.provenance import provenance
+from moe_jax.base.provenance import call_of, provenance
 from moe_jax.study.sweep.command import Sweep
 from moe_jax.study.sweep.trials import completed, finished, folder
 
@@ -104,5 +104,4 @@ def best_command(study: Any, sweep: Sweep) -> str:
     """The command line of the best trial, without its folder."""
     presets = sweep.experiment.presets
     config = cli.parse(sweep.trial_arguments(completed(study)[0].params), presets)
-    script = f"experiments/{sweep.experiment.script.name}"
-    return cli.command_line(config, presets[config.preset], script)
+    return cli.command_line(config, presets[config.preset], call_of(sweep.name))

@@ -65,7 +65,7 @@ def run_trial(study: Any, sweep: Sweep, claimed: Claim) -> str:
 
     trial = claimed.trial
     where = sweep.out / folder(trial)
-    command = [sys.executable, str(sweep.experiment.script), *sweep.trial_arguments(trial.params)]
+    command = [sys.executable, *sweep.experiment.program, *sweep.trial_arguments(trial.params)]
     with claimed.folder_lock, (where / "log.txt").open("ab") as log:
         # The run shares the lock: should this worker be killed, the folder stays locked until the
         # run has ended.

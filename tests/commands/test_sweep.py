@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import sweep
 from moe_jax.base.errors import UserError
+from moe_jax.commands import sweep
 from moe_jax.config import TrainConfig
 from moe_jax.study.sweep.axes import parse_axis
 from moe_jax.study.sweep.command import parse_sweep
@@ -50,14 +50,13 @@ with open(out / "runs.txt", "a") as runs:
 
 DRIVER = """
 import sys
-from pathlib import Path
-
-from experiments import sweep
+from moe_jax.cli import program
+from moe_jax.commands import sweep
 
 fake = sys.argv[1]
-sweep.EXPERIMENTS["train"] = sweep.Experiment(Path(fake), sweep.PRESETS)
+sweep.EXPERIMENTS["train"] = sweep.Experiment((fake,), sweep.PRESETS)
 sys.argv = ["sweep.py", *sys.argv[2:]]
-sweep.cli.program(sweep.main)
+program(sweep.main)
 """
 
 

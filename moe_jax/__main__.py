@@ -7,6 +7,7 @@ from moe_jax.base.startup import ask_for_huge_pages
 COMMANDS = {
     "train": "trains a model, and continues a run that was interrupted",
     "complete": "continues a text with a trained model, within a budget for its experts",
+    "inspect-runs": "compares runs in the terminal and as one HTML page",
     "sweep": "searches for the best settings of a run",
     "teacher-text": "has a teacher write text that a student can learn from",
 }

@@ -42,7 +42,7 @@ def default_out(config: TrainConfig) -> str:
     # A longer run is the same run, and so is one on other devices, and any run at a constant
     # learning rate.
     own = {"parallel": ParallelConfig(), "processes": ProcessesConfig()}
-    same = replace(config, continue_to=0, **own)
+    same = replace(config, continue_to=0, log="none", profile=0, **own)
     if config.optim.schedule == "constant":
         same = replace(same, steps=PRESETS[config.preset].steps)
     command = command_line(same, PRESETS[config.preset])

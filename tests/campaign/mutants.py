@@ -98,10 +98,10 @@ def read_train(words: list[str]) -> None:
 
 
 def read_sweep(words: list[str]) -> None:
-    from moe_jax.commands.sweep import EXPERIMENTS
+    from moe_jax.commands.sweep import find_experiment
     from moe_jax.study.sweep.command import parse_sweep
 
-    assert parse_sweep(["train", *words, "--search", "seed=1,2"], EXPERIMENTS).out
+    assert parse_sweep(["train", *words, "--search", "seed=1,2"], find_experiment).out
 
 
 def read_complete(words: list[str]) -> None:

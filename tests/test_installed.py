@@ -1,10 +1,10 @@
-"""The package as users get it: built as a wheel, installed in a new environment, used elsewhere."""
+"""The package as users get it: a wheel in a new environment of each Python, used elsewhere."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -12,17 +12,37 @@ import pytest
 from tests.small_program import small_settings
 
 ROOT = Path(__file__).parents[1]
+VERSIONS = ("3.11", "3.12", "3.13")
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version that works. None: there is none here."""
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return sys.executable
+    found = shutil.which(f"python{version}")
+    works = found and subprocess.run([found, "-c", "import venv"], capture_output=True)
+    return found if works and works.returncode == 0 else None
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """The folder of programs of a new environment with the wheel and its dependencies."""
-    folder = tmp_path_factory.mktemp("installed")
+def wheel(tmp_path_factory) -> Path:
+    """The package as a wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)]
     subprocess.run(build, check=True)
     [wheel] = folder.glob("moe_jax-*.whl")
-    venv.create(folder / "venv", with_pip=True)
-    programs = folder / "venv" / "bin"
+    return wheel
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def installed(request, wheel, tmp_path_factory) -> Path:
+    """The folder of programs of a new environment with the wheel and its dependencies."""
+    python = interpreter(request.param)
+    if python is None:
+        pytest.skip(f"no Python {request.param} is here")
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    programs = folder / "bin"
     subprocess.run([programs / "pip", "install", "-q", wheel], check=True)
     return programs
 
@@ -58,4 +78,4 @@ def test_a_wheel_trains_completes_and_lists_its_presets(installed, tmp_path):
     where = "import moe_jax; print(moe_jax.__file__)"
     python = [installed / "python", "-c", where]
     found = subprocess.run(python, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert str(installed.parent) in found.stdout
+    assert str(installed.parent) in found.stdout, "it ran from the wheel"

@@ -29,7 +29,7 @@ def write_table(study: Any, sweep: Sweep) -> None:
     names = [objective.name for objective in sweep.objectives]
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["folder", "state", *names, *fields, "seconds", "error"])
+    rows.writerow(["folder", "state", *names, *fields, "trial_seconds", "error"])
     for t in finished(study):
         seconds = round(t.duration.total_seconds(), 1)
         params = [v for a in sweep.axes for v in a.assignments(t.params[a.field]).values()]

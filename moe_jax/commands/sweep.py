@@ -106,5 +106,5 @@ def show_dashboard(sweep: Sweep) -> None:
     from optuna_dashboard import run_server
 
     storage = open_shared(sweep).storage
-    print(f"the sweep {sweep.out} is at http://localhost:{PORT} until Ctrl-C")
+    print(f"the sweep {sweep.out} is at http://localhost:{PORT} until Ctrl-C", flush=True)
     run_server(storage, host="localhost", port=PORT)

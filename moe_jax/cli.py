@@ -85,6 +85,7 @@ def parse(
     presets: Mapping[str, TrainConfig],
     default: str = "tiny",
     description: str = "Trains a mixture-of-experts language model.",
+    prog: str | None = None,
 ) -> TrainConfig:
     """The settings that `[PRESET] [--flag value …]` asks for. --help prints and exits with 0.
 
@@ -99,7 +100,9 @@ def parse(
         f"{description}\n\nPRESET is one of {', '.join(presets)} (unset: {default}). "
         f"The defaults below are those of {name}."
     )
-    return parse_settings(preset(presets, name), options, about, prog=f"{sys.argv[0]} [PRESET]")
+    return parse_settings(
+        preset(presets, name), options, about, prog=f"{prog or sys.argv[0]} [PRESET]"
+    )
 
 
 def parse_settings(
@@ -177,13 +180,15 @@ def override(config: Settings, assignments: Mapping[str, str]) -> Settings:
 
 
 def command_line(
-    config: TrainConfig, preset_config: TrainConfig, script: str = "experiments/train.py"
+    config: TrainConfig,
+    preset_config: TrainConfig,
+    call: str = "python experiments/train.py",
 ) -> str:
     """The shortest command that gives `config`: its preset and the fields that differ from it."""
     base = fields(preset_config)
     changed = {k: v for k, v in fields(config).items() if v != base[k] and k != "preset"}
     options = [word for name, value in changed.items() for word in _option(name, value)]
-    return shlex.join(["python", script, config.preset, *options])
+    return f"{call} {shlex.join([config.preset, *options])}"
 
 
 def program(main: Callable[[list[str]], None]) -> None:

@@ -13,6 +13,8 @@ import moe_jax
 
 ROOT = Path(moe_jax.__file__).resolve().parents[1]
 """Folder of the package. In a checkout it is the checkout's root."""
+PROGRAM = "moe-jax"
+"""The console command that pyproject.toml declares."""
 BEGAN = time.monotonic()
 """When this module was imported, which every program does at its start."""
 
@@ -26,10 +28,25 @@ def provenance() -> dict[str, Any]:
     return {
         "version": moe_jax.__version__,
         "commit": commit(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*called_as(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "duration_seconds": round(time.monotonic() - BEGAN, 1),
     }
+
+
+def called_as() -> list[str]:
+    """This process's program as a user calls it: `python` and a script, or `moe-jax`."""
+    own = Path(sys.argv[0]).name in (PROGRAM, "__main__.py")  # python -m moe_jax
+    return [PROGRAM] if own else ["python", sys.argv[0]]
+
+
+def call_of(command: str) -> str:
+    """How a user of this installation calls a command of moe_jax/__main__.py.
+
+    In a checkout it is `python experiments/train.py`, elsewhere `moe-jax train`.
+    """
+    script = Path("experiments", f"{command.replace('-', '_')}.py")
+    return f"python {script}" if (ROOT / script).is_file() else f"{PROGRAM} {command}"
 
 
 @cache

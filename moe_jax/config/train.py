@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal
 
 import tyro
 
@@ -43,6 +44,11 @@ class TrainConfig:
     """Steps between evaluations on the validation text. The last step always has one."""
     samples: int = field(default=3, metadata=MAY_DIFFER)
     """Beginnings of held-out documents that the trained model continues, for samples.txt."""
+    log: Literal["none", "tensorboard", "wandb"] = field(default="none", metadata=MAY_DIFFER)
+    """Copies the metrics to OUT/tensorboard, or to Weights & Biases. metrics.jsonl is there always.
+    """
+    profile: int = field(default=0, metadata=MAY_DIFFER)
+    """Updates to trace with jax.profiler, from the third one on, into OUT/profile."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -55,7 +61,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive("", self, "steps", "batch", "evaluate_every")
         self._check_length()
-        not_negative("", self, "samples")
+        not_negative("", self, "samples", "profile")
         check_seed("seed", self.seed)
         require(
             self.batch % self.optim.accumulation == 0,

@@ -111,6 +111,8 @@ def measure(
         Measurement("model_flops_per_token", summary.flops_per_token, "FLOP"),
         Measurement("peak_resident_bytes", peak_resident_bytes(), "bytes"),
         Measurement("compile_seconds", summary.compile_seconds, "s"),
+        # Of all processes of the run, evaluations included.
+        Measurement("training_seconds", lines[-1].get("elapsed"), "s"),
         Measurement("final_loss", lines[-1].get("loss"), "nats/token", seeds=seeds),
     ]
 

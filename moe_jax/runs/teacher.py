@@ -5,6 +5,7 @@ from dataclasses import replace
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
 from moe_jax.base.paths import user_path
+from moe_jax.base.provenance import call_of
 from moe_jax.config import TrainConfig, require
 from moe_jax.distill.teacher import Teacher
 from moe_jax.interop.gguf import GET_SMOLLM2, SMOLLM2
@@ -94,7 +95,8 @@ def with_tokenizer_of(teacher: Teacher, config: TrainConfig) -> TrainConfig:
     require(
         vocabulary in (None, tokenizer.vocabulary, teacher.model.vocabulary),
         f"model.vocabulary={vocabulary} is not the teacher's {tokenizer.vocabulary}: leave it "
-        "unset, or train without a teacher on text that it wrote (experiments/teacher_text.py)",
+        "unset, or train without a teacher on text that it wrote "
+        f"({call_of('teacher-text')})",
     )
     if config.data.tokenizer != tokenizer.kind:
         say(f"the student uses the teacher's tokenizer, {tokenizer.kind}")

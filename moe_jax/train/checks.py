@@ -19,6 +19,7 @@ from moe_jax.train.activations import evaluation_bytes, training_bytes
 from moe_jax.train.checkpoint import Extra
 from moe_jax.train.engine import Engine
 from moe_jax.train.engines import engine_kind
+from moe_jax.train.logs import check_log
 from moe_jax.train.state import abstract_state, tree_bytes
 from moe_jax.train.task import Task
 
@@ -30,6 +31,7 @@ def check(engine: Engine, task: Task) -> Path:
     """
     config = task.config
     engine.check()
+    check_log(config)
     check_kernels(config)
     check_attention(config.model, config.data.length)
     for part, reason in not_trained(config.model).items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from moe_jax.base import process
 from moe_jax.base.console import say
 from moe_jax.base.files import disk_errors
 from moe_jax.base.machine import GemmRates, gemm_rate
@@ -24,7 +25,9 @@ from moe_jax.parallel.processes import ALONE, Peers
 from moe_jax.train.checkpoint import VALIDATION, Checkpoints, Extra, Restored
 from moe_jax.train.checks import check_same_run, check_same_task
 from moe_jax.train.engine import Engine
+from moe_jax.train.logs import NoLog, open_log
 from moe_jax.train.metrics import MetricsFile, NoMetricsFile, describe, read_lines
+from moe_jax.train.profile import StepTrace
 from moe_jax.train.progress import Display, Speedometer, elapsed_until
 from moe_jax.train.state import Metrics, TrainState
 from moe_jax.train.task import Task
@@ -102,6 +105,7 @@ class Run:
     data: TokenData
     checkpoints: Checkpoints
     state: TrainState
+    trace: StepTrace
     windows: Any
     """Grain iterator over batches of text. Its position is part of a checkpoint."""
     compile_seconds: float | None
@@ -159,6 +163,7 @@ def start(task: Task, engine: Engine, out: Path, data: TokenData, checkpoints: C
         data=data,
         checkpoints=checkpoints,
         state=state,
+        trace=StepTrace(out, int(state.step), config.profile if process.index() == 0 else 0),
         windows=windows,
         compile_seconds=compile_seconds,
         gemm_rate=rate,
@@ -204,6 +209,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     # A kill may leave lines of updates that no checkpoint has. They are done again.
     writes = run.checkpoints.peers.index == 0
     lines = MetricsFile(path, resume_after=first) if writes else NoMetricsFile()
+    log = open_log(config, run.out, first) if writes else NoLog()
     before = elapsed_until(read_lines(path), first)
     speed = Speedometer(config.batch * config.data.length, last, before=before)
     with Display(last) as display:
@@ -217,6 +223,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
                 line[VALIDATION] = run.engine.evaluate(run.state)
                 speed.pause()  # the evaluation is no part of the next update's time
             lines.write(line)
+            log.write(line)
             display.show(line, speed, run.gemm_rate / run.flops_per_token)
             _check_finite(run, line)
             # A checkpoint is one that a run can go on from: not in the middle of skipped updates.
@@ -227,6 +234,8 @@ def run_steps(run: Run, stop: StopRequest) -> None:
 
         for step, metrics, save in _updates(run, first, stop):
             finish(step, metrics, save)
+    run.trace.close(run.state)
+    log.close()
     lines.close()
 
 
@@ -244,6 +253,7 @@ def _updates(run: Run, first: int, stop: StopRequest) -> Iterator[tuple[int, Met
             if unread is not None:
                 yield *unread, True
             return
+        run.trace.before(step, run.state)
         run.state, metrics = run.engine.step(run.state, run.next_batch(step - 1))
         run.checkpoints.poll()
         if unread is not None:

@@ -90,23 +90,23 @@ def mutated_words(rng: random.Random) -> list[str]:
 
 
 def read_train(words: list[str]) -> None:
-    from experiments.train import default_out, with_quick
     from moe_jax.cli import parse
+    from moe_jax.commands.train import default_out, with_quick
     from moe_jax.config.presets import PRESETS
 
     default_out(parse(with_quick(words), PRESETS))
 
 
 def read_sweep(words: list[str]) -> None:
-    from experiments.sweep import EXPERIMENTS
+    from moe_jax.commands.sweep import find_experiment
     from moe_jax.study.sweep.command import parse_sweep
 
-    assert parse_sweep(["train", *words, "--search", "seed=1,2"], EXPERIMENTS).out
+    assert parse_sweep(["train", *words, "--search", "seed=1,2"], find_experiment).out
 
 
 def read_complete(words: list[str]) -> None:
-    from experiments.complete import Settings
     from moe_jax.cli import parse_settings
+    from moe_jax.commands.complete import Settings
 
     parse_settings(Settings(), words)
 

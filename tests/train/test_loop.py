@@ -49,6 +49,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
         "gemm_fraction",
         "peak_resident_bytes",
         "compile_seconds",
+        "training_seconds",
     ):
         assert found[name] > 0, name
     assert {p.name for p in (out / "plots").iterdir()} == {"loss.png", "load.png", "router.png"}

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from moe_jax import cli
 from moe_jax.base.errors import UserError
-from moe_jax.config import TrainConfig, require
+from moe_jax.config import require
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Axis:
         return distributions.FloatDistribution(self.low, self.high, log=self.log)
 
 
-def parse_axis(text: str, config: TrainConfig) -> Axis:
+def parse_axis(text: str, config: Any) -> Axis:
     """Reads `FIELD=SPACE`. UserError: bad syntax, unknown field, or values of the wrong type."""
     name, _, space = text.partition("=")
     name = name.replace("-", "_")
@@ -81,7 +81,7 @@ def parse_axis(text: str, config: TrainConfig) -> Axis:
     return Axis(name, space, choices)
 
 
-def _parse_joint(name: str, space: str, config: TrainConfig) -> Axis:
+def _parse_joint(name: str, space: str, config: Any) -> Axis:
     """The axis of several fields, whose values are checked together."""
     fields = name.split("+")
     where = f"--search {name}={space}"

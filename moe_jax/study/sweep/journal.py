@@ -12,6 +12,8 @@ from typing import Any
 
 from moe_jax.base.errors import UserError, quote, reading, require
 from moe_jax.base.paths import read_file
+from moe_jax.study.sweep.command import Sweep
+from moe_jax.study.sweep.locks import database_errors
 
 MOST_BYTES = 256 << 20
 """A sweep of ten thousand trials writes about 20 MB."""
@@ -34,16 +36,23 @@ def open_journal(path: Path) -> Any:
         return JournalStorage(journal.JournalFileBackend(str(path)))
 
 
-def load_study(storage: Any, path: Path) -> Any:
-    """The sweep's Optuna study, begun if need be. UserError: its trials are no sweep's."""
+def load_study(storage: Any, sweep: Sweep, source: Path | str) -> Any:
+    """The sweep's Optuna study, begun if need be. UserError: its trials are no such sweep's."""
     import optuna
 
-    with reading(path, REMEDY):
-        study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
-        one = len(study.directions) == 1 and study.direction.name == "MINIMIZE"
-        require(one, "its study does not minimise one objective: begin another one with --out")
+    wanted: list[Any] = [objective.direction for objective in sweep.objectives]
+    with database_errors(sweep.config.storage), reading(source, REMEDY):
+        study = optuna.create_study(
+            storage=storage, study_name=sweep.study, load_if_exists=True, directions=wanted
+        )
+        found = [direction.name.lower() for direction in study.directions]
+        require(
+            found == wanted,
+            f"its study is to {' and '.join(found)}, not to {' and '.join(wanted)}: begin another "
+            "one with --out",
+        )
         for trial in study.get_trials(deepcopy=False):
-            _check_trial(trial)
+            _check_trial(trial, len(wanted))
         return study
 
 
@@ -70,14 +79,17 @@ def _check_lines(path: Path) -> None:
         require(known, f"line {number} is no record of a sweep: {REMEDY}")
 
 
-def _check_trial(trial: Any) -> None:
+def _check_trial(trial: Any, objectives: int) -> None:
     name = trial.user_attrs.get("folder", "trial-0000")
     # A folder elsewhere would be written to.
     named = isinstance(name, str) and FOLDER.fullmatch(name)
     require(bool(named), f"trial {trial.number} has the folder {quote(name)}: {REMEDY}")
-    values = [0.0] if trial.state.name != "COMPLETE" else trial.values
+    values = [0.0] * objectives if trial.state.name != "COMPLETE" else trial.values
     # type() in place of isinstance(), because True is an int.
-    number = isinstance(values, list) and [type(v) in (int, float) for v in values] == [True]
-    require(number, f"trial {trial.number} has the value {quote(values)}: {REMEDY}")
+    numbers = isinstance(values, list) and [type(v) in (int, float) for v in values]
+    require(
+        numbers == [True] * objectives,
+        f"trial {trial.number} has the value {quote(values)}: {REMEDY}",
+    )
     error = trial.user_attrs.get("error", "")
     require(isinstance(error, str), f"trial {trial.number} has the error {quote(error)}: {REMEDY}")

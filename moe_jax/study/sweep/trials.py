@@ -1,6 +1,6 @@
-"""The trials of a sweep, shared by any number of workers: an Optuna study and a lock per folder.
+"""The trials of a sweep, shared by any number of workers: an Optuna study and a lock per trial.
 
-A trial belongs to whoever holds the lock of its folder. The worker takes it and its training run
+A trial belongs to whoever holds its lock (locks.py). The worker takes it and its training run
 inherits it, so that the kernel releases it exactly when both are gone, however they ended.
 
 Optuna's own heartbeat and retry (RDBStorage(heartbeat_interval=…) with a retry callback) were tried
@@ -14,15 +14,13 @@ with Optuna 5.0 and do not keep a sweep's promises:
   can share, has none.
 """
 
-import fcntl
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from moe_jax.base.errors import UserError
 from moe_jax.study.sweep.command import Sweep
-from moe_jax.study.sweep.journal import load_study, open_journal, stored_identity
+from moe_jax.study.sweep.locks import Held
+from moe_jax.study.sweep.storage import Shared
 
 
 class Claim(NamedTuple):
@@ -30,73 +28,18 @@ class Claim(NamedTuple):
 
     trial: Any
     """optuna.Trial"""
-    folder_lock: IO[bytes]
-    """The locked file. Closing it gives the folder up."""
+    lock: Held
+    """Of the trial and its folder. Leaving it gives both up."""
 
 
-def lock(path: Path) -> IO[bytes]:
-    """Takes an exclusive lock, which ends with the last process that has the file open."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # flock and not lockf: the lock belongs to the open file, which child processes inherit, and
-    # not to the process.
-    file = path.open("ab")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
-
-
-def try_lock(path: Path) -> IO[bytes] | None:
-    """As lock, but None if another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-def open_study(sweep: Sweep) -> Any:
-    """The Optuna study in DIR/journal.log. UserError: the folder holds a different sweep."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        sweep.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out '{sweep.out}' cannot be used: {error.strerror}") from None
-    with lock(sweep.out / "sweep.lock"):
-        path = sweep.out / "journal.log"
-        study = load_study(open_journal(path), path)
-        stored = stored_identity(study, sweep.identity)
-        if stored is None:
-            study.set_user_attr("sweep", sweep.identity)
-        elif stored != sweep.identity:
-            key = next(k for k in stored if stored[k] != sweep.identity[k])
-            raise UserError(
-                f"{sweep.out} holds a sweep with {key} {_identity_text(stored[key])}, not "
-                f"{_identity_text(sweep.identity[key])}: use another --out, or the command that "
-                "began it"
-            )
-    return study
-
-
-def _identity_text(value: Any) -> str:
-    """A value of Sweep.identity as the command line has it."""
-    if isinstance(value, dict):
-        return " ".join(f"{name}={v}" for name, v in value.items())
-    return f"'{' '.join(value) if isinstance(value, list) else value}'"
-
-
-def claim(study: Any, sweep: Sweep) -> Claim | None:
-    """The next trial, with its folder locked. None if every trial is finished or running.
+def claim(shared: Shared, sweep: Sweep) -> Claim | None:
+    """The next trial, with its lock. None if every trial is finished or running.
 
     One worker at a time is in here, so that together they run exactly the number asked for.
     """
-    import optuna
-
-    with lock(sweep.out / "sweep.lock"):
-        requeue_abandoned(study, sweep.out)
+    study = shared.study
+    with shared.locks.sweep():
+        requeue_abandoned(shared)
         started = len(finished(study)) + len(running(study))
         if started >= sweep.trials:
             return None
@@ -104,10 +47,25 @@ def claim(study: Any, sweep: Sweep) -> Claim | None:
         # is created once in a process would repeat its first draws when the command continues.
         # 100003 is a prime, so seeds of the sweep that are close together share no sampler seeds.
         seed = (sweep.config.seed * 100_003 + started) % 2**32
-        study.sampler = optuna.samplers.TPESampler(seed=seed)
+        study.sampler = make_sampler(sweep.config.sampler, seed)
+        study.pruner = make_pruner(sweep.config.pruner)
         trial = ask_new(study, sweep)
         trial.set_user_attr("folder", folder(trial))
-        return Claim(trial, lock(sweep.out / folder(trial) / "lock"))
+        return Claim(trial, shared.locks.trial(folder(trial)))
+
+
+def make_sampler(name: str, seed: int) -> Any:
+    """The Optuna sampler. ask_new queues the combinations of a grid itself."""
+    from optuna.samplers import RandomSampler, TPESampler
+
+    return TPESampler(seed=seed) if name == "tpe" else RandomSampler(seed=seed)
+
+
+def make_pruner(name: str) -> Any:
+    """The Optuna pruner."""
+    from optuna.pruners import MedianPruner, NopPruner, SuccessiveHalvingPruner
+
+    return {"none": NopPruner, "median": MedianPruner, "halving": SuccessiveHalvingPruner}[name]()
 
 
 REPEATS = 20
@@ -124,7 +82,7 @@ def ask_new(study: Any, sweep: Sweep) -> Any:
 
     space = {axis.field: axis.distribution() for axis in sweep.axes}
     used = [trial.params for trial in [*finished(study), *running(study)]]
-    for _ in range(REPEATS):
+    for _ in range(REPEATS if sweep.config.sampler != "grid" or waiting(study) else 0):
         trial = study.ask(space)
         if trial.params not in used:
             return trial
@@ -141,17 +99,20 @@ def grid(sweep: Sweep) -> Iterator[dict[str, Any]]:
     yield from (dict(zip(fields, row, strict=True)) for row in itertools.product(*values))
 
 
-def requeue_abandoned(study: Any, out: Path) -> None:
+def requeue_abandoned(shared: Shared) -> None:
     """Queues running trials again whose worker and training run are gone. They keep their folder.
 
-    A run that outlived its worker still has the lock, so no folder ever has two writers. The
-    experiment continues from the checkpoint that it finds in the folder.
+    A run that outlived its worker still has the folder's lock, so no folder ever has two writers.
+    The experiment continues from the checkpoint that it finds in the folder.
     """
     from optuna.trial import TrialState
 
+    study = shared.study
     for trial in running(study):
-        if (abandoned := try_lock(out / folder(trial) / "lock")) is not None:
+        if (abandoned := shared.locks.try_trial(folder(trial))) is not None:
             with abandoned:
+                if trial.number not in {now.number for now in running(study)}:
+                    continue  # its worker ended it between our first look and our lock
                 study.tell(trial.number, state=TrialState.FAIL)
                 # With an error, the worker ended after the run had failed: there is nothing to
                 # resume.
@@ -175,6 +136,25 @@ def finished(study: Any) -> list[Any]:
     return [t for t in trials if t.state.name == "COMPLETE" or "error" in t.user_attrs]
 
 
-def completed(study: Any) -> list[Any]:
-    """Trials with a value, best first."""
-    return sorted((t for t in finished(study) if t.state.name == "COMPLETE"), key=lambda t: t.value)
+def waiting(study: Any) -> list[Any]:
+    """Trials that are queued and not begun."""
+    return [t for t in study.get_trials(deepcopy=False) if t.state.name == "WAITING"]
+
+
+def completed(study: Any, sweep: Sweep) -> list[Any]:
+    """Trials with values, the best by the first objective first."""
+    sign = sweep.objectives[0].sign
+    trials = [t for t in finished(study) if t.state.name == "COMPLETE"]
+    return sorted(trials, key=lambda trial: sign * trial.values[0])
+
+
+def front(study: Any, sweep: Sweep) -> list[Any]:
+    """The best trial, or the Pareto front of several objectives, in the order of `completed`.
+
+    A trial is on the front if no other one is as good in every objective and better in one.
+    """
+    trials = completed(study, sweep)
+    if len(sweep.objectives) == 1:
+        return trials[:1]
+    best = {trial.number for trial in study.best_trials}
+    return [trial for trial in trials if trial.number in best]

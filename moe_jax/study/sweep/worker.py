@@ -11,23 +11,29 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from moe_jax.base.console import Throttle
 from moe_jax.base.errors import UserError
 from moe_jax.base.signals import REPEATABLE, STOPPING, Stopped, keeping, stop_request
 from moe_jax.config import require
 from moe_jax.study.sweep.command import Sweep
-from moe_jax.study.sweep.report import value_text, write_table
+from moe_jax.study.sweep.report import value_text, values_text, write_table
+from moe_jax.study.sweep.storage import Shared
 from moe_jax.study.sweep.trials import Claim, claim, completed, finished, folder
+from moe_jax.train.metrics import read_lines
 
 REFUSED = 2
 """Exit code of an experiment that refuses its settings (moe_jax.cli.program)."""
+REPORT_SECONDS = 1.0
+"""Time between two looks at the metrics of a running trial."""
 
 
 class NotMeasuredError(UserError):
     """The experiment ran, but does not measure the objective."""
 
 
-def work(study: Any, sweep: Sweep) -> None:
+def work(shared: Shared, sweep: Sweep) -> None:
     """Runs trials until the sweep has its number, waiting at the end for those of other workers."""
+    study = shared.study
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -37,8 +43,10 @@ def work(study: Any, sweep: Sweep) -> None:
     with Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
         task = progress.add_task("", total=sweep.trials)
         while (done := len(finished(study))) < sweep.trials:
-            best = "".join(f"best {t.value:.5g} ({folder(t)}), " for t in completed(study)[:1])
-            claimed = claim(study, sweep)
+            best = "".join(
+                f"best {values_text(t.values)} ({folder(t)}), " for t in completed(study, sweep)[:1]
+            )
+            claimed = claim(shared, sweep)
             label = f"running {folder(claimed.trial)}" if claimed else "waiting for another worker"
             progress.update(task, completed=done, description=best + label)
             if claimed is None:
@@ -59,20 +67,30 @@ def work(study: Any, sweep: Sweep) -> None:
 def run_trial(study: Any, sweep: Sweep, claimed: Claim) -> str:
     """Runs the experiment in the trial's folder and tells the study. Returns the outcome as text.
 
-    NotMeasuredError: the experiment does not measure the objective.
+    NotMeasuredError: the experiment does not measure or report the objective.
     """
     from optuna.trial import TrialState
 
     trial = claimed.trial
     where = sweep.out / folder(trial)
-    command = [sys.executable, str(sweep.experiment.script), *sweep.trial_arguments(trial.params)]
-    with claimed.folder_lock, (where / "log.txt").open("ab") as log:
+    command = [sys.executable, *sweep.experiment.program, *sweep.trial_arguments(trial.params)]
+    reports = None
+    if sweep.config.pruner != "none":
+        reports = Reports(trial, where / "metrics.jsonl", sweep.objectives[0].name)
+    with claimed.lock, (where / "log.txt").open("ab") as log:
         # The run shares the lock: should this worker be killed, the folder stays locked until the
         # run has ended.
-        lock = claimed.folder_lock.fileno()
-        code = run_process([*command, "--out", str(where)], log, lock)
+        lock = claimed.lock.fileno()
+        code = run_process([*command, "--out", str(where)], log, lock, reports)
+        if code is None:
+            assert reports is not None
+            trial.set_user_attr("error", reports.why)
+            study.tell(trial, state=TrialState.PRUNED)
+            return reports.why
         try:
-            value = read_objective(where, code, sweep.config.objective)
+            values = read_objectives(where, code, sweep, trial)
+            if reports is not None:
+                reports.require_any(sweep.config.pruner)
         except UserError as error:
             trial.set_user_attr("error", str(error))
             refused = code == REFUSED
@@ -80,12 +98,49 @@ def run_trial(study: Any, sweep: Sweep, claimed: Claim) -> str:
             if isinstance(error, NotMeasuredError):
                 raise  # no other trial will measure it either
             return f"{'impossible' if refused else 'failed'}: {error}"
-        study.tell(trial, value)
-        return f"{value:.5g}"
+        study.tell(trial, values)
+        return values_text(values)
 
 
-def run_process(command: list[str], log: IO[bytes], lock: int) -> int:
-    """Runs `command` to its end and returns its exit code.
+class Reports:
+    """The objective of a trial that runs, as it appears in metrics.jsonl, for Optuna's pruner."""
+
+    def __init__(self, trial: Any, path: Path, objective: str) -> None:
+        self.why = ""
+        """Why the trial was ended early."""
+        self._trial = trial
+        self._path = path
+        self._objective = objective
+        self._steps: set[int] = set()
+        self._throttle = Throttle(REPORT_SECONDS)
+
+    def prune(self) -> bool:
+        """Passes on what is new. Whether the trial is to be ended early."""
+        if self.why or not self._throttle.ready():
+            return False
+        for line in read_lines(self._path):
+            value = line.get(self._objective)
+            if isinstance(value, int | float) and line["step"] not in self._steps:
+                self._steps.add(line["step"])
+                self._trial.report(float(value), line["step"])
+                if self._trial.should_prune():
+                    self.why = f"ended early at step {line['step']} with {value:.5g}"
+                    return True
+        return False
+
+    def require_any(self, pruner: str) -> None:
+        """NotMeasuredError: the trial has ended and its metrics.jsonl lacks the objective."""
+        if not any(self._objective in line for line in read_lines(self._path)):
+            raise NotMeasuredError(
+                f"--pruner {pruner} needs the objective while a trial runs, and metrics.jsonl has "
+                f"no '{self._objective}': unset it, or choose another objective"
+            )
+
+
+def run_process(
+    command: list[str], log: IO[bytes], lock: int, reports: Reports | None = None
+) -> int | None:
+    """Runs `command` to its end and returns its exit code. None: `reports` ended it early.
 
     A signal to this worker is passed on, and the run's end is waited for: it saves first. Stopped:
     the worker or its run was stopped. The trial stays open and continues with the next start.
@@ -97,28 +152,43 @@ def run_process(command: list[str], log: IO[bytes], lock: int) -> int:
             if stop.number is not None and not passed_on:
                 process.send_signal(REPEATABLE)  # Ctrl-C has reached the run already
                 passed_on = True
+            elif reports is not None and reports.prune():
+                process.send_signal(REPEATABLE)
             time.sleep(0.05)
     code = process.returncode
-    for number in STOPPING:
-        if code in (128 + number, -number):
-            raise Stopped(number)
+    ended = [number for number in STOPPING if code in (128 + number, -number)]
+    # A run that had reached its end before the signal came has its objective.
+    if ended and reports is not None and reports.why and stop.number is None:
+        return None
+    if ended:
+        raise Stopped(ended[0])
     return code
 
 
-def read_objective(where: Path, code: int, objective: str) -> float:
-    """The objective of a trial that ended with this exit code. UserError: why it has none."""
+def read_objectives(where: Path, code: int, sweep: Sweep, trial: Any) -> list[float]:
+    """The objectives of a trial that ended with this exit code. UserError: why it has none.
+
+    The trial keeps their units and the environment, which other machines cannot read from here.
+    """
     if code != 0:
         lines = (where / "log.txt").read_text(errors="replace").split("\n")
         written = [line.strip() for line in lines if line.strip()]
         raise UserError(written[-1].removeprefix("error: ") if written else f"exit code {code}")
     path = where / "result.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    values = {m["name"]: m["value"] for m in result.get("measurements", [])}
-    require(bool(values), "the run ended without a measurement in result.json")
-    if objective not in values:
-        raise NotMeasuredError(
-            f"--objective '{objective}' is not measured: use one of {', '.join(values)}"
-        )
-    value = values[objective]
-    require(isinstance(value, int | float) and math.isfinite(value), f"{objective} is {value}")
-    return float(value)
+    measured = {m["name"]: m for m in result.get("measurements", [])}
+    require(bool(measured), "the run ended without a measurement in result.json")
+    values = []
+    for objective in sweep.objectives:
+        name = objective.name
+        if name not in measured:
+            raise NotMeasuredError(
+                f"--objective '{name}' is not measured: use one of {', '.join(measured)}"
+            )
+        value = measured[name]["value"]
+        require(isinstance(value, int | float) and math.isfinite(value), f"{name} is {value}")
+        values.append(float(value))
+    units = [measured[objective.name].get("unit", "") for objective in sweep.objectives]
+    trial.set_user_attr("units", units)
+    trial.set_user_attr("environment", result.get("environment"))
+    return values

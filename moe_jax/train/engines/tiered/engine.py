@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_jax.base.console import say
 from moe_jax.base.paths import user_path
+from moe_jax.base.provenance import call_of
 from moe_jax.base.scratch import make_scratch
 from moe_jax.config import ParallelConfig, TrainConfig, require
 from moe_jax.data.tokens import TokenArray
@@ -138,7 +139,7 @@ class TieredEngine(DenseEngine):
         if size > self.config.placement.device_bytes:
             say(
                 "no samples: all experts are more than placement.device_budget has left; "
-                f"experiments/complete.py --run {self.config.out} writes within it"
+                f"{call_of('complete')} --run {self.config.out} writes within it"
             )
             return None
         everyone = np.arange(number)

@@ -1,89 +1,29 @@
 """The sweep with a stand-in for experiments/train.py that takes milliseconds."""
 
-import csv
 import importlib.util
 import json
 import os
-import shlex
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from experiments import sweep
 from moe_jax.base.errors import UserError
+from moe_jax.commands import sweep
 from moe_jax.config import TrainConfig
 from moe_jax.study.sweep.axes import parse_axis
 from moe_jax.study.sweep.command import parse_sweep
+from tests.commands.stand_in import finish, rows, start_sweep
 
 pytest.importorskip("optuna")
 
 SEARCH = "--search model.moe.experts=1,8,16 --search optim.learning-rate=log:1e-4..1e-2"
 
-# Takes the options of experiments/train.py. Logs its start and end in runs.txt. Lowest at 1e-3.
-FAKE = """
-import json, math, sys, time
-from pathlib import Path
-
-argv = sys.argv[1:]
-options = dict(zip(argv[1::2], argv[2::2]))
-out = Path(options["--out"])
-experts = int(options.get("--model.moe.experts", 8))
-rate = float(options.get("--optim.learning-rate", 1e-3))
-with open(out / "runs.txt", "a") as runs:
-    print("start", " ".join(argv), file=runs, flush=True)
-    if experts == 1:
-        print("error: K=2 exceeds experts=1", file=sys.stderr)
-        sys.exit(2)
-    if rate > 5e-3:
-        raise RuntimeError("out of memory")
-    time.sleep(float(options["--optim.decay"]) if "--optim.decay" in options else 0)
-    value = {"name": "validation_bits_per_byte", "unit": "bits", "value":
-             float("nan") if "--samples" in options else (math.log10(rate) + 3) ** 2 + 1 / experts}
-    result = {"measurements": [value], "environment": {"device": "H100"}}
-    (out / "result.json").write_text(json.dumps(result))
-    print("end", file=runs)
-"""
-
-DRIVER = """
-import sys
-from pathlib import Path
-
-from experiments import sweep
-
-fake = sys.argv[1]
-sweep.EXPERIMENTS["train"] = sweep.Experiment(Path(fake), sweep.PRESETS)
-sys.argv = ["sweep.py", *sys.argv[2:]]
-sweep.cli.program(sweep.main)
-"""
-
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts `experiments/sweep.py train --out DIR LINE` over the stand-in."""
-    fake = tmp_path / "train.py"
-    fake.write_text(FAKE)
-
-    def start(line: str) -> subprocess.Popen[str]:
-        own = ["train", "--out", str(tmp_path / "out"), *shlex.split(line)]
-        command = [sys.executable, "-c", DRIVER, str(fake), *own]
-        return subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
-
-    return start
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What a sweep printed (its errors, if it was to fail)."""
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == code, err
-    return out if code == 0 else err
-
-
-def rows(out: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((out / "trials.csv").open()))
+    """Starts a sweep whose folder is tmp_path/out."""
+    return lambda line: start_sweep(tmp_path, line)
 
 
 def test_a_sweep_and_its_continuation(start, tmp_path):
@@ -294,9 +234,9 @@ def test_mistakes_are_one_line_before_any_trial(line, message, tmp_path, monkeyp
 
 def test_quick_is_three_short_trials():
     line = ["train", "--search", "batch=4,8,16,32", "--quick"]
-    quick = parse_sweep(line, sweep.EXPERIMENTS)
+    quick = parse_sweep(line, sweep.find_experiment)
     assert (quick.trials, quick.arguments[1:3]) == (3, ("--steps", "20"))
-    assert parse_sweep([*line, "--steps", "5"], sweep.EXPERIMENTS).arguments[1:3] == (
+    assert parse_sweep([*line, "--steps", "5"], sweep.find_experiment).arguments[1:3] == (
         "--steps",
         "5",
     )
@@ -308,7 +248,7 @@ def test_quick_is_three_short_trials():
 )
 def test_trials_are_single_processes(words):
     with pytest.raises(UserError, match="each trial of a sweep is one process"):
-        parse_sweep(["train", *words], sweep.EXPERIMENTS)
+        parse_sweep(["train", *words], sweep.find_experiment)
 
 
 def test_without_optuna(monkeypatch):

@@ -1,7 +1,7 @@
 import pytest
 
-from experiments import teacher_text
 from moe_jax.base.errors import UserError
+from moe_jax.commands import teacher_text
 from tests.interop import folder as safetensors
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from experiments.complete import Completion, Settings, describe
 from moe_jax.base.errors import UserError
+from moe_jax.commands.complete import Completion, Settings, describe
 from moe_jax.placement.traffic import Traffic
 
 TRAFFIC = Traffic(

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class MTPModule(nnx.Module):
     """h^k_i = block(M [norm(h^{k-1}_i); norm(Emb(t_{i+k}))]) (eq. 21-22).
 
-    With ModelConfig.mtp_input "normed", h^{k-1} has passed the norm of the head before. M is `projection`, [2D, D]. `norm` is applied by the head, after the block.
+    With ModelConfig.mtp_input "normed", h^{k-1} has passed the norm of the head before.
+    M is `projection`, [2D, D]. `norm` is applied by the head, after the block.
     """
 
     def __init__(self, config: ModelConfig, *, key: Array) -> None:

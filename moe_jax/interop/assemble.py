@@ -1,7 +1,7 @@
 """Parameters of ours from the tensors of a file, and tensors from parameters, by names.py."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -140,6 +140,19 @@ def arrays_by_name(parameters: Any) -> dict[str, Any]:
     """The leaves of a parameter state by dotted name; the inverse of `as_parameters`."""
     leaves = jax.tree_util.tree_leaves_with_path(parameters)
     return {dotted(path): leaf for path, leaf in leaves}
+
+
+def parts_in_memory(*states: Any) -> Callable[[Piece], np.ndarray]:
+    """Gives parameter[index] of a piece, in NumPy. Memory: one stacked parameter on the host."""
+    arrays = {name: leaf for state in states for name, leaf in arrays_by_name(state).items()}
+
+    # Whole and not by index: JAX would compile an indexing for each shape. The pieces of one
+    # parameter follow each other.
+    @lru_cache(maxsize=1)
+    def on_host(parameter: str) -> np.ndarray:
+        return np.asarray(arrays[parameter])
+
+    return lambda piece: on_host(piece.parameter)[piece.index]
 
 
 def pieces(layout: Layout, config: ModelConfig) -> Iterator[Piece]:

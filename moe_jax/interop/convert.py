@@ -20,7 +20,7 @@ from moe_jax.base.paths import read_file
 from moe_jax.config import DType, ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.interop import gguf, hugging_face
-from moe_jax.interop.assemble import Piece, Tensors, arrays_by_name, read_piece, require_complete
+from moe_jax.interop.assemble import Piece, Tensors, parts_in_memory, read_piece, require_complete
 from moe_jax.interop.gguf.model import open_file
 from moe_jax.interop.hugging_face.export import write_config
 from moe_jax.interop.hugging_face.folder import CONFIG, MOST_JSON_BYTES, TOKENIZER, read_json
@@ -100,11 +100,7 @@ def of_memory(
     config: ModelConfig, parameters: Any, router: Any, tokenizer: Tokenizer, mark: str
 ) -> Source:
     """A model whose arrays are in memory. `mark` says which one it is."""
-    arrays = arrays_by_name(parameters) | arrays_by_name(router)
-
-    def part(piece: Piece) -> np.ndarray:
-        return np.asarray(arrays[piece.parameter][piece.index])
-
+    part = parts_in_memory(parameters, router)
     beside = _tokenizer(tokenizer)
     mark = digest(mark, repr(config), tokenizer.fingerprint)
     return Source(config, part, beside, tokenizer.bos, tokenizer.eos, mark)

@@ -15,7 +15,7 @@ from moe_jax.base.hashes import hasher
 from moe_jax.base.paths import user_path
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.interop.assemble import Piece, arrays_by_name, dtype_of, pieces
+from moe_jax.interop.assemble import Piece, dtype_of, parts_in_memory, pieces
 from moe_jax.interop.hugging_face.export import write_config, write_layout
 from moe_jax.interop.hugging_face.folder import CONFIG, INDEX, SINGLE_FILE
 from moe_jax.interop.hugging_face.write_tokenizer import tokenizer_files
@@ -50,17 +50,12 @@ def save(
 
     Tensors have the type config.param_dtype. `length` is the context that config.json names.
     UserError: no published family computes what this model does (the line names the settings),
-    the folder has a model already, or the disk is full. Memory: one matrix, of one layer.
+    the folder has a model already, or the disk is full. Memory: one stacked parameter on the host.
     """
-    arrays = arrays_by_name(parameters) | arrays_by_name(router)
-
-    def part(piece: Piece) -> np.ndarray:
-        return np.asarray(arrays[piece.parameter][piece.index])
-
     target = new_folder(folder)
     values = write_config(config, tokenizer.bos, tokenizer.eos, length)
     with disk_errors(target):
-        write_tensors(target, config, part, shard_bytes)
+        write_tensors(target, config, parts_in_memory(parameters, router), shard_bytes)
         for name, content in tokenizer_files(tokenizer, length).items():
             write_json(target / name, content)
         write_settings(target, values)

@@ -175,7 +175,9 @@ def pieces(layout: Layout, config: ModelConfig) -> Iterator[Piece]:
             wanted = own
             if transposed:
                 wanted = (*shape[axes:-2], shape[-1] // len(tensors), shape[-2])
-            yield Piece(parameter, index, tensors, wanted, transposed, how, rotary)
+            yield Piece(
+                parameter, index, tensors, wanted, transposed=transposed, order=how, rotary=rotary
+            )
 
 
 def _require_shapes(tensors: Tensors, piece: Piece) -> None:

@@ -107,10 +107,10 @@ def of_memory(
 
 
 def _dtype(fields: dict[str, Any]) -> DType:
+    if fields.get("quantization_config"):
+        return "bfloat16"
     said = fields.get("dtype") or fields.get("torch_dtype")
-    if said in TYPES:
-        return said
-    return "bfloat16" if fields.get("quantization_config") else "float32"
+    return said if isinstance(said, str) and said in TYPES else "float32"  # pyright: ignore
 
 
 def _parts(tensors: Tensors, config: ModelConfig) -> Callable[[Piece], np.ndarray]:

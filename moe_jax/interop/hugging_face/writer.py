@@ -130,7 +130,8 @@ def _header(config: ModelConfig, shard: Shard) -> bytes:
     for piece in shard.pieces:
         dtype = dtype_of(piece.parameter, config.param_dtype)
         for name in piece.names:
-            begin, end = end, end + math.prod(piece.shape) * dtype.itemsize
+            begin = end
+            end += math.prod(piece.shape) * dtype.itemsize
             entries[name] = {
                 "dtype": TYPES[dtype.name],
                 "shape": list(piece.shape),

@@ -17,6 +17,7 @@ from flax import nnx
 from moe_jax.interop.assemble import arrays_by_name
 from moe_jax.interop.hugging_face import load_model, save
 from moe_jax.model.abstract import graph_of
+from moe_jax.model.parameters import role_of
 from tests.interop import folder as small
 from tests.interop.hugging_face.test_save import MODELS, TOKENIZER, random_states
 
@@ -46,6 +47,7 @@ SHARED = {
     "eos_token_id": 260,
     "pad_token_id": None,
     "attn_implementation": "eager",
+    "experts_implementation": "eager",  # torch's grouped product wants multiples of 16 bytes
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
 LATENT = {
@@ -91,7 +93,7 @@ CASES = {
             "rope_parameters": PLAIN,
         },
     ),
-    "mixtral": ("Mixtral", {"num_local_experts": 5, "rope_parameters": YARN}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "head_dim": 8, "rope_parameters": YARN}),
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "rope_parameters": YARN}),
     "glm4_moe": (
         "Glm4Moe",
@@ -297,6 +299,13 @@ def test_gradients_of_a_fine_tuning_step(made, case, tmp_path):
     assert set(expected) <= set(found)
 
 
+def tempered(parameters):
+    """Norms of about 1 and smaller matrices, so that rounding stays small in every block."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 0.3 + (1 if role_of(path) == "norm" else 0), parameters
+    )
+
+
 IN_TRANSFORMERS = [name for name in MODELS if name != "deepseek"]
 
 
@@ -308,10 +317,14 @@ def test_transformers_loads_what_save_writes(family, tmp_path):
 
     config = MODELS[family]
     parameters, router = random_states(config, 3)
-    parameters = jax.tree.map(lambda leaf: leaf * 0.3, parameters)
+    parameters = tempered(parameters)
     save(tmp_path, config, parameters, router, TOKENIZER, shard_bytes=20_000)
     theirs, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        tmp_path,
+        dtype=torch.float32,
+        output_loading_info=True,
+        attn_implementation="eager",
+        experts_implementation="eager",
     )
     assert not report["missing_keys"], report
     unexpected = {name for name in report["unexpected_keys"] if int(name.split(".")[2]) < 3}
@@ -325,3 +338,44 @@ def test_transformers_loads_what_save_writes(family, tmp_path):
     assert their_tokenizer.decode(TOKENIZER.encode(text)) == text
     assert (their_tokenizer.bos_token_id, their_tokenizer.eos_token_id) == (256, 257)
     assert arrays_by_name(loaded.parameters).keys() == arrays_by_name(parameters).keys()
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_multi_token_prediction(family, tmp_path):
+    """The logits of every module, from a folder that `save` wrote."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    config = MODELS[family]
+    parameters, router = random_states(config, 3)
+    save(tmp_path, config, tempered(parameters), router, TOKENIZER)
+    main = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    # transformers finds the modules by the number of layers of the published models alone.
+    main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[34]\..*"]
+    modules = MtpModel.from_pretrained(main).eval()
+    loaded = load_model(tmp_path)
+    ids = random_ids(2, LENGTH + config.mtp_depth) % TOKENIZER.vocabulary
+
+    @nnx.jit
+    def predicted(model, ids):
+        ones = jnp.ones_like(ids)
+        hidden, _ = model.hidden(ids[:, :LENGTH], ones[:, :LENGTH])
+        found = model.mtp.predictions(model, hidden, ids, ones)
+        return [jax.nn.log_softmax(logits) for _, logits, _ in found]
+
+    ours = predicted(ours_of(loaded), jnp.asarray(ids))
+    assert len(ours) == config.mtp_depth
+    with torch.no_grad():
+        hidden = main.model(torch.tensor(ids[:, :LENGTH])).last_hidden_state
+        cache = MtpCache(config=main.config.get_mtp_config())
+        for depth, of_ours in enumerate(ours, 1):
+            places = torch.arange(depth, depth + LENGTH)[None]
+            hidden = modules.forward_layer(
+                depth - 1, hidden, places, cache, input_ids=torch.tensor(ids[:, depth:][:, :LENGTH])
+            )
+            theirs = torch.log_softmax(modules._project_to_logits(hidden), -1).numpy()
+            worst(f"{family}, depth {depth}", np.asarray(of_ours), theirs)

@@ -6,7 +6,7 @@ exists can be trained. Named settings are in `moe_jax.config.presets`.
 """
 
 from moe_jax.base.errors import require
-from moe_jax.config.attention import AttentionConfig
+from moe_jax.config.attention import AttentionConfig, YarnConfig
 from moe_jax.config.checkpoint import CheckpointConfig
 from moe_jax.config.codec import fields, from_dict, settings_that_must_match
 from moe_jax.config.data import DataConfig
@@ -36,6 +36,7 @@ __all__ = [
     "PlacementConfig",
     "ProcessesConfig",
     "TrainConfig",
+    "YarnConfig",
     "fields",
     "from_dict",
     "require",

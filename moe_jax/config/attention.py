@@ -1,5 +1,6 @@
 """Settings of attention."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,3 +58,50 @@ class AttentionConfig:
             rotary % 2 == 0,
             f"{owner}.{name}={rotary} is odd: rotary embedding rotates pairs, so it must be even",
         )
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """Rotary frequencies for contexts longer than the training's (YaRN, arXiv:2309.00071)."""
+
+    factor: float = 1.0
+    """Length of the longer context as a multiple of original_length. 1 changes nothing."""
+    original_length: int = 4096
+    """Length of the context that the unscaled frequencies were trained with."""
+    beta_fast: float = 32.0
+    """Frequencies that turn at least this often within original_length are kept."""
+    beta_slow: float = 1.0
+    """Frequencies that turn at most this often within original_length are divided by factor.
+    Between the two counts, the two are mixed linearly."""
+    mscale: float = 1.0
+    """cos and sin are multiplied by m(mscale) / m(mscale_all_dim), m(s) = 0.1 · s · ln(factor) + 1.
+    DeepSeek-V2 and V3 have mscale equal to mscale_all_dim, so that the quotient is 1."""
+    mscale_all_dim: float = 0.0
+    """mla: the softmax's scale is multiplied by m(mscale_all_dim)².
+    It is 0.707 in DeepSeek-V2-Lite and 1 in DeepSeek-V3."""
+
+    def __post_init__(self) -> None:
+        owner = "model.yarn"
+        positive(owner, self, "factor", "original_length", "beta_fast", "beta_slow")
+        not_negative(owner, self, "mscale", "mscale_all_dim")
+        require(
+            self.factor >= 1,
+            f"{owner}.factor={self.factor} is below 1: it is how much longer the context becomes",
+        )
+        require(
+            self.beta_fast > self.beta_slow,
+            f"{owner}.beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow}",
+        )
+
+    @property
+    def rotary_factor(self) -> float:
+        """Factor on cos and sin."""
+        return self._m(self.mscale) / self._m(self.mscale_all_dim)
+
+    @property
+    def softmax_factor(self) -> float:
+        """Factor on the softmax's scale."""
+        return self._m(self.mscale_all_dim) ** 2
+
+    def _m(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1.0

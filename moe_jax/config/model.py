@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_jax.base.errors import require
-from moe_jax.config.attention import AttentionConfig
+from moe_jax.config.attention import AttentionConfig, YarnConfig
 from moe_jax.config.checks import fraction_below_one, known_choices, not_negative, positive
 from moe_jax.config.moe import MoEConfig
 
@@ -34,12 +34,17 @@ class ModelConfig:
     Each has a module of its own."""
     mtp_weight: float = 0.3
     """Weight of the multi-token-prediction loss, averaged over the depths."""
+    mtp_input: Literal["residual", "normed"] = "residual"
+    """Hidden state that a module of multi-token prediction reads.
+    `residual` is the residual stream (DeepSeek-V3 eq. 21).
+    `normed` is its norm, which the head reads too, as the released weights need it."""
     tied_embedding: bool = True
     """The output head is the transposed embedding."""
     norm_epsilon: float = 1e-6
     """RMSNorm: added to the mean square before its root is taken."""
     rope_base: float = 10_000.0
     """Base of the rotary frequencies."""
+    yarn: YarnConfig = field(default_factory=YarnConfig)
     init_std: float = 0.02
     """Standard deviation of the normal initialisation."""
     dropout: float = 0.0
@@ -74,6 +79,14 @@ class ModelConfig:
         require(
             self.mtp_depth <= 16,  # each is a block of its own that is compiled
             f"{owner}.mtp_depth is {self.mtp_depth}: it must be at most 16",
+        )
+        require(
+            self.yarn.factor == 1 or self.rope_base > 1,
+            f"{owner}.rope_base={self.rope_base} must exceed 1 where yarn.factor does",
+        )
+        require(
+            self.attention.kind == "mla" or self.yarn.mscale_all_dim == 0,
+            f"{owner}.yarn.mscale_all_dim={self.yarn.mscale_all_dim} needs attention.kind=mla",
         )
         require(
             self.vocabulary is None or self.vocabulary > 0,

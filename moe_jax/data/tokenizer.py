@@ -39,6 +39,7 @@ class Tokenizer:
     `kind`: `bytes` or `bpe:N`, as in DataConfig.tokenizer.
     `vocabulary` (V): every id is below it. BPE trained on little text leaves some ids unused.
     `bos`, `eos`: ids that open and close a document.
+    `silent`: ids that stand for no text although the model has a string for them.
     `byte_lengths`: int64[V], UTF-8 bytes that a token stands for, 0 for special and unused ids.
     `fingerprint`: hash of everything that decides the ids.
     """
@@ -59,7 +60,7 @@ class Tokenizer:
         self._model = model
         self.bos = vocabulary - 2 if bos is None else bos
         self.eos = vocabulary - 1 if eos is None else eos
-        self._silent = sorted(silent)
+        self.silent = sorted(silent)
         self._bytes = _byte_strings(model, vocabulary, frozenset(silent))
         self.byte_lengths = np.array([len(data) for data in self._bytes], np.int64)
 
@@ -84,14 +85,18 @@ class Tokenizer:
         known = ids[(ids >= 0) & (ids < self.vocabulary)]
         return b"".join([self._bytes[i] for i in known.tolist()])
 
+    def model_fields(self) -> dict[str, Any] | None:
+        """The library's own description of the model, a tokenizer.json. None for single bytes."""
+        return None if self._model is None else json.loads(self._model.to_str())
+
     def to_json(self) -> str:
         """The whole tokenizer as text, for a checkpoint."""
-        model = None if self._model is None else json.loads(self._model.to_str())
+        model = self.model_fields()
         fields = {"kind": self.kind, "vocabulary": self.vocabulary, "model": model}
         # Defaults are left out, so that the fingerprints of most tokenizers, which name cache
         # entries, do not depend on these fields.
-        if (self.bos, self.eos) != (self.vocabulary - 2, self.vocabulary - 1) or self._silent:
-            fields |= {"bos": self.bos, "eos": self.eos, "silent": self._silent}
+        if (self.bos, self.eos) != (self.vocabulary - 2, self.vocabulary - 1) or self.silent:
+            fields |= {"bos": self.bos, "eos": self.eos, "silent": self.silent}
         return json.dumps(fields)
 
     @staticmethod
@@ -178,7 +183,7 @@ def _byte_strings(
     if model is None:
         return [bytes([i]) for i in range(256)] + [b""] * SPECIALS
     strings = [b""] * vocabulary
-    values = _byte_values()
+    values = byte_characters()
     for token, i in model.get_vocab().items():
         require(i < vocabulary, f"token {quote(token)} has id {i}, beyond {vocabulary} ids")
         if i not in silent:
@@ -192,7 +197,7 @@ def _byte_strings(
     return strings
 
 
-def _byte_values() -> dict[str, int]:
+def byte_characters() -> dict[str, int]:
     """Byte-level BPE writes bytes as printable characters (GPT-2's table): character -> byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

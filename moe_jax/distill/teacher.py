@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
@@ -30,18 +29,14 @@ class Teacher(NamedTuple):
     @staticmethod
     def from_gguf(path: str) -> "Teacher":
         """The model in a GGUF file. Errors as interop.gguf.load."""
-        return Teacher._without_bias(*gguf.load(path))
+        config, parameters, tokenizer = gguf.load(path)
+        return Teacher(config, parameters, abstract_states(config)[1], tokenizer)  # dense: empty
 
     @staticmethod
     def from_folder(path: str) -> "Teacher":
-        """The model in a folder of safetensors. Errors as interop.hugging_face.load."""
-        return Teacher._without_bias(*hugging_face.load(path))
-
-    @staticmethod
-    def _without_bias(config: ModelConfig, parameters: Any, tokenizer: Tokenizer) -> "Teacher":
-        """Models of the supported formats have no selection bias, so theirs is 0."""
-        router = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_states(config)[1])
-        return Teacher(config, parameters, router, tokenizer)
+        """The model in a folder of safetensors. Errors as interop.hugging_face.load_model."""
+        # A teacher predicts the next token alone.
+        return Teacher(*hugging_face.load_model(path, mtp="drop"))
 
     def fingerprint(self) -> str:
         """Hash of the architecture, every parameter and the tokenizer."""

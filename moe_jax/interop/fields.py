@@ -40,9 +40,18 @@ class Fields:
             raise self._wrong(name, value, "a whole number is needed")
         return int(value)
 
-    def flag(self, name: str) -> bool:
-        """True or false; false by default."""
-        return self._of_type(name, False, bool, "true or false")
+    def count(self, name: str, default: Any = None) -> int:
+        """A whole number from 0 up to a million."""
+        value = self.get(name, default)
+        return 0 if type(value) is int and value == 0 else self.integer(name, default)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false."""
+        return self._of_type(name, default, bool, "true or false")
+
+    def names(self) -> set[str]:
+        """Names of all fields that are not null."""
+        return {name for name, value in self._values.items() if value is not None}
 
     def text(self, name: str, default: str | None = None) -> str:
         """A string."""

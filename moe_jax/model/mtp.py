@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class MTPModule(nnx.Module):
     """h^k_i = block(M [norm(h^{k-1}_i); norm(Emb(t_{i+k}))]) (eq. 21-22).
 
+    With ModelConfig.mtp_input "normed", h^{k-1} has passed the norm of the head before.
     M is `projection`, [2D, D]. `norm` is applied by the head, after the block.
     """
 
@@ -85,6 +86,7 @@ class MultiTokenPrediction(nnx.Module):
         """
         length = hidden.shape[1]
         graph, parameters = nnx.split(self.modules)
+        norm = model.norm
         # No scan: the depth is 1 or 2, and each depth reads its own shift of the tokens.
         for index in range(self.depth):
             module = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], parameters))
@@ -94,6 +96,9 @@ class MultiTokenPrediction(nnx.Module):
             own = segments[:, :length]
             context = whole_documents(model.config, ahead, own, key).at("mtp", index)
             context = context._replace(documents=jnp.where(same, own, 0))
+            if model.config.mtp_input == "normed":
+                hidden = norm(hidden)
+            norm = module.norm
             hidden = jnp.where(same[..., None], hidden, 0)
             hidden, stats = module(hidden, model.embed(ahead), context)
-            yield index + 1, model.logits(hidden, module.norm), stats
+            yield index + 1, model.logits(hidden, norm), stats

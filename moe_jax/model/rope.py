@@ -1,10 +1,15 @@
 """Rotary position embedding (arXiv:2104.09864), with the halves of a head as the rotated pairs."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
+
+from moe_jax.config.attention import YarnConfig
+
+UNSCALED = YarnConfig()
 
 
 class Rotation(NamedTuple):
@@ -17,14 +22,42 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B L pairs"]
 
 
-def rotation(positions: Int[Array, "B L"], width: int, base: float) -> Rotation:
-    """cos and sin, in float32, of the angles positions · base^(-2i/width) for i = 0 … pairs - 1.
+def rotation(
+    positions: Int[Array, "B L"], width: int, base: float, yarn: YarnConfig = UNSCALED
+) -> Rotation:
+    """cos and sin, in float32, of the angles positions · frequencies(width, base, yarn).
 
-    pairs = width/2.
+    pairs = width/2. Both are multiplied by yarn.rotary_factor.
     """
-    frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    angles = positions[..., None].astype(jnp.float32) * frequencies(width, base, yarn)
+    cos = jnp.cos(angles)
+    sin = jnp.sin(angles)
+    if yarn.factor == 1:
+        return Rotation(cos, sin)
+    return Rotation(cos * yarn.rotary_factor, sin * yarn.rotary_factor)
+
+
+def frequencies(width: int, base: float, yarn: YarnConfig = UNSCALED) -> Float[Array, "pairs"]:
+    """f_i = base^(-2i/width) for i = 0 … pairs - 1, in float32.
+
+    With YaRN, f_i · (1 - r_i) + f_i / factor · r_i (arXiv:2309.00071, §3.2). The ramp r_i rises
+    from 0 to 1 between the pairs that turn beta_fast and beta_slow times in original_length.
+    """
+    plain = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if yarn.factor == 1:
+        return plain
+
+    def pair_with(turns: float) -> float:
+        """i with original_length · f_i = 2π · turns."""
+        wavelengths = yarn.original_length / (2 * math.pi * turns)
+        return width * math.log(wavelengths) / (2 * math.log(base))
+
+    # Rounded outwards and cut to width - 1, as in the published code. The cut is not to pairs - 1.
+    low = max(math.floor(pair_with(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with(yarn.beta_slow)), width - 1)
+    # 0.001 where both are one pair: a step.
+    ramp = jnp.clip((jnp.arange(width // 2) - low) / (high - low or 0.001), 0, 1)
+    return plain * (1 - ramp) + plain / yarn.factor * ramp
 
 
 def rotate(x: Float[Array, "B L H rope_dim"], by: Rotation) -> Float[Array, "B L H rope_dim"]:

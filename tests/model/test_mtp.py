@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.model.stages import whole_documents
 from moe_jax.model.transformer import Transformer
 from moe_jax.objectives.base import Part, forward, losses, token_nats, valid_targets
 from moe_jax.objectives.next_token import next_token
@@ -76,3 +77,24 @@ def test_the_loss_trains_the_modules_and_the_shared_table(small_model):
     gradient = nnx.to_pure_dict(jax.jit(jax.grad(mtp_loss))(parameters))
     for name in ("mtp", "embedding", "head", "sparse"):
         assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient[name])) > 1e-6, name
+
+
+def test_normed_input_is_the_norm_that_the_head_reads(small_model):
+    """As released weights need it. The depth has its own row of a scale that is not one."""
+    config = replace(small_model, layers=1, mtp_depth=1, mtp_input="normed")
+
+    @nnx.jit
+    def found_and_expected(model):
+        model.norm.scale[...] = jnp.linspace(0.5, 2.0, config.width)
+        ones = jnp.ones_like(TOKENS)
+        hidden, _ = model.hidden(TOKENS[:, :LENGTH], ones[:, :LENGTH])
+        _, found, _ = next(model.mtp.predictions(model, hidden, TOKENS, ones))
+        graph, parameters = nnx.split(model.mtp.modules)
+        module = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], parameters))
+        ahead = TOKENS[:, 1 : 1 + LENGTH]
+        context = whole_documents(config, ahead, ones[:, :LENGTH], None)
+        hidden, _ = module(model.norm(hidden), model.embed(ahead), context)
+        return found, model.logits(hidden, module.norm)
+
+    found, expected = found_and_expected(Transformer(config, key=jax.random.key(0)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

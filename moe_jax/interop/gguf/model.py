@@ -12,7 +12,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.interop.assemble import as_parameters, read_arrays
 from moe_jax.interop.gguf.config import read_config
-from moe_jax.interop.gguf.header import Header, read_header
+from moe_jax.interop.gguf.header import read_header
 from moe_jax.interop.gguf.tensors import GGUFTensors
 from moe_jax.interop.gguf.tokenizer import read_tokenizer
 
@@ -38,14 +38,16 @@ def read(path: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenize
     """`load` with the parameters as NumPy arrays by dotted name."""
     file = find(path)
     with reading(file):
-        return _read(read_header(file))
+        config, tensors, tokenizer = open_file(file)
+        return config, read_arrays(tensors, config), tokenizer
 
 
-def _read(header: Header) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer]:
+def open_file(file: Path) -> tuple[ModelConfig, GGUFTensors, Tokenizer]:
+    """The config, the tensors, of which none is read yet, and the tokenizer of a file."""
+    header = read_header(file)
     config = read_config(header)
     assert config.vocabulary is not None
-    arrays = read_arrays(GGUFTensors(header, config), config)
-    return config, arrays, read_tokenizer(header.fields, config.vocabulary)
+    return config, GGUFTensors(header), read_tokenizer(header.fields, config.vocabulary)
 
 
 def find(path: str | Path) -> Path:

@@ -3,33 +3,23 @@
 import numpy as np
 
 from moe_jax.base.errors import UserError, brief
-from moe_jax.config import ModelConfig
-from moe_jax.interop.assemble import Tensors
+from moe_jax.interop.assemble import Layout, Tensors
 from moe_jax.interop.gguf.header import Header, TensorInfo
-
-INTERLEAVED = ("attention.query.weight", "attention.key.weight")
-"""Parameters whose rows a llama file has in another order: there, rotary embedding turns
-neighbouring rows of a head. All other architectures, and we, turn its two halves."""
 
 
 class GGUFTensors(Tensors):
     """The tensors of a GGUF file."""
 
-    format = "gguf"
-
-    def __init__(self, header: Header, config: ModelConfig) -> None:
+    def __init__(self, header: Header) -> None:
+        # In a llama file, rotary embedding turns neighbouring rows of a head. All other
+        # architectures, and we, turn its two halves.
+        interleaved = header.fields["general.architecture"] == "llama"
+        self.layout = Layout("gguf", interleaved)
         self.shapes = {name: info.shape for name, info in header.tensors.items()}
         self._tensors = header.tensors
-        self._head_dim = config.attention.head_dim
-        self._interleaved = header.fields["general.architecture"] == "llama"
 
-    def read(self, name: str, parameter: str) -> np.ndarray:
-        array = dequantised(name, self._tensors[name])
-        if self._interleaved and parameter.endswith(INTERLEAVED):
-            # The file's rows 0, 1, 2, 3, ... of a head are our rows 0, half, 1, half + 1, ...
-            pairs = array.reshape(-1, self._head_dim // 2, 2, array.shape[-1])
-            array = pairs.swapaxes(1, 2).reshape(array.shape)
-        return array
+    def read(self, name: str) -> np.ndarray:
+        return dequantised(name, self._tensors[name])
 
 
 def dequantised(name: str, info: TensorInfo) -> np.ndarray:

@@ -62,8 +62,7 @@ def document_context(model: ModelConfig, segments: Int[Array, "B L"]) -> Attenti
     Positions count through the whole window: rotary attention depends on distances only.
     """
     positions = jnp.arange(segments.shape[1])[None]
-    angles = rotation(positions, rotary_width(model.attention), model.rope_base)
-    return AttentionContext(angles, AttentionMask(None, segments, segments))
+    return AttentionContext(_rotation(model, positions), AttentionMask(None, segments, segments))
 
 
 def cached_context(
@@ -81,5 +80,8 @@ def cached_context(
         segments = jnp.ones((1, slots), jnp.int32)
     own = lax.dynamic_slice_in_dim(segments, start, length, axis=1)
     mask = AttentionMask(start, own, segments)
-    angles = rotation(mask.positions[None], rotary_width(model.attention), model.rope_base)
-    return AttentionContext(angles, mask)
+    return AttentionContext(_rotation(model, mask.positions[None]), mask)
+
+
+def _rotation(model: ModelConfig, positions: Int[Array, "B L"]) -> Rotation:
+    return rotation(positions, rotary_width(model.attention), model.rope_base, model.yarn)

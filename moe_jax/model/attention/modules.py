@@ -83,6 +83,7 @@ class LatentAttention(nnx.Module):
 
     def __init__(self, model: ModelConfig, *, out_std: float, key: Array) -> None:
         c = self.config = model.attention
+        self.softmax_factor = model.yarn.softmax_factor
         width = model.width
         std = model.init_std
         dtype = jnp.dtype(model.param_dtype)
@@ -118,6 +119,9 @@ class LatentAttention(nnx.Module):
         c = self.config
         compressed = self.query_norm(self.query_down(x)) if c.q_rank else x
         heads = self.query_up(compressed).reshape(*x.shape[:2], c.heads, -1)
+        if self.softmax_factor != 1:
+            # On the queries, so that no implementation of attention needs to know of it.
+            heads = heads * self.softmax_factor
         nope, rope = jnp.split(heads, [c.nope_dim], axis=-1)
         return jnp.concatenate([nope, rotate(rope, angles)], axis=-1)
 

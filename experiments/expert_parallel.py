@@ -33,7 +33,8 @@ from moe_jax.config.exchange import ExchangeConfig
 from moe_jax.moe.expert_parallel import Experts, Sharding, expert_parallel
 from moe_jax.moe.hops import Assigned
 from moe_jax.moe.lanes import Matrices
-from moe_jax.predict.absent import OPTIONS, h100s, missing
+from moe_jax.predict.absent import OPTIONS, absent_devices, missing
+from moe_jax.predict.hardware import find_card
 from moe_jax.predict.scheduled_hlo import Rates, Timeline, covered_by_products, timeline
 from moe_jax.study.results import publish
 
@@ -115,7 +116,8 @@ def cases(settings: Settings) -> dict[str, Case]:
 def compiled(settings: Settings, case: Case) -> Any:
     """The program of a case, compiled for absent H100s."""
     devices = NODE * case.nodes
-    mesh = Mesh(np.array(h100s(case.nodes, NODE)), ("expert",), axis_types=(AxisType.Auto,))
+    cards = np.array(absent_devices(find_card("h100"), devices))
+    mesh = Mesh(cards, ("expert",), axis_types=(AxisType.Auto,))
     sharding = Sharding("expert", devices, case.exchange, mixture, True, in_place=True)
     layers = (settings.layers,) if case.scanned else ()
     split = P(*(None for _ in layers), "expert")

@@ -3,7 +3,7 @@
 The model has two streams that work in order: one computes, one transfers. The start of a transfer
 puts it into the second stream. Its end stalls the first stream until it is done.
 
-    transfer     bytes on the wire / link + a latency
+    transfer     a latency and bytes on the wire / link (predict.collectives)
     product      max(FLOPs / rate, bytes / memory bandwidth)
     the rest     bytes / memory bandwidth, each number once
 
@@ -17,6 +17,8 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from moe_jax.predict.collectives import Fabric, Group, collective_seconds
+from moe_jax.predict.hardware import Link
 from moe_jax.predict.hlo_text import Instruction, Program, dimensions, parse, shape_bytes
 
 COLLECTIVES = (
@@ -37,6 +39,14 @@ PASSING = ("bitcast", "reshape", "convert", "copy", "transpose")
 """Inside a fusion: one number in, one number out."""
 
 
+ASSUMED = Fabric(
+    node=8,
+    inside=Link("450 GB/s", peak=450e9, rate=450e9, hop=1.6e-6, tree_hop=1.6e-6),
+    outside=Link("50 GB/s", peak=50e9, rate=50e9, hop=1.6e-6, tree_hop=1.6e-6),
+)
+"""Links at their full speed. A transfer of no bytes takes 10 microseconds."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """What a device is assumed to do. The numbers are an H100's, as good programs reach them."""
@@ -45,14 +55,7 @@ class Rates:
     """Of bfloat16 products."""
     memory: float = 3.35e12
     """Bytes a second."""
-    link: float = 450e9
-    """Bytes a second that a device sends inside of its node."""
-    network: float = 50e9
-    """Bytes a second that a device sends to other nodes."""
-    latency: float = 10e-6
-    """Seconds of a transfer of no bytes."""
-    node: int = 8
-    """Devices of a node, numbered together."""
+    fabric: Fabric = ASSUMED
 
 
 @dataclass
@@ -168,25 +171,22 @@ def _collective(program: Program, i: Instruction) -> str | None:
 def transfer_seconds(
     kind: str, i: Instruction, by_name: dict[str, Instruction], rates: Rates
 ) -> float:
-    """Bytes on the slower of both ways, from and to other devices of the node and of others."""
-    operand = sum(by_name[name].bytes for name in i.operands)
-    if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", i.attributes)
-        moves = (
-            [tuple(map(int, p.split(","))) for p in re.findall(r"\{([\d,]+)\}", pairs[0])]
-            if pairs
-            else []
-        )
-        crosses = any(a // rates.node != b // rates.node for a, b in moves)
-        return operand / (rates.network if crosses else rates.link) + rates.latency
-    group = replica_group(i.attributes)
-    size = len(group)
-    inside = sum(d // rates.node == group[0] // rates.node for d in group) - 1
-    # The bytes for one peer. All-gather sends every peer the whole operand.
-    part = operand if kind == "all-gather" else operand / size
-    times = 2 if kind == "all-reduce" else 1
-    slower = max(inside / rates.link, (size - 1 - inside) / rates.network)
-    return times * part * slower + rates.latency
+    """Of the first of the groups that exchange."""
+    size = sum(by_name[name].bytes for name in i.operands)
+    return collective_seconds(kind, size, transfer_group(kind, i, rates.fabric.node), rates.fabric)
+
+
+def transfer_group(kind: str, i: Instruction, node: int) -> Group:
+    """The devices of a transfer. Of a permute, a pair in two nodes if there is one."""
+    if kind != "collective-permute":
+        return Group.of(replica_group(i.attributes), node)
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", i.attributes)
+    moves = [
+        tuple(map(int, pair.split(",")))
+        for pair in re.findall(r"\{([\d,]+)\}", pairs[0] if pairs else "")
+    ]
+    crosses = any(a // node != b // node for a, b in moves)
+    return Group(2, 1 if crosses else 2)
 
 
 def replica_group(attributes: str) -> list[int]:

@@ -37,7 +37,7 @@ TIME_COLORS: Mapping[str, str] = {
 
 def draw(memory: Memory, prediction: Prediction, title: str) -> Figure:
     """Three panels."""
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     above, between, below = figure.subplots(3, 1, height_ratios=(1, 1, 1.5))
     draw_memory(above, memory)
     draw_step(between, prediction)
@@ -56,7 +56,7 @@ def draw_memory(axes: Axes, memory: Memory) -> None:
             axes.barh(0, size / GIB, left=left, color=MEMORY_COLORS[name], label=label)
             left += size / GIB
     axes.axvline(memory.card / GIB, color="black")
-    axes.annotate("card", (memory.card / GIB, 0.42), ha="right", fontsize=8)
+    axes.annotate("the card", (memory.card / GIB, 0.3), rotation=90, fontsize=8)
     axes.set(yticks=[], xlabel="GiB a device")
     axes.set_title("memory", loc="left", fontsize=9)
     axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.45))
@@ -106,7 +106,7 @@ def draw_turn(axes: Axes, line: Timeline) -> None:
     axes.set_title(f"what lies under what: {what}, {covered}", loc="left", fontsize=9)
     handles = [Patch(color=TIME_COLORS[kind], label=kind) for kind in TIME_COLORS if kind in used]
     axes.legend(
-        handles=handles, fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.25)
+        handles=handles, fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.3)
     )
 
 

@@ -10,19 +10,22 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
-from moe_kernels.launch import lowering_for
+import moe_kernels
+from moe_kernels.launch import lowering_for, missing_package
 
+import moe_jax
 from moe_jax.base.errors import UserError, require
 from moe_jax.base.files import write_atomically
 from moe_jax.base.machine import peak_resident_bytes
-from moe_jax.config import TrainConfig
+from moe_jax.config import TrainConfig, fields
 from moe_jax.objectives.next_token import next_token
 from moe_jax.parallel.exchange import exchanging
 from moe_jax.parallel.mesh import AXES
@@ -36,6 +39,10 @@ CUDNN = 91000
 """Version of cuDNN that a program is compiled for: 9.10."""
 VERSION = 1
 """Of the files in the cache."""
+UNUSED = ("out", "preset", "data.cache")
+"""Settings that no program depends on."""
+ABOVE = ("study", "predict", "cli.py", "runs", "audit", "bench", "soak", "first_gpu")
+"""Folders that no program is made of."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +75,23 @@ class Compiled:
     """Largest size of the process that compiled."""
 
 
-def compile_step(config: TrainConfig, card: Card, devices: int, cache: Path | None) -> Compiled:
-    """The step of `config`, resolved, on so many cards. Programs are kept in the folder `cache`.
+def compile_step(config: TrainConfig, card: Card, devices: int, folder: Path | None) -> Compiled:
+    """The step of `config`, resolved, on so many cards. Programs are kept in `folder`.
 
     UserError: settings that the engine refuses, or that a program cannot show.
     """
     check_visible(config)
-    with lowering_for(card.arch), assumed_cudnn():
+    with lowering_for(card.arch), assumed_cudnn(card.arch):
         kind = engine_kind(config)
         assert issubclass(kind, DenseEngine)  # check_visible has refused the others
         engine = kind(config, absent_devices(card, devices))
         engine.check()
-        begin = time.perf_counter()
-        with jax.set_mesh(engine.mesh), exchanging(config.parallel.exchange):
-            lowered = engine.lower(engine.abstract_batch(), next_token)
-            lower_seconds = time.perf_counter() - begin
-            path = None if cache is None else cache / f"{_hash(lowered, card)}.json.gz"
-            found = None if path is None else _read(path)
-            if found is None:
-                found = _compiled(lowered, engine, lower_seconds)
-                if path is not None:
-                    write_atomically(path, gzip.compress(json.dumps(_plain(found)).encode()))
+        path = None if folder is None else folder / f"{_hash(config, card, devices)}.json.gz"
+        found = None if path is None else _read(path)
+        if found is None:
+            found = _compiled(engine)
+            if path is not None:
+                write_atomically(path, gzip.compress(json.dumps(_plain(found)).encode()))
     return found
 
 
@@ -106,21 +109,34 @@ def check_visible(config: TrainConfig) -> None:
 
 
 @contextmanager
-def assumed_cudnn() -> Iterator[None]:
-    """Lets JAX trace cuDNN's attention where cuDNN is not installed. XLA compiles it without."""
+def assumed_cudnn(arch: int) -> Iterator[None]:
+    """Lets JAX trace cuDNN's attention for the compute capability `arch` (times ten).
+
+    JAX asks the device and the library that are here. XLA compiles it without either.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as attention
 
-    found = attention.check_cudnn_version
-    attention.check_cudnn_version = lambda: CUDNN
+    answers: dict[str, Callable[..., Any]] = {
+        "check_cudnn_version": lambda: CUDNN,
+        "check_compute_capability": lambda least: arch >= round(10 * float(least)),
+    }
+    found = {name: getattr(attention, name) for name in answers}
     try:
+        for name, answer in answers.items():
+            setattr(attention, name, answer)
         yield
     finally:
-        attention.check_cudnn_version = found
+        for name, original in found.items():
+            setattr(attention, name, original)
 
 
-def _compiled(lowered: Any, engine: DenseEngine, lower_seconds: float) -> Compiled:
+def _compiled(engine: DenseEngine) -> Compiled:
     state = engine.abstract_state()
     leaves = jax.tree.leaves(state.parameters)
+    begin = time.perf_counter()
+    with jax.set_mesh(engine.mesh), exchanging(engine.config.parallel.exchange):
+        lowered = engine.lower(engine.abstract_batch(), next_token)
+    lower_seconds = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         options = {**OPTIONS, "xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         begin = time.perf_counter()
@@ -153,10 +169,24 @@ def _dumped(folder: str, name: str) -> str:
     return found[-1].read_text()
 
 
-def _hash(lowered: Any, card: Card) -> str:
-    """Of the program, the options and the card's description."""
-    parts = (VERSION, jax.__version__, CUDNN, sorted(OPTIONS.items()), card.target)
-    return hashlib.sha256((repr(parts) + lowered.as_text()).encode()).hexdigest()[:32]
+def _hash(config: TrainConfig, card: Card, devices: int) -> str:
+    """Of all that the program comes from: sources, settings, versions, options and the card."""
+    settings = {name: value for name, value in fields(config).items() if name not in UNUSED}
+    versions = (VERSION, jax.__version__, CUDNN, missing_package())
+    parts = (settings, versions, sorted(OPTIONS.items()), card.target, devices)
+    return hashlib.sha256((repr(parts) + source_hash()).encode()).hexdigest()[:32]
+
+
+@cache
+def source_hash() -> str:
+    """Of the sources that a step is made of: this package up to train, and the kernels."""
+    found = hashlib.sha256()
+    for package in (moe_jax, moe_kernels):
+        root = Path(next(iter(package.__path__)))
+        for path in sorted(root.rglob("*.py")):
+            if path.relative_to(root).parts[0] not in ABOVE:
+                found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _plain(compiled: Compiled) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Bytes on each device by kind, from XLA's own buffers at the moment when it needs the most.
 
     parameters, optimizer    arguments of the program, and exact
-    gradients                a buffer with a parameter's own shape, made by the backward pass
+    gradients                a buffer with a parameter's own shape, summed by the backward pass
     communication            what a collective reads or writes into
     update                   new parameters and moments that lie beside the old ones
     activations              what outlives the turn of the innermost loop that is running
@@ -181,19 +181,24 @@ class _Classes:
 
     def _is_gradient(self, name: str) -> bool:
         i = self.instructions.get(_instruction_name(name))
-        if i is None or "transpose(" not in i.attributes:
+        if i is None or _is_forward(i):
             return False
-        arrays = dimensions(i.shape)
         place = re.search(r"\{(\d+)\}$", name)
-        index = int(place[1]) if place else 0
-        if index >= len(arrays) or not arrays[index][0].startswith(("f", "bf")):
-            return False
-        return len(arrays[index][1]) > 1 and arrays[index][1] in self.shapes
+        arrays = dimensions(i.shape)[int(place[1]) if place else 0 :][:1]
+        # In a narrower type only if its maker says so: parameters are cast to such types, too.
+        types = ("f32", "bf16", "f16") if "transpose(" in i.attributes else ("f32",)
+        return any(
+            dtype in types and len(sizes) > 1 and sizes in self.shapes for dtype, sizes in arrays
+        )
 
     def _outlives(self, i: Instruction) -> bool:
         if self.nested and self.homes[i.name] != self.innermost:
             return True
-        return "jvp(" in i.attributes and "transpose(" not in i.attributes
+        return _is_forward(i)
+
+
+def _is_forward(i: Instruction) -> bool:
+    return "jvp(" in i.attributes and "transpose(" not in i.attributes
 
 
 def _depths(program: Program) -> dict[str, int]:

@@ -140,20 +140,38 @@ def replica_group(attributes: str) -> list[int]:
     if listed:
         return list(map(int, listed[1].split(",")))
     # [groups,size]<=[a,b]T(1,0): the numbers of all devices, reshaped, transposed, and cut.
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    iota = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={TRANSPOSED}", attributes)
     if iota:
-        sizes = list(map(int, iota[3].split(",")))
-        order = list(map(int, iota[4].split(","))) if iota[4] else list(range(len(sizes)))
-        strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-        return _numbers([(sizes[axis], strides[axis]) for axis in order], int(iota[2]))
+        return _transposed(iota[3], iota[4], int(iota[2]))
     # mesh['a'=2,'b'=8] {'b':(2)4}: the axes of a mesh, or a part of one, by which a group goes.
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    devices = rf"(?:, device_ids=\({TRANSPOSED}\))?"
+    mesh = re.search(rf"replica_groups=mesh\[([^\]]*)\]{devices} \{{([^}}]*)\}}", attributes)
     if not mesh:
         raise ValueError(f"no replica groups in {attributes[:200]}")
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+    places = _mesh_places(axes, mesh[4])
+    if not mesh[2]:
+        return places
+    numbers = _transposed(mesh[2], mesh[3], math.prod(axes.values()))
+    return [numbers[place] for place in places]
+
+
+TRANSPOSED = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+"""How XLA writes the numbers from 0, reshaped and transposed."""
+
+
+def _transposed(sizes: str, order: str | None, count: int) -> list[int]:
+    dimensions = list(map(int, sizes.split(",")))
+    axes = list(map(int, order.split(","))) if order else list(range(len(dimensions)))
+    strides = [math.prod(dimensions[k + 1 :]) for k in range(len(dimensions))]
+    return _numbers([(dimensions[axis], strides[axis]) for axis in axes], count)
+
+
+def _mesh_places(axes: dict[str, int], named: str) -> list[int]:
+    """The places in a mesh of the first group along the axes, or parts of axes, that are named."""
     parts = []
-    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2]):
-        names = list(axes)
+    names = list(axes)
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named):
         inner = math.prod(axes[later] for later in names[names.index(name) + 1 :])
         own = int(size) if size else axes[name]
         parts.append((own, inner * axes[name] // (int(before or 1) * own)))

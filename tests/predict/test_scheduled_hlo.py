@@ -112,6 +112,8 @@ def test_the_slower_way_counts():
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}, more", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=4,'c'=2] {'a','b'}", [0, 2, 4, 6, 8, 10, 12, 14]),
         ("replica_groups=mesh['a'=2,'b'=8] {'b':(2)2}", [0, 2]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", [0, 1]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [0, 2, 4, 6]),
     ],
 )
 def test_replica_groups(text, group):

@@ -35,7 +35,8 @@ from moe_jax.config import (
 )
 from moe_jax.objectives.next_token import next_token
 from moe_jax.parallel.exchange import exchanging
-from moe_jax.predict.absent import OPTIONS, h100s, missing
+from moe_jax.predict.absent import OPTIONS, absent_devices, missing
+from moe_jax.predict.hardware import find_card
 from moe_jax.predict.scheduled_hlo import Rates, Timeline, timeline
 from moe_jax.study.results import publish
 from moe_jax.train.engines.pipelined.engine import PipelinedEngine
@@ -126,7 +127,7 @@ def config_of(settings: Settings, devices: int) -> TrainConfig:
 def compiled(config: TrainConfig) -> Any:
     """The training step, compiled for absent H100s."""
     devices = config.parallel.fixed
-    engine = PipelinedEngine(config, h100s(-(-devices // NODE), min(devices, NODE)))
+    engine = PipelinedEngine(config, absent_devices(find_card("h100"), devices))
     engine.check()
     state = engine.abstract_state()
     layouts = jax.tree.map(lambda leaf: leaf.sharding, state)

@@ -5,34 +5,34 @@ device. XLA chooses tiles of products by rule, since it cannot time them.
 """
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from moe_jax.base.errors import UserError
+from moe_jax.base.errors import UserError, brief, require
+from moe_jax.predict.hardware import Card
 
 PLUGIN = "jax_plugins.xla_cuda13"
+TRIAL = """
+import sys, jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+found = topologies.get_topology_desc("card", "cuda", target_config=sys.argv[1], topology="1x1x1")
+one = NamedSharding(Mesh(found.devices, "x"), PartitionSpec())
+x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=one)
+jax.jit(lambda x: jax.nn.softmax(x @ x)).lower(x).compile()
+"""
+"""The smallest program with a product and a fusion of Triton's."""
 OPTIONS: Mapping[str, Any] = {
     # The scheduler's estimate of transfers and products. It is the default, and it decides what
     # lies under what: with the other estimators half as much is covered.
     "xla_gpu_enable_analytical_sol_latency_estimator": True
 }
 """Compiler options by name, so that another version's defaults change nothing."""
-
-H100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-"""XLA's description of the card, a GpuTargetConfigProto."""
 
 
 def missing() -> str:
@@ -42,20 +42,51 @@ def missing() -> str:
     except ModuleNotFoundError:  # not even the package around it is there
         found = None
     version = jax.__version__
-    return "" if found else f"pip install --no-deps jax-cuda13-pjrt=={version} is needed"
+    return "" if found else f"run pip install --no-deps jax-cuda13-pjrt=={version} (Linux only)"
 
 
-def h100s(nodes: int, devices: int) -> list[Any]:
-    """Descriptions of `nodes` machines of `devices` H100 each, node by node.
+def absent_devices(card: Card, devices: int) -> list[Any]:
+    """Descriptions of so many of these cards, node by node. They have a compiler and no memory.
 
-    UserError: the compiler's package is missing.
+    UserError: the compiler's package is missing, or `devices` is more than a node and not a
+    multiple of it.
     """
     from jax.experimental import topologies
 
+    inside = min(devices, card.node)
+    require(
+        devices % inside == 0,
+        f"--devices {devices} does not divide into nodes of {card.node} {card.name}: make it "
+        f"{-(-devices // inside) * inside}",
+    )
     try:
         topology = topologies.get_topology_desc(
-            "h100", "cuda", target_config=H100, topology=f"1x{nodes}x{devices}"
+            card.name,
+            "cuda",
+            target_config=card.target,
+            topology=f"1x{devices // inside}x{inside}",
         )
     except Exception as error:
-        raise UserError(f"no compiler for absent GPUs ({error}): {missing()}") from error
+        raise UserError(f"no compiler for absent GPUs ({brief(error)}): {missing()}") from error
     return list(topology.devices)
+
+
+def check_target(card: Card) -> None:
+    """UserError: XLA cannot compile for this card. A process of its own tries it.
+
+    A description with a wrong number may end XLA's process, which no exception handler sees.
+    """
+    command = [sys.executable, "-c", TRIAL, card.target]
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        command, env=kept | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        return
+    reason = f"it ended with signal {-done.returncode}" if done.returncode < 0 else "it failed"
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    own = ", ".join(f"{name} = {value}" for name, value in card.xla.items())
+    raise UserError(
+        f"XLA cannot compile for {card.name}: {reason} ({brief(lines[-1])}); compare its fields "
+        f"with those of a card that is known: {own}"
+    )

@@ -3,7 +3,8 @@
 from collections.abc import Collection
 
 from moe_jax.predict.hlo_text import Instruction, Program, dimensions, parse, shape_bytes
-from moe_jax.predict.scheduled_hlo import FREE, product_flops, turns
+from moe_jax.predict.schedule import turns
+from moe_jax.predict.work import FREE, product_flops
 
 
 def copied_in_loops(text: str, matrices: Collection[tuple[int, int]]) -> int:

@@ -1,6 +1,5 @@
 """The text of a compiled XLA program as instructions with their operands, in scheduled order."""
 
-import math
 import re
 from dataclasses import dataclass, field
 
@@ -121,41 +120,3 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return i
     return len(text) - 1
-
-
-def replica_group(attributes: str) -> list[int]:
-    """The first group of devices of a collective."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    if listed:
-        return list(map(int, listed[1].split(",")))
-    # [groups,size]<=[a,b]T(1,0): the numbers of all devices, reshaped, transposed, and cut.
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        sizes = list(map(int, iota[3].split(",")))
-        order = list(map(int, iota[4].split(","))) if iota[4] else list(range(len(sizes)))
-        strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-        return _numbers([(sizes[axis], strides[axis]) for axis in order], int(iota[2]))
-    # mesh['a'=2,'b'=8] {'b':(2)4}: the axes of a mesh, or a part of one, by which a group goes.
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
-    if not mesh:
-        raise ValueError(f"no replica groups in {attributes[:200]}")
-    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-    parts = []
-    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2]):
-        names = list(axes)
-        inner = math.prod(axes[later] for later in names[names.index(name) + 1 :])
-        own = int(size) if size else axes[name]
-        parts.append((own, inner * axes[name] // (int(before or 1) * own)))
-    return _numbers(parts, math.prod(size for size, _ in parts))
-
-
-def _numbers(axes: list[tuple[int, int]], count: int) -> list[int]:
-    """The first `count` devices along axes of (size, stride), the last axis fastest."""
-    group = []
-    for n in range(count):
-        device = 0
-        for size, stride in reversed(axes):
-            n, index = divmod(n, size)
-            device += index * stride
-        group.append(device)
-    return group

@@ -23,8 +23,9 @@ from moe_jax.moe.lanes import Matrices
 from moe_jax.moe.module import MoE
 from moe_jax.objectives.next_token import next_token
 from moe_jax.parallel.exchange import exchanging
-from moe_jax.predict.absent import OPTIONS, h100s
+from moe_jax.predict.absent import OPTIONS, absent_devices
 from moe_jax.predict.copies import copied_in_loops
+from moe_jax.predict.hardware import find_card
 from moe_jax.predict.scheduled_hlo import Rates, Timeline, timeline
 from moe_jax.train.engines.dense import DenseEngine
 
@@ -73,7 +74,8 @@ def compiled(sizes: Sizes, case: Case) -> Any:
     if case.step:
         return _compiled_step(sizes, case)
     devices = NODE * case.nodes
-    mesh = Mesh(np.array(h100s(case.nodes, NODE)), ("expert",), axis_types=(AxisType.Auto,))
+    cards = np.array(absent_devices(find_card("h100"), devices))
+    mesh = Mesh(cards, ("expert",), axis_types=(AxisType.Auto,))
     sharding = Sharding("expert", devices, case.exchange, mixture, True, in_place=True)
     layers = (sizes.layers,) if case.scanned else ()
     split = P(*(None for _ in layers), "expert")
@@ -123,7 +125,7 @@ def _compiled_step(sizes: Sizes, case: Case) -> Any:
         parallel=ParallelConfig(expert=NODE, exchange=case.exchange),
     )
     with lowering_for(90):
-        engine = DenseEngine(config, h100s(1, NODE))
+        engine = DenseEngine(config, absent_devices(find_card("h100"), NODE))
         engine.check()
         with jax.set_mesh(engine.mesh), exchanging(case.exchange):
             # The control: without a stack to read, every layer reads its own slice.

@@ -82,7 +82,7 @@ def options(settings: Settings, moves: int) -> dict[str, int | str]:
 
 
 def train(script: Path, out: Path, settings: Settings, moves: int) -> Loads:
-    """The loads of a run of the training script with this bound on moves. A run that was killed goes on."""
+    """The loads of a run of the script with this bound on moves. A run that was killed goes on."""
     folder = out / f"run-{settings.seed}-moves{moves}{'-quick' * settings.quick}"
     command = [sys.executable, str(script), "tiny", "--out", str(folder)]
     for name, value in options(settings, moves).items():

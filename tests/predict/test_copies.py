@@ -2,8 +2,11 @@
 
 import pytest
 
+from moe_jax.predict.collectives import Fabric
 from moe_jax.predict.copies import copied_in_loops
-from moe_jax.predict.scheduled_hlo import Rates, replica_group, timeline
+from moe_jax.predict.hardware import Link
+from moe_jax.predict.schedule import replica_group
+from moe_jax.predict.scheduled_hlo import Rates, timeline
 
 PROGRAM = """HloModule small, is_scheduled=true
 
@@ -56,7 +59,8 @@ def test_copies_of_matrices_in_loops():
 
 def test_each_kind_of_transfer():
     """1 KiB on the wire in each turn takes 1024 s, of which the product covers 512."""
-    rates = Rates(flops=8, memory=1e12, link=1, network=1, latency=0, node=2)
+    link = Link("link", peak=1, rate=1, hop=0.0, tree_hop=0.0)
+    rates = Rates(flops=8, memory=1e12, fabric=Fabric(node=2, inside=link, outside=link))
     line = timeline(PROGRAM, rates)
     assert line.of("all-to-all").seconds == pytest.approx(3 * 1024)
     assert line.of("all-to-all").covered == pytest.approx(0.5, abs=1e-6)

@@ -4,16 +4,26 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moe_jax.predict.absent import missing
+from moe_jax.base.errors import UserError
+from moe_jax.predict.absent import check_target, missing
+from moe_jax.predict.collectives import RING_BASE, Fabric
+from moe_jax.predict.hardware import Link, card_names, find_card
 from moe_jax.predict.hlo_text import parse, shape_bytes
-from moe_jax.predict.scheduled_hlo import Rates, covered_by_products, replica_group, timeline
+from moe_jax.predict.schedule import replica_group
+from moe_jax.predict.scheduled_hlo import Rates, covered_by_products, timeline
 
 ROOT = Path(__file__).parents[2]
-RATES = Rates(flops=1e12, memory=1e12, link=1e9, network=1e8, latency=0.0, node=2)
+FABRIC = Fabric(
+    node=2,
+    inside=Link("inside", peak=1e9, rate=1e9, hop=0.0, tree_hop=0.0),
+    outside=Link("outside", peak=1e8, rate=1e8, hop=0.0, tree_hop=0.0),
+)
+RATES = Rates(flops=1e12, memory=1e12, fabric=FABRIC)
 
 PROGRAM = """HloModule small, is_scheduled=true
 
@@ -63,16 +73,17 @@ def test_operands_are_names_and_not_attributes():
 def test_two_streams():
     line = timeline(PROGRAM, RATES)
     # 2 MB, of which half leaves the device, on a link of 1 GB/s
-    assert line.transfers == pytest.approx(1e-3)
+    assert line.transfers == pytest.approx(1e-3 + RING_BASE)
     # 2 · 1000 · 1000 · 500 FLOPs at 1 TFLOP/s, and the kernel's 2 GFLOP that its attributes state.
     # The attributes of its result do not count again.
     assert line.products == pytest.approx(1e-3 + 2e-3)
     # The copy of 4 MB, read and written. Three turns of a loop read and write a row of 4 kB and its
     # index, and not the array that it is cut from. A loop without a known number of turns is none.
     assert line.rest == pytest.approx(8e-6 + 3 * (8e-9 + 4e-12))
-    assert line.stalled == 0
-    assert line.total == pytest.approx(line.products + line.rest)
-    assert line.covered == 1
+    # The copy and the product take 8 microseconds and 1 ms, and the transfer its latency and 1 ms.
+    assert line.stalled == pytest.approx(RING_BASE - 8e-6)
+    assert line.total == pytest.approx(line.products + line.rest + line.stalled)
+    assert line.covered == pytest.approx(1 - line.stalled / line.transfers)
 
 
 def test_one_turn_of_a_named_loop():
@@ -90,13 +101,13 @@ def test_copies_cover_nothing():
         "  %dot =", "  %done = f32[1000,500]{1,0} all-to-all-done(%start)\n  %dot ="
     )
     assert covered_by_products(early, RATES) == 0
-    assert timeline(early, RATES).covered == pytest.approx(8e-3)
+    assert timeline(early, RATES).covered == pytest.approx(8e-6 / (1e-3 + RING_BASE))
 
 
 def test_the_slower_way_counts():
     """Four devices in nodes of two: a quarter of the bytes goes to the neighbour, half goes out."""
     four = PROGRAM.replace("{{0,1}}", "[1,4]<=[4]")
-    assert timeline(four, RATES).transfers == pytest.approx(2e6 / 2 / 1e8)
+    assert timeline(four, RATES).transfers == pytest.approx(2e6 / 2 / 1e8 + RING_BASE)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +116,11 @@ def test_the_slower_way_counts():
         ("replica_groups={{0,2},{1,3}}", [0, 2]),
         ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, more", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4,'c'=2] {'a','b'}", [0, 2, 4, 6, 8, 10, 12, 14]),
+        ("replica_groups=mesh['a'=2,'b'=8] {'b':(2)2}", [0, 2]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", [0, 1]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [0, 2, 4, 6]),
     ],
 )
 def test_replica_groups(text, group):
@@ -121,6 +137,22 @@ def predicted(name, out):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((out / "result.json").read_text())["measurements"]
     return {row["name"]: row["value"] for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=missing())
+@pytest.mark.parametrize("name", card_names())
+def test_xla_compiles_for_every_card(name):
+    check_target(find_card(name))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_a_description_that_ends_the_compiler_is_one_line():
+    card = find_card("h100")
+    broken = replace(card, xla={**card.xla, "block_dim_limit_x": 0})
+    with pytest.raises(UserError, match="cannot compile for h100: it ended with signal 8"):
+        check_target(broken)
 
 
 @pytest.mark.slow

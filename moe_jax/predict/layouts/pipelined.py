@@ -1,0 +1,232 @@
+"""An update in a pipeline, by a schedule.
+
+G devices make a pipeline, and N/G pipelines share the batch. The N/G devices of a stage hold its
+weights in bfloat16 and the sum of their gradient in float32, whole but for the routed experts,
+which `expert_axis` devices share. Parameters and moments in float32 are split over all N devices.
+After the schedule come a reduce-scatter of the gradients, the optimizer, and a gather of the
+weights. All three are exposed, because the gradient's norm is known only then.
+
+Two ways to run a schedule:
+
+    free       every device goes on as soon as its input is there, as in one program a device.
+               An operation costs `overhead` more: the host must start it.
+    lockstep   all devices go from tick to tick together, as our executor does. A tick takes as
+               long as its slowest device, then every channel sends once, and `overhead` is added.
+               Backwards are whole or in two ticks, as it is faster.
+
+In an overlapped pair (DualPipe's F&B) that runs free, all exchanges lie under all products. In
+lockstep a pair takes the sum of its parts.
+"""
+
+from collections import Counter
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+from moe_jax.parallel.schedules import Kind, PipelineSchedule, build
+from moe_jax.parallel.schedules.split import split_backwards
+from moe_jax.parallel.simulate import activations_of_steps, simulate
+from moe_jax.parallel.ticks import IDLE, OVERLAPPED, tick_table
+from moe_jax.predict.layouts.fsdp import UPDATE_TRAFFIC, Update
+from moe_jax.predict.layouts.work import NUMBER, STATE, SUM, Part, Work
+
+
+@lru_cache(maxsize=256)
+def schedule_on(name: str, devices: int, microbatches: int, chunks: int = 1) -> PipelineSchedule:
+    """The schedule for so many devices. DualPipeV has two stages on each of them.
+
+    UserError: the numbers do not suit the schedule.
+    """
+    stages = 2 * devices if name == "dualpipev" else devices
+    return build(name, stages=stages, microbatches=microbatches, chunks=chunks)
+
+
+def pipelined(
+    work: Work,
+    blocks: int,
+    schedule: PipelineSchedule,
+    *,
+    overhead: float = 0.0,
+    lockstep: bool = False,
+) -> Update:
+    """An update of a model of equal blocks.
+
+    work: a block for one micro-batch.
+    overhead: seconds of an operation, or of a tick in lockstep, that no product needs.
+    """
+    if lockstep:
+        way = in_ticks(work, blocks, schedule, overhead)
+        return _update(work, blocks, way, _lockstep(work, blocks, way, overhead))
+    return _update(work, blocks, schedule, _free(work, blocks, schedule, overhead))
+
+
+def in_ticks(
+    work: Work, blocks: int, schedule: PipelineSchedule, overhead: float
+) -> PipelineSchedule:
+    """The schedule with whole backwards or with backwards in two ticks, as it is faster."""
+    if not _has(schedule, Kind.BACKWARD):
+        return schedule
+    return min((schedule, _split(schedule)), key=lambda way: _lockstep(work, blocks, way, overhead))
+
+
+def _update(work: Work, blocks: int, schedule: PipelineSchedule, ran: float) -> Update:
+    after = _between_updates(work, blocks, schedule)
+    return Update(ran + after, memory_of(work, blocks, schedule))
+
+
+def message_seconds(work: Work) -> float:
+    """Of a message to the next stage. Stages are neighbours on the network if there are nodes."""
+    cluster = work.cluster
+    stride = cluster.card.node if cluster.devices > cluster.card.node else 1
+    return cluster.seconds("collective-permute", work.message, 2, stride)
+
+
+def _free(work: Work, blocks: int, schedule: PipelineSchedule, overhead: float) -> float:
+    more = overhead / schedule.piece_size  # simulate takes the costs of a stage
+    message = message_seconds(work)
+    parts = (work.forward, work.backward_input, work.backward_weight)
+    n = blocks / schedule.stages
+    costs = (
+        n * parts[0].seconds(work.parts) + more,
+        n * parts[1].seconds(work.parts) + more,
+        # A whole backward is started once.
+        n * parts[2].seconds(1) + (0.0 if _has(schedule, Kind.BACKWARD) else more),
+        n * _pair(parts) + more,
+    )
+    # A device's link sends one message at a time.
+    return max(_makespan(schedule, costs, message), max(_sends(schedule)) * message)
+
+
+# The same costs come again with every limit of memory.
+@lru_cache(maxsize=50_000)
+def _makespan(
+    schedule: PipelineSchedule, costs: tuple[float, float, float, float], message: float
+) -> float:
+    return simulate(schedule, *costs, communication=message).makespan
+
+
+def _lockstep(work: Work, blocks: int, schedule: PipelineSchedule, overhead: float) -> float:
+    """simulate(..., lockstep=True).makespan, from the kinds of work that meet in a tick."""
+    piece = blocks / schedule.pieces
+    forward = piece * work.forward.seconds(work.parts)
+    to_input = piece * work.backward_input.seconds(work.parts)
+    to_weight = piece * work.backward_weight.seconds(1)
+    costs = {
+        IDLE: 0.0,
+        Kind.FORWARD: forward,
+        Kind.BACKWARD_INPUT: to_input,
+        Kind.BACKWARD_WEIGHT: to_weight,
+        Kind.BACKWARD: to_input + to_weight,
+        OVERLAPPED: forward + to_input + to_weight,
+    }
+    ticks = ticks_of(schedule)
+    between = ticks.channels * message_seconds(work) + overhead
+    return sum(count * (max(costs[k] for k in kinds) + between) for kinds, count in ticks.kinds)
+
+
+class Ticks(NamedTuple):
+    """What the ticks of a schedule have in common."""
+
+    channels: int
+    """Messages that every device of our executor sends in each tick, needed or not."""
+    kinds: tuple[tuple[frozenset[int], int], ...]
+    """(kinds of work that meet in a tick, number of such ticks)"""
+
+    @property
+    def number(self) -> int:
+        """Ticks of an update."""
+        return sum(count for _, count in self.kinds)
+
+
+@lru_cache(maxsize=1024)
+def ticks_of(schedule: PipelineSchedule) -> Ticks:
+    """Counts of a schedule's table of ticks."""
+    table = tick_table(schedule)
+    kinds = Counter(frozenset(row) for row in table.kinds.tolist())
+    return Ticks(sum(channel.hop > 0 for channel in table.channels), tuple(kinds.items()))
+
+
+def _pair(parts: tuple[Part, ...]) -> float:
+    """F&B of a block: the longer one of all products and all exchanges."""
+    return max(sum(part.compute for part in parts), sum(part.exchange for part in parts))
+
+
+def _between_updates(work: Work, blocks: int, schedule: PipelineSchedule) -> float:
+    """Seconds from the end of a schedule to the start of the next one."""
+    cluster = work.cluster
+    replicas = cluster.devices // schedule.devices
+    copies = len(schedule.paths)  # DualPipe has each stage on two devices of a pipeline
+    n = blocks_of_device(blocks, schedule)
+    axis = work.expert_axis
+    seconds = 0.0
+    for weights, size, stride in (
+        (n * work.block.other_weights, copies * replicas, 1),
+        (n * work.local_experts, copies * replicas // axis, axis),
+    ):
+        seconds += cluster.seconds("reduce-scatter", SUM * weights, size, stride)
+        seconds += cluster.seconds("all-gather", NUMBER * weights / size, size, stride)
+    own = blocks * work.block.weights / cluster.devices
+    return seconds + UPDATE_TRAFFIC * own / cluster.card.memory_rate
+
+
+def blocks_of_device(blocks: int, schedule: PipelineSchedule) -> float:
+    """Blocks whose weights lie on a device."""
+    return blocks / schedule.stages * schedule.weights
+
+
+def memory_of(work: Work, blocks: int, schedule: PipelineSchedule) -> float:
+    """Bytes of a device: state, weights, sums of gradients, what is kept from F and Bi to W."""
+    state = STATE * blocks * work.block.weights / work.cluster.devices
+    weights = (NUMBER + SUM) * blocks_of_device(blocks, schedule) * work.local
+    stage = blocks / schedule.stages
+    activations = max(
+        # A whole backward holds one block's gradients at a time.
+        stage * kept * work.kept + max(stage * pending, 1) * work.pending
+        for device in activations_of_steps(schedule)
+        for kept, pending in device
+    )
+    return state + weights + activations
+
+
+def _sends(schedule: PipelineSchedule) -> list[int]:
+    """Messages that each device sends in an update, activations and gradients."""
+    counts = [0] * schedule.devices
+    halves = schedule.microbatches // len(schedule.paths)
+    for path in schedule.paths:
+        for here, there in pairwise(path):
+            if here.device != there.device:
+                counts[here.device] += halves
+                counts[there.device] += halves
+    return counts
+
+
+@lru_cache(maxsize=512)
+def _has(schedule: PipelineSchedule, kind: Kind) -> bool:
+    return any(step[0].kind == kind for order in schedule.orders for step in order)
+
+
+@lru_cache(maxsize=256)
+def _split(schedule: PipelineSchedule) -> PipelineSchedule:
+    return split_backwards(schedule)
+
+
+class Tick(NamedTuple):
+    """Seconds of a mean tick in lockstep. Their sum is the length of a tick."""
+
+    work: float
+    """Operations, the mean of the devices."""
+    waiting: float
+    """For the slowest device of the tick. The bubble is a part of it."""
+    messages: float
+    overhead: float
+
+
+def tick_parts(work: Work, blocks: int, schedule: PipelineSchedule, overhead: float) -> Tick:
+    """What the mean tick of a schedule consists of."""
+    number = ticks_of(schedule).number
+    parts = (work.forward.seconds(work.parts), work.backward_input.seconds(work.parts))
+    operations = sum(parts) + work.backward_weight.seconds(1)
+    busy = schedule.microbatches * blocks * operations / schedule.devices / number
+    messages = ticks_of(schedule).channels * message_seconds(work)
+    length = _lockstep(work, blocks, schedule, overhead) / number
+    return Tick(busy, length - busy - messages - overhead, messages, overhead)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moe_kernels.launch import triton_support
+from moe_kernels.launch import lowering_target, triton_support
 
 from moe_jax.base.errors import UserError
 
@@ -70,7 +70,12 @@ class GemmRates(NamedTuple):
 
 
 def compute_capability() -> float | None:
-    """Of the first device. None: it is not an NVIDIA GPU."""
+    """Of the GPU that is compiled for (lowering_for), or of the first device.
+
+    None: it is not an NVIDIA GPU.
+    """
+    if target := lowering_target():
+        return target / 10
     device = jax.devices()[0]
     # AMD's GPUs are of the backend gpu, too.
     if jax.default_backend() != "gpu" or "cuda" not in device.client.platform_version:

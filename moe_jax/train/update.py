@@ -1,13 +1,14 @@
 """The one update: what every engine does with its gradient."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float
 
 from moe_jax.config import TrainConfig
@@ -52,20 +53,20 @@ def make_update(config: TrainConfig) -> Callable[[TrainState, Gradient], Updated
         # A norm is not finite if any element of the gradient is not, so the tree is read once.
         finite = jnp.isfinite(total) & jnp.isfinite(gradient.norm)
 
-        def apply(_: None) -> tuple[Any, Any, Any]:
-            own = clipped(gradient.of_parameters, gradient.norm, config.optim.clip_norm)
-            changes, moments = optimizer.update(own, state.optimizer, state.parameters)
-            parameters = optax.apply_updates(state.parameters, changes)
-            # Towards the end the bias is frozen (arXiv:2412.19437, §4.2). Updates that were skipped
-            # count as well, like the batches.
-            rate = moe.bias_rate * _bias_moves(config, state.step)
-            return parameters, update_router(state.router, losses.stats, rate), moments
-
-        def keep(_: None) -> tuple[Any, Any, Any]:
-            return state.parameters, state.router, state.optimizer
-
-        # A branch, not a select: the optimizer's work is then skipped with the update.
-        parameters, router, moments = lax.cond(finite, apply, keep, None)
+        own = clipped(gradient.of_parameters, gradient.norm, config.optim.clip_norm)
+        changes, moments = optimizer.update(own, state.optimizer, state.parameters)
+        # Towards the end the bias is frozen (arXiv:2412.19437, §4.2). Updates that were skipped
+        # count as well, like the batches.
+        rate = moe.bias_rate * _bias_moves(config, state.step)
+        updated = (
+            optax.apply_updates(state.parameters, changes),
+            update_router(state.router, losses.stats, rate),
+            moments,
+        )
+        # A select, not a branch: XLA:GPU writes the results of a branch beside the old state, which
+        # takes its memory once more.
+        old = (state.parameters, state.router, state.optimizer)
+        parameters, router, moments = jax.tree.map(partial(jnp.where, finite), updated, old)
         new = TrainState(
             step=state.step + 1,
             updates=state.updates + finite,

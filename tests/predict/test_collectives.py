@@ -61,7 +61,7 @@ def test_one_device_sends_nothing():
 
 
 def test_rates_that_were_measured():
-    """8 H200, 16 GiB: all-gather at 361 GB/s (nccl-tests, links.toml)."""
+    """8 H200, 16 GiB: all-gather at 361 GB/s (nccl-tests on 8 H200)."""
     fabric = Fabric.of(find_card("h200"))
     size = 16 * 2**30 / 8
     seconds = collective_seconds("all-gather", size, Group(8, 8), fabric)

@@ -14,7 +14,8 @@ from moe_jax.predict.absent import check_target, missing
 from moe_jax.predict.collectives import RING_BASE, Fabric
 from moe_jax.predict.hardware import Link, card_names, find_card
 from moe_jax.predict.hlo_text import parse, shape_bytes
-from moe_jax.predict.scheduled_hlo import Rates, covered_by_products, replica_group, timeline
+from moe_jax.predict.schedule import replica_group
+from moe_jax.predict.scheduled_hlo import Rates, covered_by_products, timeline
 
 ROOT = Path(__file__).parents[2]
 FABRIC = Fabric(
@@ -108,6 +109,9 @@ def test_the_slower_way_counts():
         ("replica_groups={{0,2},{1,3}}", [0, 2]),
         ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, more", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4,'c'=2] {'a','b'}", [0, 2, 4, 6, 8, 10, 12, 14]),
+        ("replica_groups=mesh['a'=2,'b'=8] {'b':(2)2}", [0, 2]),
     ],
 )
 def test_replica_groups(text, group):

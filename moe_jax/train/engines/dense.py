@@ -89,14 +89,19 @@ class DenseEngine:
     ) -> None:
         # Laid out like the state: operands may have been loaded on one device.
         self._operands = place_whole(operands, shardings(self.mesh, operands))
+        # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
+        self._step = self.lower(batch, objective, self._operands).compile()
+        say_if_too_large(self._step)
+        self._evaluate = make_evaluator(self.config, validation, self.place, self.rows())
+
+    def lower(
+        self, batch: Batch, objective: Objective, operands: tuple[Any, ...] = ()
+    ) -> jax.stages.Lowered:
+        """The step as a program that is not compiled yet. The devices need not be there."""
         # The layout of the result is that of the argument, which is donated.
         results = (self._shardings(), replicated(self.mesh))
         step = jax.jit(self.make_step(objective), donate_argnums=0, out_shardings=results)
-        # Ahead of time and from shapes alone, so that compiling is timed apart from the first step.
-        lowered = step.lower(self.abstract_state(), batch, *self._operands)
-        self._step = lowered.compile()
-        say_if_too_large(self._step)
-        self._evaluate = make_evaluator(self.config, validation, self.place, self.rows())
+        return step.lower(self.abstract_state(), batch, *operands)
 
     def make_step(self, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
         """The function that `compile` compiles."""

@@ -1,12 +1,13 @@
 """The fastest layout of a kind that fits into a device's memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from moe_jax.base.errors import UserError
 from moe_jax.parallel.schedules import PipelineSchedule
 from moe_jax.predict.layouts.block import Block, Recompute
+from moe_jax.predict.layouts.exchange import Exchange
 from moe_jax.predict.layouts.fsdp import Update, fsdp
 from moe_jax.predict.layouts.pipelined import memory_of, pipelined, schedule_on
 from moe_jax.predict.layouts.work import Cluster, Work
@@ -32,6 +33,7 @@ class Job:
     """Rows of a device in an update."""
     length: int = 4096
     """Tokens of a row."""
+    route: Exchange = field(default_factory=Exchange)
 
     @property
     def tokens(self) -> int:
@@ -70,7 +72,7 @@ class Layout:
 def work_of(job: Job, layout: Layout) -> Work:
     """A block for a micro-batch of the layout."""
     tokens = layout.microbatch * job.length
-    return Work(job.block, job.cluster, tokens, layout.expert_axis, layout.recompute)
+    return Work(job.block, job.cluster, tokens, layout.expert_axis, layout.recompute, job.route)
 
 
 def schedule_of(job: Job, layout: Layout) -> PipelineSchedule:
@@ -155,7 +157,7 @@ def _works(job: Job, replicas: int) -> Iterator[tuple[Work, int]]:
             if replicas % axis == 0 and job.block.experts % axis == 0:
                 for recompute in LEVELS:
                     tokens = rows * job.length
-                    yield Work(job.block, job.cluster, tokens, axis, recompute), rows
+                    yield Work(job.block, job.cluster, tokens, axis, recompute, job.route), rows
 
 
 def _pipelines(job: Job, name: str, depth: int | None) -> Iterator[tuple[float, Work, int, int]]:

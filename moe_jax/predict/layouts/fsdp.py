@@ -13,7 +13,8 @@ reduce-scatter are exposed. That is the best overlap there can be.
 
 from dataclasses import dataclass
 
-from moe_jax.predict.layouts.work import NUMBER, STATE, SUM, Work
+from moe_jax.predict.layouts.exchange import NUMBER
+from moe_jax.predict.layouts.work import STATE, SUM, Work
 
 UPDATE_TRAFFIC = 28
 """Bytes of memory traffic that the optimizer has for a parameter: it reads parameter, gradient and

@@ -27,8 +27,9 @@ from moe_jax.parallel.schedules import Kind, PipelineSchedule, build
 from moe_jax.parallel.schedules.split import split_backwards
 from moe_jax.parallel.simulate import activations_of_steps, simulate
 from moe_jax.parallel.ticks import IDLE, OVERLAPPED, tick_table
+from moe_jax.predict.layouts.exchange import NUMBER
 from moe_jax.predict.layouts.fsdp import UPDATE_TRAFFIC, Update
-from moe_jax.predict.layouts.work import NUMBER, STATE, SUM, Part, Work
+from moe_jax.predict.layouts.work import STATE, SUM, Part, Work
 
 
 @lru_cache(maxsize=256)

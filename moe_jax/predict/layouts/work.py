@@ -1,7 +1,7 @@
 """Seconds of a block's F, Bi and W on one device, from three bounds.
 
     products   max(FLOPs / product rate, bytes of weights / memory rate)
-    exchange   the all-to-all that takes rows to their experts, and back
+    exchange   what takes rows to their experts, and back (exchange.py)
     exposed    max(exchange / n, exchange - (1 - 1/n) expert products), in n chunks
 
 F and Bi read a block's weights in bfloat16. W reads and writes their gradient's sum in float32, in
@@ -9,19 +9,26 @@ every micro-batch. Everything that is no product is left out, in all layouts ali
 embedding, routing, softmax, launches.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from moe_jax.predict.collectives import Fabric, Group, collective_seconds
 from moe_jax.predict.hardware import Card
 from moe_jax.predict.layouts.block import Block, Level, Recompute
+from moe_jax.predict.layouts.exchange import (
+    FP8,
+    NUMBER,
+    ROUNDING,
+    Exchange,
+    Rows,
+    exchange_seconds,
+    rows_of_token,
+)
 
 PRODUCT_SHARE = 0.75
 """Rate of a layer's products relative to the largest product: on an H100, 600 of 794.5 TFLOP/s.
 In Megatron-LM a Mixtral layer reaches 667 with its dispatch, and DeepSeek's 535 (the baseline of
 its functional test moe_perf)."""
-NUMBER = 2
-"""Bytes of a bfloat16 number."""
 SUM = 4
 """Bytes of a gradient's sum, in float32."""
 STATE = 12
@@ -94,13 +101,12 @@ class Work:
     expert_axis: int = 1
     """Devices that share the experts of a block. They are neighbours."""
     recompute: Recompute = "none"
-    chunks: int = 8
-    """Parts of a device's experts that travel and compute in turn. At most its experts."""
+    route: Exchange = field(default_factory=Exchange)
 
     @property
     def parts(self) -> int:
         """Chunks, as far as a device has experts."""
-        return max(1, min(self.chunks, self.block.experts // self.expert_axis))
+        return max(1, min(self.route.chunks, self.block.experts // self.expert_axis))
 
     @property
     def local_experts(self) -> float:
@@ -113,15 +119,41 @@ class Work:
         return self.local_experts + self.block.other_weights
 
     @property
+    def rows(self) -> Rows:
+        """Rows of a token that travel to other devices."""
+        group = self.cluster.group(self.expert_axis)
+        return rows_of_token(self.route, self.block.experts, self.block.per_token, group)
+
+    @property
     def exchange(self) -> float:
-        """Seconds of one all-to-all: a row to each of a token's experts, or back."""
-        bytes = NUMBER * self.tokens * self.block.per_token * self.block.width
-        return self.cluster.seconds("all-to-all", bytes, self.expert_axis)
+        """Seconds of one all-to-all in bfloat16."""
+        return self._exchange(NUMBER)
+
+    @property
+    def dispatch(self) -> float:
+        """Seconds in which activations reach the experts."""
+        return self._exchange(FP8 if self.route.fp8 else NUMBER)
+
+    def _exchange(self, bytes: float) -> float:
+        bytes *= self.tokens * self.block.width
+        group = self.cluster.group(self.expert_axis)
+        return exchange_seconds(self.rows, bytes, group, self.cluster.fabric)
 
     @property
     def forward(self) -> Part:
         """F: products, dispatch and combine."""
-        return self._part(self.block.forward, NUMBER, 2)
+        part = self._part(self.block.forward, NUMBER)
+        return part._replace(
+            compute=part.compute + self._rounding, exchange=self.dispatch + self.exchange
+        )
+
+    @property
+    def _rounding(self) -> float:
+        """Seconds of the passes over FP8 rows."""
+        if not self.route.fp8:
+            return 0.0
+        numbers = self.tokens * self.block.width * (self.rows.received + 1)
+        return ROUNDING * numbers / self.cluster.card.memory_rate
 
     @property
     def backward_input(self) -> Part:
@@ -129,9 +161,9 @@ class Work:
 
         It does not combine again, because nothing reads the result.
         """
-        own = self._part(self.block.backward_input, NUMBER, 2)
+        own = self._part(self.block.backward_input, NUMBER)._replace(exchange=2 * self.exchange)
         if self.recompute == "full":
-            again = self._part(self.block.forward, NUMBER, 1)
+            again = self.forward._replace(exchange=self.dispatch)
         else:
             flops = self.tokens * self.level.again
             again = Part(flops / self.cluster.product_rate)
@@ -140,7 +172,7 @@ class Work:
     @property
     def backward_weight(self) -> Part:
         """W."""
-        return self._part(self.block.backward_weight, 2 * SUM, 0)
+        return self._part(self.block.backward_weight, 2 * SUM)
 
     @property
     def message(self) -> float:
@@ -162,13 +194,13 @@ class Work:
         """Bytes of a block from Bi to W."""
         return self.tokens * self.level.pending
 
-    def _part(self, flops: float, bytes_of_weight: int, exchanges: int) -> Part:
+    def _part(self, flops: float, bytes_of_weight: int) -> Part:
         routed = 2 * self.tokens * self.block.active - 2 * self.tokens * self.block.other_weights
         experts = self._bound(routed, bytes_of_weight * self.local_experts)
         others = self._bound(
             self.tokens * flops - routed, bytes_of_weight * self.block.other_weights
         )
-        return Part(experts + others, exchanges * self.exchange, experts)
+        return Part(experts + others, 0.0, experts)
 
     def _bound(self, flops: float, bytes: float) -> float:
         return max(flops / self.cluster.product_rate, bytes / self.cluster.card.memory_rate)

@@ -29,6 +29,8 @@ def draw_choice(sweeps: Mapping[Case, tuple[Job, Sweep]]) -> Figure:
     for axes, (case, (job, sweep)) in zip(panels, sweeps.items(), strict=False):
         _draw_case(axes, case, job, sweep)
     _draw_gains(figure.axes[3], sweeps)
+    lines = {str(line.get_label()): line for axes in figure.axes[:3] for line in axes.get_lines()}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6, fontsize=9)
     figure.suptitle("SIMULATED speed of layouts, by the rate of the link")
     return figure
 
@@ -47,7 +49,6 @@ def _draw_case(axes: Axes, case: Case, job: Job, sweep: Sweep) -> None:
     axes.set_ylabel("share of the products' rate")
     axes.set_title(case.text, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper left", ncols=2)
 
 
 def _draw_gains(axes: Axes, sweeps: Mapping[Case, tuple[Job, Sweep]]) -> None:
@@ -57,9 +58,12 @@ def _draw_gains(axes: Axes, sweeps: Mapping[Case, tuple[Job, Sweep]]) -> None:
         rates = [rate for rate, _ in points]
         values = [value for _, value in points]
         axes.plot(rates, values, color=f"C{number}", label=f"simulated: {case.text}")
-    for letter, row in zip(LETTERS, (row for row in OVER_FSDP if row.link), strict=False):
+    known = [(row, row.link) for row in OVER_FSDP if row.link is not None]
+    for letter, (row, link) in zip(LETTERS, known, strict=False):
         label = f"measured: {row.name}"
-        axes.plot(row.link, row.ratio, marker=f"${letter}$", color="k", ls="", label=label)
+        # Every second letter stands a little to the right, so that none covers another.
+        x = link * (1.25 if LETTERS.index(letter) % 2 else 1.0)
+        axes.plot(x, row.ratio, marker=f"${letter}$", color="k", ls="", label=label)
     axes.axhline(1, color="0.6", lw=0.8)
     axes.axhspan(2, 4, color="C2", alpha=0.12, label="the article's 2-4x")
     axes.set(xscale="log", yscale="log", xlabel="link, GB/s of a device")

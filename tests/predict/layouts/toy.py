@@ -2,6 +2,7 @@
 
 from moe_jax.predict.hardware import Card, Link
 from moe_jax.predict.layouts.block import Block, Level
+from moe_jax.predict.layouts.exchange import Exchange
 from moe_jax.predict.layouts.work import PRODUCT_SHARE, Cluster, Work
 
 BASE = 8.4e-6
@@ -51,4 +52,4 @@ def work(devices: int = 8, tokens: int = 1000, axis: int = 1, **rest) -> Work:
     """The block for 1000 tokens: F takes 6.5 ms, Bi 7 ms and W 6 ms."""
     recompute = rest.pop("recompute", "none")
     chunks = rest.pop("chunks", 1)
-    return Work(BLOCK, cluster(devices, **rest), tokens, axis, recompute, chunks)
+    return Work(BLOCK, cluster(devices, **rest), tokens, axis, recompute, Exchange(chunks=chunks))

@@ -13,6 +13,7 @@ alone, it has K experts of the E L/k that are there.
 
 from dataclasses import dataclass
 from math import comb
+from typing import NamedTuple
 
 from moe_jax.predict.collectives import RING_BASE, Fabric, Group
 
@@ -38,8 +39,7 @@ class Exchange:
     """Parts of a device's experts that travel and compute in turn. At most its experts."""
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Rows of one token that a device sends."""
 
     inside: float

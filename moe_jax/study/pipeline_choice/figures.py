@@ -30,7 +30,7 @@ def draw_choice(sweeps: Mapping[Case, tuple[Job, Sweep]]) -> Figure:
         _draw_case(axes, case, job, sweep)
     _draw_gains(figure.axes[3], sweeps)
     lines = {str(line.get_label()): line for axes in figure.axes[:3] for line in axes.get_lines()}
-    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6, fontsize=9)
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6)
     figure.suptitle("SIMULATED speed of layouts, by the rate of the link")
     return figure
 

@@ -51,5 +51,5 @@ BLOCK = Block(
 def work(devices: int = 8, tokens: int = 1000, axis: int = 1, **rest) -> Work:
     """The block for 1000 tokens: F takes 6.5 ms, Bi 7 ms and W 6 ms."""
     recompute = rest.pop("recompute", "none")
-    chunks = rest.pop("chunks", 1)
-    return Work(BLOCK, cluster(devices, **rest), tokens, axis, recompute, Exchange(chunks=chunks))
+    route = Exchange(chunks=rest.pop("chunks", 1), fp8=rest.pop("fp8", False))
+    return Work(BLOCK, cluster(devices, **rest), tokens, axis, recompute, route)

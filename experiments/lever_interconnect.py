@@ -17,7 +17,7 @@ from moe_jax.cli import parse_settings, program
 from moe_jax.config.presets import PRESETS
 from moe_jax.predict.hardware import find_card
 from moe_jax.predict.layouts.block import block_of
-from moe_jax.predict.layouts.work import Cluster
+from moe_jax.predict.layouts.block_work import Cluster
 from moe_jax.study.interconnect.anchors import Anchor, anchors
 from moe_jax.study.interconnect.figures import draw_interconnect
 from moe_jax.study.interconnect.ladder import (

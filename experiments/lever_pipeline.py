@@ -18,9 +18,9 @@ from moe_jax.base.errors import require
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.parallel.schedules import SCHEDULES
+from moe_jax.predict.layouts.block_work import USABLE
 from moe_jax.predict.layouts.fastest import FSDP, Job, Layout, schedule_of, work_of
 from moe_jax.predict.layouts.pipelined import Tick, in_ticks, tick_parts, ticks_of
-from moe_jax.predict.layouts.work import USABLE
 from moe_jax.study.pipeline_choice.figures import OURS, Sweep, Winners, draw_choice, draw_winners
 from moe_jax.study.pipeline_choice.published import OVER_1F1B, OVER_FSDP, explained
 from moe_jax.study.pipeline_choice.sweep import (

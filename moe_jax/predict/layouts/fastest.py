@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from moe_jax.base.errors import UserError
 from moe_jax.parallel.schedules import PipelineSchedule
 from moe_jax.predict.layouts.block import Block, Recompute
+from moe_jax.predict.layouts.block_work import BlockWork, Cluster
 from moe_jax.predict.layouts.exchange import Exchange
 from moe_jax.predict.layouts.fsdp import Update, fsdp
 from moe_jax.predict.layouts.pipelined import memory_of, pipelined, schedule_on
-from moe_jax.predict.layouts.work import Cluster, Work
 
 EXPERT_AXES = (1, 8, 16, 32, 64)
+"""Devices that may share the experts."""
 DEPTHS = (2, 4, 8, 16)
+"""Devices that a pipeline may have."""
 LEVELS = get_args(Recompute)
 INTERLEAVED = (2, 4)
 """Pieces of a stage that are tried for `interleaved`."""
@@ -45,6 +47,11 @@ class Job:
         """Seconds of the model's products alone, nothing recomputed."""
         return self.tokens * self.blocks * self.block.flops / self.cluster.product_rate
 
+    def work(self, rows: int, expert_axis: int, recompute: Recompute) -> BlockWork:
+        """A block for a micro-batch of so many rows."""
+        tokens = rows * self.length
+        return BlockWork(self.block, self.cluster, tokens, expert_axis, recompute, self.route)
+
     def on(self, cluster: Cluster) -> "Job":
         """The same on another cluster."""
         return replace(self, cluster=cluster)
@@ -69,10 +76,9 @@ class Layout:
     """Rows of a micro-batch."""
 
 
-def work_of(job: Job, layout: Layout) -> Work:
+def work_of(job: Job, layout: Layout) -> BlockWork:
     """A block for a micro-batch of the layout."""
-    tokens = layout.microbatch * job.length
-    return Work(job.block, job.cluster, tokens, layout.expert_axis, layout.recompute, job.route)
+    return job.work(layout.microbatch, layout.expert_axis, layout.recompute)
 
 
 def schedule_of(job: Job, layout: Layout) -> PipelineSchedule:
@@ -121,10 +127,9 @@ def fastest_pipeline(
     depth: this one alone. None as a result: none fits into so many bytes.
     """
     best = None
-    for bound, work, chunks, devices in sorted(
-        _pipelines(job, name, depth), key=lambda found: found[0]
-    ):
-        if best is not None and bound >= best.update.seconds:
+    found = sorted(_pipelines(job, name, depth), key=lambda pipeline: pipeline.least)
+    for least, work, chunks, devices in found:
+        if best is not None and least >= best.update.seconds:
             break
         try:
             schedule = schedule_on(name, devices, job.rows * devices, chunks)
@@ -133,7 +138,7 @@ def fastest_pipeline(
         if memory_of(work, job.blocks, schedule) > memory:
             continue
         update = pipelined(work, job.blocks, schedule, overhead=overhead, lockstep=lockstep)
-        if update.memory <= memory:
+        if update.memory <= memory:  # backwards in two ticks may need more than the schedule
             axis = work.expert_axis
             layout = Layout(name, devices, axis, work.recompute, update, pieces=chunks)
             best = _faster(best, layout)
@@ -150,18 +155,27 @@ def _faster(one: Layout | None, other: Layout) -> Layout:
     return other if one is None or other.update.seconds < one.update.seconds else one
 
 
-def _works(job: Job, replicas: int) -> Iterator[tuple[Work, int]]:
+def _works(job: Job, replicas: int) -> Iterator[tuple[BlockWork, int]]:
     """Blocks for all rows of a pass, expert axes within `replicas` devices, and recomputation."""
     for rows in (rows for rows in range(1, job.rows + 1) if job.rows % rows == 0):
         for axis in EXPERT_AXES:
             if replicas % axis == 0 and job.block.experts % axis == 0:
                 for recompute in LEVELS:
-                    tokens = rows * job.length
-                    yield Work(job.block, job.cluster, tokens, axis, recompute, job.route), rows
+                    yield job.work(rows, axis, recompute), rows
 
 
-def _pipelines(job: Job, name: str, depth: int | None) -> Iterator[tuple[float, Work, int, int]]:
-    """(least seconds, block for a micro-batch of one row, pieces of a stage, depth)"""
+class _Pipeline(NamedTuple):
+    """A pipeline that may be the fastest."""
+
+    least: float
+    """Seconds of all operations of a device. No update is shorter."""
+    work: BlockWork
+    pieces: int
+    depth: int
+
+
+def _pipelines(job: Job, name: str, depth: int | None) -> Iterator[_Pipeline]:
+    """All that divide the blocks, with micro-batches of one row."""
     halves = 2 if name in ("zb-v", "dualpipev") else 1
     for chunks in INTERLEAVED if name == "interleaved" else (1,):
         for devices in _depths(job, depth):
@@ -170,7 +184,7 @@ def _pipelines(job: Job, name: str, depth: int | None) -> Iterator[tuple[float, 
                 continue
             for work, rows in _works(job, job.cluster.devices // devices):
                 if rows == 1:
-                    yield _least(job, work), work, chunks, devices
+                    yield _Pipeline(_least(job, work), work, chunks, devices)
 
 
 def _depths(job: Job, depth: int | None) -> tuple[int, ...]:
@@ -179,7 +193,6 @@ def _depths(job: Job, depth: int | None) -> tuple[int, ...]:
     return tuple(p for p in DEPTHS if job.cluster.devices % p == 0)
 
 
-def _least(job: Job, work: Work) -> float:
-    """Seconds of all operations of a device. No update is shorter."""
+def _least(job: Job, work: BlockWork) -> float:
     parts = (work.forward, work.backward_input, work.backward_weight)
     return job.rows * job.blocks * sum(part.compute for part in parts)

@@ -13,8 +13,8 @@ reduce-scatter are exposed. That is the best overlap there can be.
 
 from dataclasses import dataclass
 
+from moe_jax.predict.layouts.block_work import STATE, SUM, BlockWork
 from moe_jax.predict.layouts.exchange import NUMBER
-from moe_jax.predict.layouts.work import STATE, SUM, Work
 
 UPDATE_TRAFFIC = 28
 """Bytes of memory traffic that the optimizer has for a parameter: it reads parameter, gradient and
@@ -30,7 +30,7 @@ class Update:
     """Bytes of a device, at the most."""
 
 
-def fsdp(work: Work, blocks: int, passes: int, shards: int, *, overlap: bool = True) -> Update:
+def fsdp(work: BlockWork, blocks: int, passes: int, shards: int, *, overlap: bool = True) -> Update:
     """An update of `passes` passes with the state split over `shards` devices.
 
     work: a block for the rows of one pass. Its expert axis divides the shards.
@@ -58,7 +58,7 @@ def fsdp(work: Work, blocks: int, passes: int, shards: int, *, overlap: bool = T
     return Update(seconds, _memory(work, blocks, shards))
 
 
-def _transfers(work: Work, shards: int) -> tuple[float, float]:
+def _transfers(work: BlockWork, shards: int) -> tuple[float, float]:
     """Seconds of the gather and of the reduce-scatter of a block.
 
     Routed experts are gathered over every `expert_axis`-th device alone.
@@ -73,14 +73,14 @@ def _transfers(work: Work, shards: int) -> tuple[float, float]:
     return gather, scatter
 
 
-def _between_copies(work: Work, blocks: int, shards: int) -> float:
+def _between_copies(work: BlockWork, blocks: int, shards: int) -> float:
     """Seconds of the sum of all gradients over the copies of the shards."""
     copies = work.cluster.devices // shards
     bytes = NUMBER * blocks * work.block.weights / shards
     return work.cluster.seconds("all-reduce", bytes, copies, shards)
 
 
-def _memory(work: Work, blocks: int, shards: int) -> float:
+def _memory(work: BlockWork, blocks: int, shards: int) -> float:
     """State and gradient's sum, two gathered blocks, a block's gradient, activations of a pass."""
     own = (STATE + SUM) * blocks * work.block.weights / shards
     return own + 3 * NUMBER * work.local + blocks * work.kept + work.pending

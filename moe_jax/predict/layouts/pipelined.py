@@ -27,9 +27,9 @@ from moe_jax.parallel.schedules import Kind, PipelineSchedule, build
 from moe_jax.parallel.schedules.split import split_backwards
 from moe_jax.parallel.simulate import activations_of_steps, simulate
 from moe_jax.parallel.ticks import IDLE, OVERLAPPED, tick_table
+from moe_jax.predict.layouts.block_work import STATE, SUM, BlockWork, Part
 from moe_jax.predict.layouts.exchange import NUMBER
 from moe_jax.predict.layouts.fsdp import UPDATE_TRAFFIC, Update
-from moe_jax.predict.layouts.work import STATE, SUM, Part, Work
 
 
 @lru_cache(maxsize=256)
@@ -43,7 +43,7 @@ def schedule_on(name: str, devices: int, microbatches: int, chunks: int = 1) -> 
 
 
 def pipelined(
-    work: Work,
+    work: BlockWork,
     blocks: int,
     schedule: PipelineSchedule,
     *,
@@ -62,7 +62,7 @@ def pipelined(
 
 
 def in_ticks(
-    work: Work, blocks: int, schedule: PipelineSchedule, overhead: float
+    work: BlockWork, blocks: int, schedule: PipelineSchedule, overhead: float
 ) -> PipelineSchedule:
     """The schedule with whole backwards or with backwards in two ticks, as it is faster."""
     if not _has(schedule, Kind.BACKWARD):
@@ -70,19 +70,19 @@ def in_ticks(
     return min((schedule, _split(schedule)), key=lambda way: _lockstep(work, blocks, way, overhead))
 
 
-def _update(work: Work, blocks: int, schedule: PipelineSchedule, ran: float) -> Update:
+def _update(work: BlockWork, blocks: int, schedule: PipelineSchedule, ran: float) -> Update:
     after = _between_updates(work, blocks, schedule)
     return Update(ran + after, memory_of(work, blocks, schedule))
 
 
-def message_seconds(work: Work) -> float:
+def message_seconds(work: BlockWork) -> float:
     """Of a message to the next stage. Stages are neighbours on the network if there are nodes."""
     cluster = work.cluster
     stride = cluster.card.node if cluster.devices > cluster.card.node else 1
     return cluster.seconds("collective-permute", work.message, 2, stride)
 
 
-def _free(work: Work, blocks: int, schedule: PipelineSchedule, overhead: float) -> float:
+def _free(work: BlockWork, blocks: int, schedule: PipelineSchedule, overhead: float) -> float:
     more = overhead / schedule.piece_size  # simulate takes the costs of a stage
     message = message_seconds(work)
     parts = (work.forward, work.backward_input, work.backward_weight)
@@ -106,7 +106,7 @@ def _makespan(
     return simulate(schedule, *costs, communication=message).makespan
 
 
-def _lockstep(work: Work, blocks: int, schedule: PipelineSchedule, overhead: float) -> float:
+def _lockstep(work: BlockWork, blocks: int, schedule: PipelineSchedule, overhead: float) -> float:
     """simulate(..., lockstep=True).makespan, from the kinds of work that meet in a tick."""
     piece = blocks / schedule.pieces
     forward = piece * work.forward.seconds(work.parts)
@@ -152,7 +152,7 @@ def _pair(parts: tuple[Part, ...]) -> float:
     return max(sum(part.compute for part in parts), sum(part.exchange for part in parts))
 
 
-def _between_updates(work: Work, blocks: int, schedule: PipelineSchedule) -> float:
+def _between_updates(work: BlockWork, blocks: int, schedule: PipelineSchedule) -> float:
     """Seconds from the end of a schedule to the start of the next one."""
     cluster = work.cluster
     replicas = cluster.devices // schedule.devices
@@ -175,7 +175,7 @@ def blocks_of_device(blocks: int, schedule: PipelineSchedule) -> float:
     return blocks / schedule.stages * schedule.weights
 
 
-def memory_of(work: Work, blocks: int, schedule: PipelineSchedule) -> float:
+def memory_of(work: BlockWork, blocks: int, schedule: PipelineSchedule) -> float:
     """Bytes of a device: state, weights, sums of gradients, what is kept from F and Bi to W."""
     state = STATE * blocks * work.block.weights / work.cluster.devices
     weights = (NUMBER + SUM) * blocks_of_device(blocks, schedule) * work.local
@@ -222,7 +222,7 @@ class Tick(NamedTuple):
     overhead: float
 
 
-def tick_parts(work: Work, blocks: int, schedule: PipelineSchedule, overhead: float) -> Tick:
+def tick_parts(work: BlockWork, blocks: int, schedule: PipelineSchedule, overhead: float) -> Tick:
     """What the mean tick of a schedule consists of."""
     number = ticks_of(schedule).number
     parts = (work.forward.seconds(work.parts), work.backward_input.seconds(work.parts))

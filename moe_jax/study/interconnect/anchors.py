@@ -6,8 +6,8 @@ from typing import NamedTuple
 from moe_jax.config.presets import PRESETS
 from moe_jax.predict.hardware import find_card
 from moe_jax.predict.layouts.block import Block, Level, Recompute, block_of
+from moe_jax.predict.layouts.block_work import Cluster
 from moe_jax.predict.layouts.exchange import Exchange
-from moe_jax.predict.layouts.work import Cluster
 from moe_jax.study.interconnect.ladder import PLAIN, BlockOn, Way
 
 COPIES = Way("copies", Exchange(copies=True, chunks=1))

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from moe_jax.predict.hardware import find_link
 from moe_jax.predict.layouts.block import Block
+from moe_jax.predict.layouts.block_work import BlockWork, Cluster, Part
 from moe_jax.predict.layouts.exchange import Exchange
-from moe_jax.predict.layouts.work import Cluster, Part, Work
 from moe_jax.predict.step_time import TERMS
 
 LINKS = ("pcie4", "pcie5", "nvlink4_h800", "nvlink3", "nvlink4", "nvlink5")
@@ -54,10 +54,10 @@ class BlockOn:
     tokens: int = 4096
     beside: float = BESIDE.value
 
-    def work(self, way: Way) -> Work:
+    def work(self, way: Way) -> BlockWork:
         """The block for a micro-batch."""
         devices = self.cluster.devices
-        return Work(self.block, self.cluster, self.tokens, devices, "none", way.route)
+        return BlockWork(self.block, self.cluster, self.tokens, devices, "none", way.route)
 
     def parts(self, way: Way) -> tuple[Part, Part, Part]:
         """F, Bi and W."""

@@ -5,9 +5,9 @@ from dataclasses import replace
 from moe_jax.config.presets import PRESETS
 from moe_jax.predict.hardware import find_card
 from moe_jax.predict.layouts.block import block_of
+from moe_jax.predict.layouts.block_work import USABLE, Cluster
 from moe_jax.predict.layouts.exchange import Exchange
 from moe_jax.predict.layouts.fastest import Job, Layout, fastest_fsdp, fastest_pipeline
-from moe_jax.predict.layouts.work import USABLE, Cluster
 
 MODELS = {"qwen3_30b": ("qwen3_30b_a3b", 48), "deepseek_v2_lite": ("deepseek_v2_lite", 32)}
 """Name -> (preset, blocks)."""

@@ -7,6 +7,7 @@ from moe_jax.config.presets import PRESETS
 from moe_jax.parallel.schedules import SCHEDULES
 from moe_jax.predict.hardware import find_card
 from moe_jax.predict.layouts.block import block_of
+from moe_jax.predict.layouts.block_work import USABLE, Cluster
 from moe_jax.predict.layouts.fastest import (
     FSDP,
     ONCE,
@@ -16,7 +17,6 @@ from moe_jax.predict.layouts.fastest import (
     fastest_once,
     fastest_pipeline,
 )
-from moe_jax.predict.layouts.work import USABLE, Cluster
 
 NO_OVERLAP = "fsdp without overlap"
 LENGTH = 4096

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 
 from moe_jax.predict.layouts.block import Recompute
+from moe_jax.predict.layouts.block_work import BlockWork
 from moe_jax.predict.layouts.fastest import (
     ONCE,
     Job,
@@ -15,7 +16,6 @@ from moe_jax.predict.layouts.fastest import (
     work_of,
 )
 from moe_jax.predict.layouts.pipelined import pipelined, schedule_on
-from moe_jax.predict.layouts.work import Work
 from tests.predict.layouts.toy import BLOCK, cluster
 
 JOB = Job(BLOCK, 8, cluster(4, inside=1e8), rows=2, length=1000)
@@ -28,7 +28,7 @@ def test_it_is_the_fastest(lockstep: bool):
     limit = 0.5e9
     updates = []
     for depth, recompute in product((2, 4), LEVELS):
-        work = Work(BLOCK, JOB.cluster, 1000, 1, recompute)
+        work = BlockWork(BLOCK, JOB.cluster, 1000, 1, recompute)
         schedule = schedule_on("1f1b", depth, 2 * depth)
         updates.append(pipelined(work, 8, schedule, overhead=1e-3, lockstep=lockstep))
     fitting = [update.seconds for update in updates if update.memory <= limit]

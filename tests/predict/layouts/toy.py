@@ -2,8 +2,8 @@
 
 from moe_jax.predict.hardware import Card, Link
 from moe_jax.predict.layouts.block import Block, Level
+from moe_jax.predict.layouts.block_work import PRODUCT_SHARE, BlockWork, Cluster
 from moe_jax.predict.layouts.exchange import Exchange
-from moe_jax.predict.layouts.work import PRODUCT_SHARE, Cluster, Work
 
 BASE = 8.4e-6
 """Seconds of any collective without hops (moe_jax/predict/collectives.py)."""
@@ -48,8 +48,8 @@ BLOCK = Block(
 """3 million active parameters: F is 6.5, Bi 7 and W 6 MFLOP a token."""
 
 
-def work(devices: int = 8, tokens: int = 1000, axis: int = 1, **rest) -> Work:
+def work(devices: int = 8, tokens: int = 1000, axis: int = 1, **rest) -> BlockWork:
     """The block for 1000 tokens: F takes 6.5 ms, Bi 7 ms and W 6 ms."""
     recompute = rest.pop("recompute", "none")
     route = Exchange(chunks=rest.pop("chunks", 1), fp8=rest.pop("fp8", False))
-    return Work(BLOCK, cluster(devices, **rest), tokens, axis, recompute, route)
+    return BlockWork(BLOCK, cluster(devices, **rest), tokens, axis, recompute, route)

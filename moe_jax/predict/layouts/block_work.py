@@ -91,7 +91,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Work:
+class BlockWork:
     """A block for one micro-batch of a device."""
 
     block: Block

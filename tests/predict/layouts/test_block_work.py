@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.predict.layouts.work import Part
+from moe_jax.predict.layouts.block_work import Part
 from tests.predict.layouts.toy import BASE, work
 
 

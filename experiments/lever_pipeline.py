@@ -20,7 +20,7 @@ from moe_jax.cli import parse_settings, program
 from moe_jax.parallel.schedules import SCHEDULES
 from moe_jax.predict.layouts.block_work import USABLE
 from moe_jax.predict.layouts.fastest import FSDP, Job, Layout, schedule_of, work_of
-from moe_jax.predict.layouts.pipelined import Tick, in_ticks, tick_parts, ticks_of
+from moe_jax.predict.layouts.pipelined import Tick, in_ticks, tick_parts
 from moe_jax.study.pipeline_choice.figures import OURS, Sweep, Winners, draw_choice, draw_winners
 from moe_jax.study.pipeline_choice.published import OVER_1F1B, OVER_FSDP, explained
 from moe_jax.study.pipeline_choice.sweep import (
@@ -143,7 +143,7 @@ def our_tick(job: Job, layout: Layout, settings: Settings) -> tuple[int, Tick]:
     work = work_of(job, layout)
     overhead = 1e-3 * settings.overhead
     way = in_ticks(work, job.blocks, schedule_of(job, layout), overhead)
-    return ticks_of(way).number, tick_parts(work, job.blocks, way, overhead)
+    return way.ticks.number, tick_parts(work, job.blocks, way, overhead)
 
 
 def of_case(case: Case, job: Job, found: Sweep, settings: Settings) -> list[Measurement]:

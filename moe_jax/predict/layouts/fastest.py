@@ -5,12 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
 from moe_jax.base.errors import UserError
-from moe_jax.parallel.schedules import PipelineSchedule
 from moe_jax.predict.layouts.block import Block, Recompute
 from moe_jax.predict.layouts.block_work import BlockWork, Cluster
 from moe_jax.predict.layouts.exchange import Exchange
 from moe_jax.predict.layouts.fsdp import Update, fsdp
-from moe_jax.predict.layouts.pipelined import memory_of, pipelined, schedule_on
+from moe_jax.predict.layouts.pipelined import Prepared, memory_of, pipelined, schedule_on
 
 EXPERT_AXES = (1, 8, 16, 32, 64)
 """Devices that may share the experts."""
@@ -81,7 +80,7 @@ def work_of(job: Job, layout: Layout) -> BlockWork:
     return job.work(layout.microbatch, layout.expert_axis, layout.recompute)
 
 
-def schedule_of(job: Job, layout: Layout) -> PipelineSchedule:
+def schedule_of(job: Job, layout: Layout) -> Prepared:
     """The schedule of a pipeline."""
     return schedule_on(layout.name, layout.depth, job.rows * layout.depth, layout.pieces)
 
@@ -184,7 +183,7 @@ def _pipelines(job: Job, name: str, depth: int | None) -> Iterator[_Pipeline]:
                 continue
             for work, rows in _works(job, job.cluster.devices // devices):
                 if rows == 1:
-                    yield _Pipeline(_least(job, work), work, chunks, devices)
+                    yield _Pipeline(_least(job, work, name), work, chunks, devices)
 
 
 def _depths(job: Job, depth: int | None) -> tuple[int, ...]:
@@ -193,6 +192,10 @@ def _depths(job: Job, depth: int | None) -> tuple[int, ...]:
     return tuple(p for p in DEPTHS if job.cluster.devices % p == 0)
 
 
-def _least(job: Job, work: BlockWork) -> float:
+def _least(job: Job, work: BlockWork, name: str) -> float:
     parts = (work.forward, work.backward_input, work.backward_weight)
-    return job.rows * job.blocks * sum(part.compute for part in parts)
+    if name.startswith("dualpipe"):  # whose pairs may hide every exchange
+        seconds = sum(part.compute for part in parts)
+    else:
+        seconds = sum(part.seconds(work.parts) for part in parts)
+    return job.rows * job.blocks * seconds

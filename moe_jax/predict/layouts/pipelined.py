@@ -19,7 +19,8 @@ lockstep a pair takes the sum of its parts.
 """
 
 from collections import Counter
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -30,99 +31,6 @@ from moe_jax.parallel.ticks import IDLE, OVERLAPPED, tick_table
 from moe_jax.predict.layouts.block_work import STATE, SUM, BlockWork, Part
 from moe_jax.predict.layouts.exchange import NUMBER
 from moe_jax.predict.layouts.fsdp import UPDATE_TRAFFIC, Update
-
-
-@lru_cache(maxsize=256)
-def schedule_on(name: str, devices: int, microbatches: int, chunks: int = 1) -> PipelineSchedule:
-    """The schedule for so many devices. DualPipeV has two stages on each of them.
-
-    UserError: the numbers do not suit the schedule.
-    """
-    stages = 2 * devices if name == "dualpipev" else devices
-    return build(name, stages=stages, microbatches=microbatches, chunks=chunks)
-
-
-def pipelined(
-    work: BlockWork,
-    blocks: int,
-    schedule: PipelineSchedule,
-    *,
-    overhead: float = 0.0,
-    lockstep: bool = False,
-) -> Update:
-    """An update of a model of equal blocks.
-
-    work: a block for one micro-batch.
-    overhead: seconds of an operation, or of a tick in lockstep, that no product needs.
-    """
-    if lockstep:
-        way = in_ticks(work, blocks, schedule, overhead)
-        return _update(work, blocks, way, _lockstep(work, blocks, way, overhead))
-    return _update(work, blocks, schedule, _free(work, blocks, schedule, overhead))
-
-
-def in_ticks(
-    work: BlockWork, blocks: int, schedule: PipelineSchedule, overhead: float
-) -> PipelineSchedule:
-    """The schedule with whole backwards or with backwards in two ticks, as it is faster."""
-    if not _has(schedule, Kind.BACKWARD):
-        return schedule
-    return min((schedule, _split(schedule)), key=lambda way: _lockstep(work, blocks, way, overhead))
-
-
-def _update(work: BlockWork, blocks: int, schedule: PipelineSchedule, ran: float) -> Update:
-    after = _between_updates(work, blocks, schedule)
-    return Update(ran + after, memory_of(work, blocks, schedule))
-
-
-def message_seconds(work: BlockWork) -> float:
-    """Of a message to the next stage. Stages are neighbours on the network if there are nodes."""
-    cluster = work.cluster
-    stride = cluster.card.node if cluster.devices > cluster.card.node else 1
-    return cluster.seconds("collective-permute", work.message, 2, stride)
-
-
-def _free(work: BlockWork, blocks: int, schedule: PipelineSchedule, overhead: float) -> float:
-    more = overhead / schedule.piece_size  # simulate takes the costs of a stage
-    message = message_seconds(work)
-    parts = (work.forward, work.backward_input, work.backward_weight)
-    n = blocks / schedule.stages
-    costs = (
-        n * parts[0].seconds(work.parts) + more,
-        n * parts[1].seconds(work.parts) + more,
-        # A whole backward is started once.
-        n * parts[2].seconds(1) + (0.0 if _has(schedule, Kind.BACKWARD) else more),
-        n * _pair(parts) + more,
-    )
-    # A device's link sends one message at a time.
-    return max(_makespan(schedule, costs, message), max(_sends(schedule)) * message)
-
-
-# The same costs come again with every limit of memory.
-@lru_cache(maxsize=50_000)
-def _makespan(
-    schedule: PipelineSchedule, costs: tuple[float, float, float, float], message: float
-) -> float:
-    return simulate(schedule, *costs, communication=message).makespan
-
-
-def _lockstep(work: BlockWork, blocks: int, schedule: PipelineSchedule, overhead: float) -> float:
-    """simulate(..., lockstep=True).makespan, from the kinds of work that meet in a tick."""
-    piece = blocks / schedule.pieces
-    forward = piece * work.forward.seconds(work.parts)
-    to_input = piece * work.backward_input.seconds(work.parts)
-    to_weight = piece * work.backward_weight.seconds(1)
-    costs = {
-        IDLE: 0.0,
-        Kind.FORWARD: forward,
-        Kind.BACKWARD_INPUT: to_input,
-        Kind.BACKWARD_WEIGHT: to_weight,
-        Kind.BACKWARD: to_input + to_weight,
-        OVERLAPPED: forward + to_input + to_weight,
-    }
-    ticks = ticks_of(schedule)
-    between = ticks.channels * message_seconds(work) + overhead
-    return sum(count * (max(costs[k] for k in kinds) + between) for kinds, count in ticks.kinds)
 
 
 class Ticks(NamedTuple):
@@ -139,12 +47,138 @@ class Ticks(NamedTuple):
         return sum(count for _, count in self.kinds)
 
 
-@lru_cache(maxsize=1024)
-def ticks_of(schedule: PipelineSchedule) -> Ticks:
-    """Counts of a schedule's table of ticks."""
-    table = tick_table(schedule)
-    kinds = Counter(frozenset(row) for row in table.kinds.tolist())
-    return Ticks(sum(channel.hop > 0 for channel in table.channels), tuple(kinds.items()))
+# Equal only to itself: the hash of all orders would take longer than what is kept here.
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A schedule, with what is asked of it for every layout."""
+
+    schedule: PipelineSchedule
+
+    @cached_property
+    def ticks(self) -> Ticks:
+        """Counts of its table of ticks."""
+        table = tick_table(self.schedule)
+        kinds = Counter(frozenset(row) for row in table.kinds.tolist())
+        return Ticks(sum(channel.hop > 0 for channel in table.channels), tuple(kinds.items()))
+
+    @cached_property
+    def halves(self) -> "Prepared":
+        """With its whole backwards in two steps. Itself if it has none."""
+        return Prepared(split_backwards(self.schedule)) if self.whole else self
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether it has a whole backward that is a step by itself."""
+        orders = self.schedule.orders
+        return any(step[0].kind == Kind.BACKWARD for order in orders for step in order)
+
+    @cached_property
+    def held(self) -> frozenset[tuple[float, float]]:
+        """All (kept, pending) that a device has in a step (simulate.activations_of_steps)."""
+        return frozenset(pair for device in activations_of_steps(self.schedule) for pair in device)
+
+    @cached_property
+    def sends(self) -> int:
+        """Messages of the device that sends the most, activations and gradients."""
+        counts = [0] * self.schedule.devices
+        of_path = self.schedule.microbatches // len(self.schedule.paths)
+        for path in self.schedule.paths:
+            for here, there in pairwise(path):
+                if here.device != there.device:
+                    counts[here.device] += of_path
+                    counts[there.device] += of_path
+        return max(counts)
+
+
+@lru_cache(maxsize=256)
+def schedule_on(name: str, devices: int, microbatches: int, chunks: int = 1) -> Prepared:
+    """The schedule for so many devices. DualPipeV has two stages on each of them.
+
+    UserError: the numbers do not suit the schedule.
+    """
+    stages = 2 * devices if name == "dualpipev" else devices
+    return Prepared(build(name, stages=stages, microbatches=microbatches, chunks=chunks))
+
+
+def pipelined(
+    work: BlockWork,
+    blocks: int,
+    prepared: Prepared,
+    *,
+    overhead: float = 0.0,
+    lockstep: bool = False,
+) -> Update:
+    """An update of a model of equal blocks.
+
+    work: a block for one micro-batch.
+    overhead: seconds of an operation, or of a tick in lockstep, that no product needs.
+    """
+    if lockstep:
+        way = in_ticks(work, blocks, prepared, overhead)
+        return _update(work, blocks, way, _lockstep(work, blocks, way, overhead))
+    return _update(work, blocks, prepared, _free(work, blocks, prepared, overhead))
+
+
+def in_ticks(work: BlockWork, blocks: int, prepared: Prepared, overhead: float) -> Prepared:
+    """The schedule with whole backwards or with backwards in two ticks, as it is faster."""
+    ways = (prepared, prepared.halves)
+    return min(ways, key=lambda way: _lockstep(work, blocks, way, overhead))
+
+
+def _update(work: BlockWork, blocks: int, prepared: Prepared, ran: float) -> Update:
+    after = _between_updates(work, blocks, prepared.schedule)
+    return Update(ran + after, memory_of(work, blocks, prepared))
+
+
+def message_seconds(work: BlockWork) -> float:
+    """Of a message to the next stage. Stages are neighbours on the network if there are nodes."""
+    cluster = work.cluster
+    stride = cluster.card.node if cluster.devices > cluster.card.node else 1
+    return cluster.seconds("collective-permute", work.message, 2, stride)
+
+
+def _free(work: BlockWork, blocks: int, prepared: Prepared, overhead: float) -> float:
+    schedule = prepared.schedule
+    more = overhead / schedule.piece_size  # simulate takes the costs of a stage
+    message = message_seconds(work)
+    parts = (work.forward, work.backward_input, work.backward_weight)
+    n = blocks / schedule.stages
+    costs = (
+        n * parts[0].seconds(work.parts) + more,
+        n * parts[1].seconds(work.parts) + more,
+        # A whole backward is started once.
+        n * parts[2].seconds(1) + (0.0 if prepared.whole else more),
+        n * _pair(parts) + more,
+    )
+    # A device's link sends one message at a time.
+    return max(_makespan(prepared, costs, message), prepared.sends * message)
+
+
+# The same costs come again with every limit of memory.
+@lru_cache(maxsize=50_000)
+def _makespan(
+    prepared: Prepared, costs: tuple[float, float, float, float], message: float
+) -> float:
+    return simulate(prepared.schedule, *costs, communication=message).makespan
+
+
+def _lockstep(work: BlockWork, blocks: int, prepared: Prepared, overhead: float) -> float:
+    """simulate(..., lockstep=True).makespan, from the kinds of work that meet in a tick."""
+    piece = blocks / prepared.schedule.pieces
+    forward = piece * work.forward.seconds(work.parts)
+    to_input = piece * work.backward_input.seconds(work.parts)
+    to_weight = piece * work.backward_weight.seconds(1)
+    costs = {
+        IDLE: 0.0,
+        Kind.FORWARD: forward,
+        Kind.BACKWARD_INPUT: to_input,
+        Kind.BACKWARD_WEIGHT: to_weight,
+        Kind.BACKWARD: to_input + to_weight,
+        OVERLAPPED: forward + to_input + to_weight,
+    }
+    ticks = prepared.ticks
+    between = ticks.channels * message_seconds(work) + overhead
+    return sum(count * (max(costs[k] for k in kinds) + between) for kinds, count in ticks.kinds)
 
 
 def _pair(parts: tuple[Part, ...]) -> float:
@@ -175,40 +209,18 @@ def blocks_of_device(blocks: int, schedule: PipelineSchedule) -> float:
     return blocks / schedule.stages * schedule.weights
 
 
-def memory_of(work: BlockWork, blocks: int, schedule: PipelineSchedule) -> float:
+def memory_of(work: BlockWork, blocks: int, prepared: Prepared) -> float:
     """Bytes of a device: state, weights, sums of gradients, what is kept from F and Bi to W."""
+    schedule = prepared.schedule
     state = STATE * blocks * work.block.weights / work.cluster.devices
     weights = (NUMBER + SUM) * blocks_of_device(blocks, schedule) * work.local
     stage = blocks / schedule.stages
     activations = max(
         # A whole backward holds one block's gradients at a time.
         stage * kept * work.kept + max(stage * pending, 1) * work.pending
-        for device in activations_of_steps(schedule)
-        for kept, pending in device
+        for kept, pending in prepared.held
     )
     return state + weights + activations
-
-
-def _sends(schedule: PipelineSchedule) -> list[int]:
-    """Messages that each device sends in an update, activations and gradients."""
-    counts = [0] * schedule.devices
-    halves = schedule.microbatches // len(schedule.paths)
-    for path in schedule.paths:
-        for here, there in pairwise(path):
-            if here.device != there.device:
-                counts[here.device] += halves
-                counts[there.device] += halves
-    return counts
-
-
-@lru_cache(maxsize=512)
-def _has(schedule: PipelineSchedule, kind: Kind) -> bool:
-    return any(step[0].kind == kind for order in schedule.orders for step in order)
-
-
-@lru_cache(maxsize=256)
-def _split(schedule: PipelineSchedule) -> PipelineSchedule:
-    return split_backwards(schedule)
 
 
 class Tick(NamedTuple):
@@ -222,12 +234,13 @@ class Tick(NamedTuple):
     overhead: float
 
 
-def tick_parts(work: BlockWork, blocks: int, schedule: PipelineSchedule, overhead: float) -> Tick:
+def tick_parts(work: BlockWork, blocks: int, prepared: Prepared, overhead: float) -> Tick:
     """What the mean tick of a schedule consists of."""
-    number = ticks_of(schedule).number
+    number = prepared.ticks.number
     parts = (work.forward.seconds(work.parts), work.backward_input.seconds(work.parts))
     operations = sum(parts) + work.backward_weight.seconds(1)
+    schedule = prepared.schedule
     busy = schedule.microbatches * blocks * operations / schedule.devices / number
-    messages = ticks_of(schedule).channels * message_seconds(work)
-    length = _lockstep(work, blocks, schedule, overhead) / number
+    messages = prepared.ticks.channels * message_seconds(work)
+    length = _lockstep(work, blocks, prepared, overhead) / number
     return Tick(busy, length - busy - messages - overhead, messages, overhead)

@@ -14,7 +14,6 @@ from moe_jax.predict.layouts.pipelined import (
     pipelined,
     schedule_on,
     tick_parts,
-    ticks_of,
 )
 from tests.predict.layouts.toy import BASE, work
 
@@ -60,20 +59,22 @@ def test_lockstep_is_the_simulators(name: str):
     shared = work(devices=8, axis=2)
     schedule = schedule_on(name, 4, 12, 2 if name == "interleaved" else 1)
     way = in_ticks(shared, 16, schedule, 1e-3)
-    between = ticks_of(way).channels * message_seconds(shared) + 1e-3
-    stage = 16 / way.stages
+    between = way.ticks.channels * message_seconds(shared) + 1e-3
+    stage = 16 / way.schedule.stages
     parts = (shared.forward, shared.backward_input, shared.backward_weight)
     costs = [stage * part.seconds(shared.parts) for part in parts]
-    expected = simulate(way, *costs, communication=between, lockstep=True).makespan + between
+    expected = (
+        simulate(way.schedule, *costs, communication=between, lockstep=True).makespan + between
+    )
     tick = tick_parts(shared, 16, way, 1e-3)
-    assert sum(tick) * ticks_of(way).number == pytest.approx(expected)
-    assert tick.work == pytest.approx(12 * 4 * sum(costs) / stage / ticks_of(way).number)
+    assert sum(tick) * way.ticks.number == pytest.approx(expected)
+    assert tick.work == pytest.approx(12 * 4 * sum(costs) / stage / way.ticks.number)
     assert tick.waiting >= 0
 
 
 def test_our_executor_sends_in_every_tick():
     """1F1B: activations one way, gradients the other way."""
-    assert ticks_of(schedule_on("1f1b", 2, 2)) == Ticks(
+    assert schedule_on("1f1b", 2, 2).ticks == Ticks(
         channels=2,
         kinds=(
             (frozenset({IDLE, Kind.FORWARD}), 1),

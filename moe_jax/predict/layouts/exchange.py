@@ -52,7 +52,11 @@ class Rows(NamedTuple):
 
 def rows_of_token(exchange: Exchange, experts: int, per_token: int, group: Group) -> Rows:
     """Expected rows. The experts are split over the group."""
-    E, K, X, m, k = experts, per_token, group.size, group.inside, group.nodes
+    E = experts
+    K = per_token
+    X = group.size
+    m = group.inside
+    k = group.nodes
     limit = min(exchange.nodes or k, k)
     if not exchange.copies:
         return Rows(K * (m - 1) / X, K * (X - m) / X, K)

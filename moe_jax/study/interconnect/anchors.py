@@ -35,7 +35,15 @@ def experts_alone(width: int, hidden: int, experts: int, per_token: int) -> Bloc
     """A mixture's routed experts, and nothing else."""
     weights = 3 * width * hidden * experts
     kept: dict[Recompute, Level] = {"none": Level(0.0, 0.0, 0.0)}  # memory is not asked here
-    return Block(width, experts, per_token, weights, 0, 0.0, kept)
+    return Block(
+        width=width,
+        experts=experts,
+        per_token=per_token,
+        expert_weights=weights,
+        other_weights=0,
+        scores=0.0,
+        levels=kept,
+    )
 
 
 def _layers() -> Iterator[Anchor]:

@@ -16,7 +16,12 @@ OURS = "ours, in lockstep"
 GIGA = 1e9
 LETTERS = "abcdefghij"
 COLORS = {name: f"C{number}" for number, name in enumerate(SCHEDULES)}
-LINES = {FSDP: ("k", "-", 2.4), NO_OVERLAP: ("k", ":", 1.4), ONCE: ("0.5", "--", 1.6)}
+LINES = {
+    FSDP: ("k", "-", 2.4),
+    NO_OVERLAP: ("k", ":", 1.4),
+    ONCE: ("0.5", "--", 1.6),
+    OURS: ("C3", "--", 2.4),
+}
 
 Sweep = Sequence[tuple[float, Layouts]]
 """(rate of the link in bytes a second, the fastest layouts)"""
@@ -40,8 +45,6 @@ def _draw_case(axes: Axes, case: Case, job: Job, sweep: Sweep) -> None:
         points = [(rate, layouts[name]) for rate, layouts in sweep]
         found = [(rate / GIGA, job.ideal / x.update.seconds) for rate, x in points if x is not None]
         color, line, width = LINES.get(name, (COLORS.get(name, "C9"), "-", 1.2))
-        if name == OURS:
-            color, line, width = "C3", "--", 2.4
         if found:
             axes.plot(*zip(*found, strict=True), line, color=color, lw=width, label=name)
     link = "link inside of the node" if case.inside else "network"

@@ -1,7 +1,7 @@
 """The time, bubble and activations of a pipeline schedule, from the costs of its operations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_jax.base.errors import require
@@ -95,18 +95,29 @@ def peak_activations(schedule: PipelineSchedule) -> tuple[float, ...]:
     An operation's activations are there from the start of its forward to the end of its weights'
     gradient. Their number depends on the order alone, because a device does one step at a time.
     """
-    return tuple(_peak(order) * schedule.piece_size for order in schedule.orders)
+    return tuple(max(kept for kept, _ in one) for one in activations_of_steps(schedule))
 
 
-def _peak(order: Sequence[Step]) -> int:
-    there = 0
-    most = 0
+def activations_of_steps(schedule: PipelineSchedule) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """What each device holds during each of its steps, in stage-micro-batches: (kept, pending).
+
+    kept: activations, from the start of F to the end of W. pending: what Bi leaves for W, from the
+    start of Bi to the end of W. A whole backward leaves nothing.
+    """
+    return tuple(tuple(_held(order, schedule.piece_size)) for order in schedule.orders)
+
+
+def _held(order: Sequence[Step], size: float) -> Iterator[tuple[float, float]]:
+    kept = 0
+    pending = 0
     for step in order:
         kinds = [operation.kind for operation in step]
-        there += kinds.count(Kind.FORWARD)
-        most = max(most, there)
-        there -= kinds.count(Kind.BACKWARD) + kinds.count(Kind.BACKWARD_WEIGHT)
-    return most
+        kept += kinds.count(Kind.FORWARD)
+        pending += kinds.count(Kind.BACKWARD_INPUT)
+        yield kept * size, pending * size
+        ended = kinds.count(Kind.BACKWARD_WEIGHT)
+        kept -= ended + kinds.count(Kind.BACKWARD)
+        pending -= ended
 
 
 class _Costs:

@@ -11,7 +11,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.parallel.schedules import SCHEDULES, Kind, Place, build
 from moe_jax.parallel.schedules.published import PUBLISHED, Costs
 from moe_jax.parallel.schedules.split import split_backwards
-from moe_jax.parallel.simulate import simulate
+from moe_jax.parallel.simulate import activations_of_steps, simulate
 from tests.parallel.pipelines import items, schedules, sizes
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
@@ -321,3 +321,13 @@ ERRORS = [
 def test_impossible_costs_are_one_line(costs, words):
     with pytest.raises(UserError, match=words):
         simulate(build("1f1b", stages=4, microbatches=4), **costs)
+
+
+def test_what_a_device_holds_in_each_step():
+    """One stage of ZB-H1: F, Bi and W in turn. A whole backward leaves nothing for W."""
+    assert activations_of_steps(build("zb-h1", 1, 2)) == (
+        ((1, 0), (1, 1), (1, 1), (1, 0), (1, 1), (1, 1)),
+    )
+    for kept, pending in activations_of_steps(build("1f1b", 4, 8))[0]:
+        assert 0 < kept <= 4
+        assert pending == 0

@@ -1,0 +1,1 @@
+"""When software replaces a faster link between GPUs, and when it cannot. Predicted."""

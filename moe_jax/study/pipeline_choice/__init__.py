@@ -1,0 +1,1 @@
+"""Which pipeline schedule wins where, and when fully sharded data parallelism does. Simulated."""

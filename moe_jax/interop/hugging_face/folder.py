@@ -13,6 +13,8 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that PyTorch pickles."""
 MOST_JSON_BYTES = 64 << 20
 """The longest tokenizer.json of the published models has half of it."""
 
@@ -83,5 +85,16 @@ def weight_files(folder: Path) -> list[str]:
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UserError(f"{INDEX} names {quote(name)}: no safetensors file of this folder")
         if not (folder / name).is_file():
-            raise UserError(f"{name} is missing")
+            raise UserError(f"{name} is missing{_pickles(folder)}")
     return names
+
+
+def _pickles(folder: Path) -> str:
+    """The reason why other files of weights are not read, or nothing."""
+    found = sorted(p.name for ending in PICKLES for p in folder.glob(f"*{ending}"))
+    if not found:
+        return ""
+    return (
+        f", and {brief(found[0])} is not read: a pickle can run any code. Fetch the model's "
+        "safetensors, or rewrite it with transformers (save_pretrained)"
+    )

@@ -30,12 +30,12 @@ def read_rope(
             f"partial_rotary_factor={quote(part)} is not supported: only whole heads are rotated"
         )
     kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind == "default":
-        return base, YarnConfig()
     unknown = rope.names() - KNOWN
-    if kind != "yarn" or unknown:
+    if kind not in ("default", "yarn") or unknown:
         extra = f" with {quote(min(unknown))}" if unknown else ""
         raise UserError(f"rope scaling ({quote(kind)}{extra}) is not supported: only yarn is")
+    if kind == "default":
+        return base, YarnConfig()
     yarn = YarnConfig(
         factor=rope.number("factor"),
         original_length=rope.integer(

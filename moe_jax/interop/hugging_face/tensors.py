@@ -4,7 +4,7 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +18,13 @@ DTYPES = ("F32", "F16", "BF16")
 FP8 = "F8_E4M3"
 SCALE = "_scale_inv"
 """Ending of the tensor of scales beside one in FP8: value · scale, in spite of its name."""
+
+
+class Entry(NamedTuple):
+    """Where a tensor is."""
+
+    file: str
+    dtype: str
 
 
 class SafeTensors(Tensors):
@@ -35,21 +42,29 @@ class SafeTensors(Tensors):
         self.layout = layout
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._folder = folder
-        self._files: dict[str, tuple[str, Any]] = {}
+        self._entries: dict[str, Entry] = {}
+        self._opened: tuple[str, Any] = ("", None)
         self._blocks = blocks
         self._main_layers = main_layers
         for file_name in weight_files(folder):
-            with reading(file_name):
-                file = safe_open(folder / file_name, framework="np")
+            file = self._file(file_name)
             for name in file.keys():  # noqa: SIM118
                 if name in self.shapes:
                     raise UserError(f"tensor {brief(name)} is in two files")
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
-                self._files[name] = (file_name, file)
+                entry = file.get_slice(name)
+                self.shapes[name] = tuple(entry.get_shape())
+                self._entries[name] = Entry(file_name, entry.get_dtype())
+
+    def _file(self, file_name: str) -> Any:
+        """The opened file. One at a time: what was read of a mapped file stays in memory."""
+        if self._opened[0] != file_name:
+            self._opened = ("", None)
+            with reading(file_name):
+                self._opened = (file_name, safe_open(self._folder / file_name, framework="np"))
+        return self._opened[1]
 
     def read(self, name: str) -> np.ndarray:
-        file_name, file = self._files[name]
-        dtype = file.get_slice(name).get_dtype()
+        file_name, dtype = self._entries[name]
         if dtype == FP8 and self._blocks:
             return self._dequantised(name, file_name, self._blocks)
         if dtype not in DTYPES:
@@ -58,7 +73,7 @@ class SafeTensors(Tensors):
                 + (f", and {FP8} with a quantization_config" if dtype == FP8 else "")
             )
         with reading(name):
-            return file.get_tensor(name).astype(np.float32)
+            return self._file(file_name).get_tensor(name).astype(np.float32)
 
     def ignored(self, name: str) -> bool:
         # Old files hold the rotary frequencies, which follow from rope_theta. The head of a tied

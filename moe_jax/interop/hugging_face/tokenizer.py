@@ -28,8 +28,7 @@ def read_tokenizer(fields: dict[str, Any], rows: int, bos: Any, eos: Any) -> Tok
     model = fields.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not _is_byte_level(fields):
         raise UserError("tokenizer.json is no byte-level BPE: use a model that has one")
-    normaliser = fields.get("normalizer")
-    if normaliser is not None and normaliser != {"type": "NFC"}:
+    if not _is_nfc(fields.get("normalizer")):
         raise UserError("tokenizer.json changes the text (its normalizer): only NFC is supported")
     special = _special_ids(fields)
     vocabulary = _vocabulary(model, special, rows)
@@ -78,6 +77,14 @@ def _is_byte_level(fields: dict[str, Any]) -> bool:
     kinds = [step.get("type") for step in steps]
     lossy = any(s.get("behavior") == "Removed" or s.get("add_prefix_space") for s in steps)
     return not lossy and "ByteLevel" in kinds and all(kind in LOSSLESS_STEPS for kind in kinds)
+
+
+def _is_nfc(normaliser: Any) -> bool:
+    """Whether a normaliser is Unicode NFC or none. DeepSeek's files have an empty sequence."""
+    if isinstance(normaliser, dict) and normaliser.get("type") == "Sequence":
+        steps = normaliser.get("normalizers")
+        return isinstance(steps, list) and all(step == {"type": "NFC"} for step in steps)
+    return normaliser is None or normaliser == {"type": "NFC"}
 
 
 def _special_ids(fields: dict[str, Any]) -> set[int]:

@@ -5,14 +5,19 @@ import struct
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from moe_jax.base.errors import UserError
 from moe_jax.interop.hugging_face import folder as model_folder
 from moe_jax.interop.hugging_face import read
+from moe_jax.interop.hugging_face.config import read_config, read_layout
+from moe_jax.interop.hugging_face.export import write_config
 from tests.interop import folder as small
+from tests.interop.hugging_face.test_save import MODELS
 
 
 def header(entries, body=b"", length=None):
@@ -73,6 +78,35 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     second.write_bytes(first.read_bytes())
     with pytest.raises(UserError, match="is in two files"):
         read(tmp_path)
+
+
+def test_pickles_are_refused_with_the_reason(tmp_path):
+    small.write(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=r"pytorch_model\.bin is not read: a pickle can run any code"
+    ):
+        read(tmp_path)
+
+
+def test_a_tensor_that_is_missing_twice_or_of_another_kind_in_a_sparse_model(tmp_path):
+    small.write(tmp_path, "qwen3_moe")
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    changes = {
+        f"tensor {name} is missing": {name: None},
+        rf"{name} has shape \(20, 24\), not \(24, 20\)": {name: whole[name].T.copy()},
+        f"{name} has type I8": {name: whole[name].astype(np.int8)},
+        "experts.4.down_proj.weight has no place": {name.replace(".3.", ".4."): whole[name]},
+        "e_score_correction_bias has no place": {
+            "model.layers.1.mlp.gate.e_score_correction_bias": np.zeros(4, np.float32)
+        },
+    }
+    for message, change in changes.items():
+        save_file({k: v for k, v in (whole | change).items() if v is not None}, path)
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
 
 
 def test_json_that_is_none_or_too_long(tmp_path, monkeypatch):
@@ -149,6 +183,31 @@ def test_fuzz_config(shared, data):
         harmless_or_refused(folder)
     finally:
         path.write_text(whole)
+
+
+WRITTEN = {name: write_config(model, 256, 257, 4096) for name, model in MODELS.items()}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, phases=(Phase.generate,))
+@given(st.data())
+def test_fuzz_config_of_every_family(data):
+    """The same for the fields of each family, and for those of another."""
+    fields = dict(WRITTEN[data.draw(st.sampled_from(sorted(WRITTEN)))])
+    other = WRITTEN[data.draw(st.sampled_from(sorted(WRITTEN)))]
+    names = st.sampled_from(sorted({*fields, *other, "rope_parameters"}))
+    for name in data.draw(st.lists(names, max_size=3)):
+        fields.pop(name, None)
+    fields |= {
+        name: other[name] for name in data.draw(st.lists(names, max_size=3)) if name in other
+    }
+    fields |= data.draw(st.dictionaries(names, absurd, max_size=3))
+    said = ""
+    try:
+        read_config(fields)
+        read_layout(fields)
+    except UserError as error:
+        said = str(error)
+    assert "\n" not in said
 
 
 @FUZZ

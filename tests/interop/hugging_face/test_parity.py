@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.data.tokens import TokenArray
+from moe_jax.distill.teacher import Teacher
 from moe_jax.interop.assemble import arrays_by_name
 from moe_jax.interop.hugging_face import load_model, save
 from moe_jax.model.abstract import graph_of
 from moe_jax.model.parameters import role_of
+from moe_jax.runs.sliding import sliding_bits_per_byte
 from tests.interop import folder as small
 from tests.interop.hugging_face.test_save import MODELS, TOKENIZER, random_states
 
@@ -379,3 +382,25 @@ def test_multi_token_prediction(family, tmp_path):
             )
             theirs = torch.log_softmax(modules._project_to_logits(hidden), -1).numpy()
             worst(f"{family}, depth {depth}", np.asarray(of_ours), theirs)
+
+
+def test_bits_per_byte_are_those_of_transformers(made):
+    """experiments/evaluate.py on two documents, against the same windows by transformers."""
+    theirs, loaded = made("olmoe")
+    tokenizer = loaded.tokenizer
+    texts = ("the tin in the thin inn, and the other", "def f(x): return x")
+    rows = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in texts]
+    size = sum(map(len, texts))
+    text = TokenArray(np.concatenate(rows), np.array([0, len(rows[0])]), size, tokenizer)
+    context = 12
+    stride = 5
+    nats = 0.0
+    for start, row in zip(text.starts, rows, strict=True):
+        for target in range(1, len(row)):
+            last = -(-(start + target) // stride) * stride
+            first = max(0, last - context - start)
+            logs = their_logs(theirs, np.array([row[first:target]]))
+            nats -= logs[0, -1, row[target]]
+    ours = sliding_bits_per_byte(Teacher(*loaded), text, context=context, stride=stride)
+    print(f"bits per byte: {ours:.6f}, and by transformers {nats / np.log(2) / size:.6f}")
+    np.testing.assert_allclose(ours, nats / np.log(2) / size, rtol=1e-5)

@@ -44,6 +44,10 @@ TOKENIZERS = {
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
         "no byte-level BPE",
     ),
+    "lower case in a sequence": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}},
+        "changes the text",
+    ),
     "lower case": ({"normalizer": {"type": "Lowercase"}}, "changes the text"),
     "removes": (
         {
@@ -63,9 +67,17 @@ TOKENIZERS = {
 }
 
 
-def test_nfc_is_left_out_so_that_nothing_is_lost(tmp_path):
+NFC = {"type": "NFC"}
+
+
+@pytest.mark.parametrize(
+    "normaliser",
+    [NFC, *({"type": "Sequence", "normalizers": steps} for steps in ([], [NFC]))],
+    ids=["NFC", "an empty sequence, as DeepSeek's", "a sequence"],
+)
+def test_nfc_is_left_out_so_that_nothing_is_lost(tmp_path, normaliser):
     small.write(tmp_path)
-    small.change_json(tmp_path / "tokenizer.json", {"normalizer": {"type": "NFC"}})
+    small.change_json(tmp_path / "tokenizer.json", {"normalizer": normaliser})
     tokenizer = read(tmp_path)[2]
     assert tokenizer.decode(tokenizer.encode("cafe\u0301")) == "cafe\u0301"
 

@@ -16,12 +16,14 @@ such commands with the same --out, or with the same --storage on any machine.
 
 import importlib.util
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 from moe_jax.base.errors import UserError, reading
 from moe_jax.base.files import write_atomically
 from moe_jax.base.provenance import call_of
+from moe_jax.base.signals import STOPPING
 from moe_jax.config import require
 from moe_jax.config.presets import PRESETS
 from moe_jax.study.sweep.command import Experiment, Sweep, parse_sweep
@@ -107,4 +109,7 @@ def show_dashboard(sweep: Sweep) -> None:
 
     storage = open_shared(sweep).storage
     print(f"the sweep {sweep.out} is at http://localhost:{PORT} until Ctrl-C", flush=True)
+    for number in STOPPING:
+        # The server swallows what our handlers raise, and it has nothing to save.
+        signal.signal(number, signal.SIG_DFL)
     run_server(storage, host="localhost", port=PORT)

@@ -34,9 +34,9 @@ from moe_jax.study.sweep.storage import Shared, open_shared
 from moe_jax.study.sweep.trials import completed, finished
 from moe_jax.study.sweep.worker import work
 
-EXPERIMENTS = {
-    "train": Experiment(("-m", "moe_jax", "train"), call_of("train"), PRESETS["tiny"], PRESETS)
-}
+# -P: Python files in the folder that the sweep was started from do not hide modules.
+TRAIN = ("-P", "-m", "moe_jax", "train")
+EXPERIMENTS = {"train": Experiment(TRAIN, call_of("train"), PRESETS["tiny"], PRESETS)}
 """By the names that the command line takes."""
 PORT = 8080
 

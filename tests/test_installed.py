@@ -19,9 +19,12 @@ def interpreter(version: str) -> str | None:
     """A Python of this version that works. None: there is none here."""
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         return sys.executable
-    found = shutil.which(f"python{version}")
-    works = found and subprocess.run([found, "-c", "import venv"], capture_output=True)
-    return found if works and works.returncode == 0 else None
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    candidates = [shutil.which(f"python{version}"), *pyenv.glob(f"{version}.*/bin/python")]
+    for found in filter(None, candidates):
+        if subprocess.run([found, "-c", "import venv"], capture_output=True).returncode == 0:
+            return str(found)
+    return None
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,18 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_jax.base import process
+
+Item = TypeVar("Item")
 
 PLAIN_SECONDS = 15.0
 """Time between two lines of progress where there is no terminal."""
@@ -53,6 +56,20 @@ class Throttle:
             return False
         self.restart()
         return True
+
+
+def paced(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+    """The items, with a line of progress every PLAIN_SECONDS.
+
+    A line and no bar, so that it can stand above a bar that is shown already.
+    """
+    throttle = Throttle()
+    began = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if throttle.ready():
+            left = (time.monotonic() - began) * (total - done) / done
+            say(f"{description}: {done} of {total}, {duration(max(left, 0))} left")
 
 
 @contextmanager

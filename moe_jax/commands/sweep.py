@@ -16,12 +16,14 @@ such commands with the same --out, or with the same --storage on any machine.
 
 import importlib.util
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 from moe_jax.base.errors import UserError, reading
 from moe_jax.base.files import write_atomically
 from moe_jax.base.provenance import call_of
+from moe_jax.base.signals import STOPPING
 from moe_jax.config import require
 from moe_jax.config.presets import PRESETS
 from moe_jax.study.sweep.command import Experiment, Sweep, parse_sweep
@@ -32,9 +34,9 @@ from moe_jax.study.sweep.storage import Shared, open_shared
 from moe_jax.study.sweep.trials import completed, finished
 from moe_jax.study.sweep.worker import work
 
-EXPERIMENTS = {
-    "train": Experiment(("-m", "moe_jax", "train"), call_of("train"), PRESETS["tiny"], PRESETS)
-}
+# -P: Python files in the folder that the sweep was started from do not hide modules.
+TRAIN = ("-P", "-m", "moe_jax", "train")
+EXPERIMENTS = {"train": Experiment(TRAIN, call_of("train"), PRESETS["tiny"], PRESETS)}
 """By the names that the command line takes."""
 PORT = 8080
 
@@ -107,4 +109,7 @@ def show_dashboard(sweep: Sweep) -> None:
 
     storage = open_shared(sweep).storage
     print(f"the sweep {sweep.out} is at http://localhost:{PORT} until Ctrl-C", flush=True)
+    for number in STOPPING:
+        # The server swallows what our handlers raise, and it has nothing to save.
+        signal.signal(number, signal.SIG_DFL)
     run_server(storage, host="localhost", port=PORT)

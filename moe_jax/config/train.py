@@ -9,7 +9,7 @@ import tyro
 from moe_jax.base.errors import require
 from moe_jax.base.seeds import check_seed
 from moe_jax.config.checkpoint import CheckpointConfig
-from moe_jax.config.checks import not_negative, positive
+from moe_jax.config.checks import known_choices, not_negative, positive
 from moe_jax.config.codec import MAY_DIFFER
 from moe_jax.config.data import DataConfig
 from moe_jax.config.distill import DistillConfig
@@ -59,6 +59,7 @@ class TrainConfig:
     processes: ProcessesConfig = field(default_factory=ProcessesConfig, metadata=MAY_DIFFER)
 
     def __post_init__(self) -> None:
+        known_choices("", self)
         positive("", self, "steps", "batch", "evaluate_every")
         self._check_length()
         not_negative("", self, "samples", "profile")

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from moe_jax.base.console import paced
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import validation_batches
 from moe_jax.data.tokens import TokenArray
@@ -68,8 +69,13 @@ def started_ahead(parts: Iterable[Array]) -> Iterator[Array]:
 def held_out_batches(
     config: TrainConfig, validation: TokenArray, rows: np.ndarray | None = None
 ) -> Iterable[Any]:
-    """The held-out text in batches, of which this process reads these rows."""
-    return validation_batches(validation, config.data.length, config.batch, rows=rows)
+    """The held-out text in batches, of which this process reads these rows.
+
+    A line of progress is printed where reading them takes long.
+    """
+    batches = validation_batches(validation, config.data.length, config.batch, rows=rows)
+    windows = -(-(len(validation.tokens) - 1) // config.data.length)
+    return paced(batches, "evaluating, batch", -(-windows // config.batch))
 
 
 def bits_per_byte(nats: Iterable[float], validation: TokenArray) -> float:

@@ -5,6 +5,7 @@ metrics.jsonl stays the record of a run. These are copies of it for the eye.
 
 import hashlib
 import importlib.util
+import netrc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,14 +89,25 @@ class TensorBoardLog:
         self._writer.close()
 
 
+def _has_wandb_key() -> bool:
+    """Whether `wandb login` or the environment has left a key for Weights & Biases."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        return netrc.netrc().authenticators(host.partition("://")[2].rstrip("/")) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False  # no such file, or none that can be read
+
+
 class WandbLog:
     """A run of Weights & Biases, offline where nobody is logged in: `wandb sync OUT/wandb/…`."""
 
     def __init__(self, config: TrainConfig, out: Path) -> None:
         import wandb
 
-        logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        if not logged_in and "WANDB_MODE" not in os.environ:
+        offline = "WANDB_MODE" not in os.environ and not _has_wandb_key()
+        if offline:
             say("nobody is logged in at Weights & Biases: the run is logged offline")
         # Offline runs are not resumed, but uploaded under the same id they become one.
         name = str(out.resolve())
@@ -106,7 +118,7 @@ class WandbLog:
             resume="allow",
             dir=str(out),
             config=fields(config),
-            mode=None if logged_in or "WANDB_MODE" in os.environ else "offline",
+            mode="offline" if offline else None,
             settings=wandb.Settings(silent=True),
         )
 

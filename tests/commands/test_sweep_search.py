@@ -169,6 +169,7 @@ def test_the_dashboard_is_given_the_storage_of_the_sweep(tmp_path, monkeypatch):
     fake = SimpleNamespace(run_server=lambda storage, **_: served.append(storage))
     monkeypatch.setitem(sys.modules, "optuna_dashboard", fake)
     monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)  # pytest keeps its handlers
     sweep.main(["train", "--search", "batch=4,8", "--out", str(tmp_path), "--dashboard"])
     [study] = served[0].get_all_studies()
     assert study.study_name == "sweep"

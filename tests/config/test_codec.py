@@ -64,7 +64,8 @@ def test_what_may_differ_is_left_out_alone_and_as_a_whole():
 def test_a_continued_run_may_change_what_does_not_touch_the_training():
     may_differ = fields(TrainConfig()).keys() - settings_that_must_match(TrainConfig()).keys()
     assert may_differ == {
-        *("out", "samples", "evaluate_every", "data.cache", "distill.teacher"),
+        *("out", "samples", "evaluate_every", "log", "profile"),
+        *("data.cache", "distill.teacher"),
         *(f"checkpoint.{f.name}" for f in dataclasses.fields(CheckpointConfig)),
         *(f"processes.{f.name}" for f in dataclasses.fields(ProcessesConfig)),
         *(f"placement.{f.name}" for f in dataclasses.fields(PlacementConfig) if f.name != "mode"),

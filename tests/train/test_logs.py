@@ -83,10 +83,13 @@ def test_tensorboard_reads_every_loss_of_a_run(small_run):
 
 
 @pytest.mark.slow
-def test_wandb_logs_offline_where_nobody_is_logged_in(small_run, monkeypatch):
+def test_wandb_logs_offline_where_nobody_is_logged_in(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    out = run_training(replace(small_run, log="wandb"))
-    [folder] = (out / "wandb").glob("offline-run-*")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a key would be
+    log = open_log(TrainConfig(log="wandb"), tmp_path, 0)
+    log.write(LINE)
+    log.close()
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))

@@ -7,11 +7,14 @@ cross-entropy of later targets would let a causal model read the targets off its
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
+
+from moe_jax.parallel.mesh import own_draw
 
 Shift = Float[Array, "B L D"]
 
@@ -46,7 +49,7 @@ def random_shift(
 
     Positions that `counted` leaves out are not shifted.
     """
-    direction = jax.random.normal(key, like.shape)
+    direction = own_draw(partial(jax.random.normal, key), like.shape)
     if counted is not None:
         direction = jnp.where(counted[..., None], direction, 0)
     return to_ball(direction, radius)
@@ -88,9 +91,10 @@ def random_swaps(
     The first token of a document is never swapped, nor is padding (segment 0).
     """
     position_key, token_key = jax.random.split(key)
-    score = jax.random.uniform(position_key, tokens.shape)
+    score = own_draw(partial(jax.random.uniform, position_key), tokens.shape)
     # Added modulo V, 1 … V-1 gives every token but the present one.
-    other = 1 + jax.random.randint(token_key, tokens.shape, 0, vocabulary - 1)
+    draw = partial(jax.random.randint, token_key, minval=0, maxval=vocabulary - 1)
+    other = 1 + own_draw(draw, tokens.shape)
     return _swapped(tokens, score, (tokens + other) % vocabulary, count, segments)
 
 

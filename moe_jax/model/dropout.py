@@ -1,9 +1,13 @@
 """Dropout (JMLR 15:1929, 2014)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
+
+from moe_jax.parallel.mesh import own_draw
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, key: Array | None) -> Float[Array, "*shape"]:
@@ -13,4 +17,5 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: Array | None) -> Float[
     """
     if rate == 0 or key is None:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    kept = own_draw(partial(jax.random.bernoulli, key, 1 - rate), x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)

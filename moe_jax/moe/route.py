@@ -1,5 +1,6 @@
 """Step 1: which experts a token goes to, and with what weight."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from moe_jax.moe.rules import (
     RoutingContext,
     representatives,
 )
-from moe_jax.parallel.mesh import gather_rows, own_rows
+from moe_jax.parallel.mesh import gather_rows, own_draw, own_rows
 
 KERNEL_RULES = ("top_k", "noisy_top_k")
 """Rules that the gate kernel computes. The others look at many tokens at once, or at none."""
@@ -55,7 +56,7 @@ def route(
     if spread is not None and context.key is not None:
         noise = context.noise
         if noise is None:
-            noise = jax.random.normal(context.key, logits.shape)
+            noise = own_draw(partial(jax.random.normal, context.key), logits.shape)
         logits = add_noise(logits, spread, noise.reshape(logits.shape))
     if context.counted is not None:
         # 0: not even a NaN at a token that does not count reaches the others' gradients.

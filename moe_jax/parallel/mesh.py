@@ -1,7 +1,7 @@
 """Devices as a mesh with named axes, and sums over those axes that share the batch."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -113,6 +113,16 @@ def own_rows(x: Num[Array, "B *shape"]) -> Num[Array, "B *shape"]:
         return x
     rows = len(x) // shared_by()
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * rows, rows)
+
+
+def own_draw(
+    draw: Callable[[tuple[int, ...]], Num[Array, "..."]], shape: tuple[int, ...]
+) -> Num[Array, "..."]:
+    """This device's rows, of this shape, of one draw for the rows of all devices.
+
+    So what is drawn does not depend on how many devices share the batch.
+    """
+    return own_rows(draw((shape[0] * shared_by(), *shape[1:])))
 
 
 def shared_by() -> int:

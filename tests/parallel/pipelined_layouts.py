@@ -33,6 +33,7 @@ from tests.parallel.layouts import (
     MLA,
     MODEL,
     MOE,
+    SOFTMAX,
     but_waited,
     difference,
     in_float64,
@@ -42,6 +43,7 @@ from tests.parallel.layouts import (
 
 DEEP = replace(MODEL, layers=5)
 """One dense block and four sparse ones."""
+NOISY = replace(SOFTMAX, rule="noisy_top_k")
 MICROBATCHES = 4
 ROWS = 16
 """Of a batch: a row of each micro-batch for four devices."""
@@ -60,6 +62,7 @@ CASES: dict[str, TrainConfig] = {
     "remat": run(deep(remat="full")),
     "dots": run(deep(remat="dots")),
     "dropout": run(deep(dropout=0.2)),
+    "noisy": run(deep(moe=NOISY)),
     "capacity": run(deep(moe=replace(MOE, capacity_factor=0.6))),
     "teacher": run(deep(), distill=DistillConfig(teacher="another model", alpha=0.5, chunk=100)),
 }

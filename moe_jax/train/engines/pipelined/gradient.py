@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.base.initial import layer_keys, named_key
+from moe_jax.base.initial import layer_keys
 from moe_jax.config import ModelConfig, TrainConfig
 from moe_jax.model import stages
 from moe_jax.model.abstract import abstract_model, graph_of, split_model
@@ -38,7 +38,7 @@ from moe_jax.objectives.base import (
 from moe_jax.parallel.exchange import exchange_in_force
 from moe_jax.parallel.executor import PIPE, Arguments, Stages, make_gradient
 from moe_jax.parallel.gradient_split import SAVEABLE
-from moe_jax.parallel.mesh import BATCH, EXPERT, manual_axes, sum_over_batch
+from moe_jax.parallel.mesh import BATCH, EXPERT, sum_over_batch
 from moe_jax.parallel.schedules import PipelineSchedule
 from moe_jax.train.step import micro_batches
 
@@ -171,7 +171,7 @@ class PipelinedModel:
         return Part(
             batch=own["batch"],
             normalisers=constants["normalisers"],
-            key=_own_key(own["key"]),
+            key=own["key"],
             rows=self.rows,
             shares=own["shares"],
         )
@@ -210,12 +210,3 @@ def _block_graph(model: ModelConfig) -> nnx.GraphDef:
     sparse = stack_name(model) == "sparse"
     block = nnx.eval_shape(lambda: Block(model, sparse=sparse, key=jax.random.key(0)))
     return split_model(block)[0]
-
-
-def _own_key(key: Array) -> Array:
-    """A key of this device's rows, where several devices share the batch.
-
-    Its draws differ from those of one device with all rows.
-    """
-    shared = [axis for axis in BATCH if axis in manual_axes()]
-    return named_key(key, lax.axis_index(tuple(shared))) if shared else key

@@ -79,8 +79,8 @@ def _advance(run: Run, least: float) -> list[core.Var]:
 def _prepare(run: Run) -> list[Place]:
     """Evaluates what does not depend on the micro-batch, such as matrices in the compute dtype.
 
-    It is there before the first transfer starts. Otherwise the scheduler puts these copies under the
-    transfer, and products are left over.
+    It is there before the first transfer starts. Otherwise the scheduler puts these copies under
+    the transfer, and products are left over.
     """
     later = dependents(run.equations, run.last)
     first = [e for e in run.equations if not later.intersection(e.outvars)]

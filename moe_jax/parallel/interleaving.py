@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 
 from moe_jax.parallel.equations import dependents, evaluate
+from moe_jax.parallel.mesh import all_at_once
 
 TRANSFERS = ("all_to_all", "all_gather", "reduce_scatter", "ppermute")
 """Collectives that send rows. Sums of a few numbers wait for each other as they come."""
@@ -79,8 +79,8 @@ def _advance(run: Run, least: float) -> list[core.Var]:
 def _prepare(run: Run) -> list[Place]:
     """Evaluates what does not depend on the micro-batch, such as matrices in the compute dtype.
 
-    They are made before the first transfer starts, so that they are no cover for it: copies take
-    memory bandwidth from a transfer, and products take little.
+    It is there before the first transfer starts. Otherwise the scheduler puts these copies under
+    the transfer, and products are left over.
     """
     later = dependents(run.equations, run.last)
     first = [e for e in run.equations if not later.intersection(e.outvars)]
@@ -92,8 +92,7 @@ def _prepare(run: Run) -> list[Place]:
 
 
 def _tie(places: list[Place]) -> None:
-    """No value can be used before all of them are there."""
-    tied = lax.optimization_barrier([values[v] for values, v in places])
+    tied = all_at_once([values[v] for values, v in places])
     for (values, v), value in zip(places, tied, strict=True):
         values[v] = value
 

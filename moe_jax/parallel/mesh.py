@@ -149,6 +149,21 @@ def own_copies(tree: Tree, axes: Iterable[str]) -> Tree:
     return jax.tree.map(own, tree)
 
 
+def all_at_once(tree: Tree) -> Tree:
+    """The tree, of which nothing can be used before all of it is there.
+
+    JAX gives the values of an optimization barrier one type. Inside a shard_map those in which
+    fewer devices differ than in others have no part in it.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    most = max(len(varying_axes(leaf)) for leaf in leaves)
+    places = [i for i, leaf in enumerate(leaves) if len(varying_axes(leaf)) == most]
+    barrier = lax.optimization_barrier([leaves[i] for i in places])
+    for i, leaf in zip(places, barrier, strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
 def largest(x: Array, axes: Iterable[str] | None = None) -> Array:
     """Inside a shard_map: the largest value of all devices of `axes`, by default of all.
 

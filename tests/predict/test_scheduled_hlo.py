@@ -178,7 +178,8 @@ def test_the_exchange_lies_under_products_in_dualpipes_overlapped_step(tmp_path)
     """A forward of one micro-batch and a backward of another, on a pipeline over eight H100."""
     found = predicted("pipeline_overlap", tmp_path)
     assert found["8.covered_apart"] <= 0.25
-    assert found["8.covered_overlapped"] >= 0.50
+    assert found["8.covered_overlapped"] >= 0.65
+    assert found["8.overlapped.total"] <= 1.02 * found["8.apart.total"]
     assert found["8.overlapped.stalled"] <= 0.25 * found["8.apart.stalled"]
     # Nothing is sent in the gradient of the weights.
     assert found["8.backward_weight.transfers"] == 0

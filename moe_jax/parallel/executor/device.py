@@ -25,7 +25,7 @@ from moe_jax.parallel.executor.slots import (
     zeros,
 )
 from moe_jax.parallel.gradient_split import Saveable, split
-from moe_jax.parallel.mesh import largest, own_copies, varying_axes
+from moe_jax.parallel.mesh import all_at_once, largest, own_copies, varying_axes
 from moe_jax.parallel.schedules import Kind, PipelineSchedule
 from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, TickTable, tick_table
 
@@ -155,7 +155,7 @@ class DeviceProgram:
         sums = buffers.result.layers
         results = self.piece.overlapped(work, x, other, saved, dy, sums)
         # Nothing is written before all is read. Otherwise XLA copies all slots.
-        forward, dx, sums = lax.optimization_barrier(results)
+        forward, dx, sums = all_at_once(results)
         buffers = buffers._replace(result=buffers.result._replace(layers=sums))
         buffers, y = self._store_forward(buffers, row.forward, forward)
         return self._store_first(buffers, row.backward, other, dx), y, dx

@@ -1,7 +1,7 @@
 """Bytes on each device by kind, from XLA's own buffers at the moment when it needs the most.
 
     parameters, optimizer    arguments of the program, and exact
-    gradients                a buffer with a parameter's own shape, summed by the backward pass
+    gradients                a buffer with a parameter's own sizes, summed by the backward pass
     communication            what a collective reads or writes into
     update                   new parameters and moments that lie beside the old ones
     activations              what outlives the turn of the innermost loop that is running
@@ -153,7 +153,8 @@ class _Classes:
     def __init__(
         self, program: Program, shapes: frozenset[tuple[int, ...]], live: list[str]
     ) -> None:
-        self.shapes = shapes
+        # In any order of axes, because XLA transposes.
+        self.shapes = {tuple(sorted(shape)) for shape in shapes}
         self.instructions: dict[str, Instruction] = {}
         self.homes: dict[str, str] = {}
         for name, body in program.computations.items():
@@ -188,7 +189,8 @@ class _Classes:
         # In a narrower type only if its maker says so: parameters are cast to such types, too.
         types = ("f32", "bf16", "f16") if "transpose(" in i.attributes else ("f32",)
         return any(
-            dtype in types and len(sizes) > 1 and sizes in self.shapes for dtype, sizes in arrays
+            dtype in types and len(sizes) > 1 and tuple(sorted(sizes)) in self.shapes
+            for dtype, sizes in arrays
         )
 
     def _outlives(self, i: Instruction) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from moe_jax.base.errors import UserError
 from moe_jax.config.presets import PRESETS
 from moe_jax.model.count import train_flops_per_token
-from moe_jax.predict.answer import read_command
+from moe_jax.predict.answer import answer, read_command
 from moe_jax.predict.hardware import find_card
 from moe_jax.predict.hlo_text import parse
 from moe_jax.predict.published import ROWS
@@ -151,6 +151,12 @@ def test_totals_by_kind_and_axis():
 def test_axes_of_a_group(devices, axes):
     start = Start("s", "all-gather", 1, devices, waits=True)
     assert axes_of(start, {"data": 4, "tensor": 2}) == axes
+
+
+def test_without_the_compiler_the_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("moe_jax.predict.absent.PLUGIN", "no_such.plugin")
+    with pytest.raises(UserError, match=r"run pip install --no-deps jax-cuda13-pjrt==[\d.]+"):
+        answer(*read_command(["tiny"]))
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def _draw_gains(axes: Axes, sweeps: Mapping[Case, tuple[Job, Sweep]]) -> None:
     axes.set_ylabel("speed of the best pipeline / of FSDP")
     axes.set_title("pipelines against FSDP", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6.5, loc="lower left")
+    axes.legend(fontsize=6.5, loc="upper right")
 
 
 Winners = Sequence[tuple[float, float, Layout | None]]

@@ -68,11 +68,11 @@ class Settings:
 class Loads(NamedTuple):
     """The highest over the mean load of the devices at every step, counted."""
 
-    before: Float[np.ndarray, "steps layers"]
+    before: Float[np.ndarray, "N layers"]
     """Experts in the order of their numbers, no replicas."""
-    after: Float[np.ndarray, "steps layers"]
+    after: Float[np.ndarray, "N layers"]
     """As the run placed them."""
-    moved: Float[np.ndarray, "placements"]
+    moved: Float[np.ndarray, "N"]
     """Experts of a layer that came to another device, mean over layers."""
 
 

@@ -35,13 +35,13 @@ class _Way(NamedTuple):
 
 
 def fetch(
-    part: Float[Array, "E *part"],
+    part: Float[Array, "E *shape"],
     slots: Int[Array, "slots"],
     spec: P,
     dtype: jnp.dtype,
     gradient: jnp.dtype,
     keep: tuple[str, ...] = (),
-) -> Float[Array, "own *whole"]:
+) -> Float[Array, "N *shape"]:
     """The matrices of this device's slots in `dtype`, of which `spec` gives each device a part.
 
     `slots` has the expert in each slot of all devices of EXPERT, the first device's first. `spec`

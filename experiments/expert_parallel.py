@@ -199,7 +199,7 @@ def read(settings: Settings, case: Case) -> Reading:
 def device_loads(settings: Settings, out: Path) -> list[Measurement]:
     """eplb_load_before and eplb_load_after of a training run that places experts by load."""
     runs = rebalancing.Settings(seed=settings.seed, quick=settings.quick)
-    rows, _ = rebalancing.measure(runs, output_folder(out / "rebalancing"))
+    rows, _ = rebalancing.measure(runs, output_folder(str(out / "rebalancing")))
     return [row for row in rows if row.name in ("eplb_load_before", "eplb_load_after")]
 
 

@@ -55,8 +55,9 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], context: RoutingContext = NO_CONTEXT
     ) -> tuple[Float[Array, "B L D"], layer.RouterStats]:
-        slots = self.slots[...] if hasattr(self, "slots") else None
-        arrays = layer.Layer(self.gate(), self.gate_up[...], self.down[...], slots)
+        slots: ExpertSlots | None = getattr(self, "slots", None)  # set by merge_with_slots
+        own = None if slots is None else slots[...]
+        arrays = layer.Layer(self.gate(), self.gate_up[...], self.down[...], own)
         return sharded.over_data(x, context, arrays, self.config, self.gradient)
 
     def gate(self) -> layer.Gate:

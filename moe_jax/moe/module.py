@@ -58,9 +58,9 @@ class MoE(nnx.Module):
         context: RoutingContext = NO_CONTEXT,
         stack: layer.ExpertStack | None = None,
     ) -> tuple[Float[Array, "B L D"], layer.RouterStats]:
-        slots: ExpertSlots | None = getattr(self, "slots", None)
-        placed = None if slots is None else slots[...]
-        arrays = layer.Layer(self.gate(), self.gate_up[...], self.down[...], placed, stack)
+        slots: ExpertSlots | None = getattr(self, "slots", None)  # set by merge_with_slots
+        own = None if slots is None else slots[...]
+        arrays = layer.Layer(self.gate(), self.gate_up[...], self.down[...], own, stack)
         return sharded.over_data(x, context, arrays, self.config, self.gradient)
 
     def stack(self, dtype: jnp.dtype) -> layer.ExpertStack | None:

@@ -41,7 +41,7 @@ def fetch(
     dtype: jnp.dtype,
     gradient: jnp.dtype,
     keep: tuple[str, ...] = (),
-) -> Float[Array, "slots *shape"]:
+) -> Float[Array, "N *shape"]:
     """The matrices of this device's slots in `dtype`, of which `spec` gives each device a part.
 
     `slots` has the expert in each slot of all devices of EXPERT, the first device's first. `spec`

@@ -48,9 +48,11 @@ def family_for(config: ModelConfig) -> Family:
     problems = {name: mismatches(family, config) for name, family in FAMILIES.items()}
     nearest = min(problems, key=lambda name: len(problems[name]))
     if problems[nearest]:
+        of_mtp = any(problem.startswith("mtp_") for problem in problems[nearest])
+        way_out = " (mtp_depth=0, or --mtp drop of convert.py, leaves the modules out)"
         raise UserError(
             f"no published family computes this model: {nearest}, the nearest, has no "
-            f"{', '.join(problems[nearest])}"
+            f"{', '.join(problems[nearest])}{way_out if of_mtp else ''}"
         )
     return FAMILIES[nearest]
 

@@ -267,7 +267,15 @@ IGNORED = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "head_dim"),
         *("qk_head_dim", "layer_types", "sliding_window", "max_window_layers", "num_mtp_layers"),
         *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
-        *("is_encoder_decoder", "id2label", "label2id", "problem_type", "tokenizer_class"),
+        *("is_llama_config", "transformers.js_config", "unsloth_version", "unsloth_fixed"),
+        *(
+            "_attn_implementation_autoset",
+            "is_encoder_decoder",
+            "id2label",
+            "label2id",
+            "problem_type",
+            "tokenizer_class",
+        ),
     }
 )
 """Fields of config.json that change nothing that a model computes, or that another field decides:

@@ -170,7 +170,7 @@ REFUSED = {
     "epsilon": (replace(MODELS["deepseek_v3"], norm_epsilon=1e-5), "norm_epsilon=1e-05"),
     "mtp of the report": (
         replace(MODELS["deepseek_v3"], mtp_input="residual"),
-        "mtp_input=residual",
+        r"mtp_input=residual \(mtp_depth=0, or --mtp drop of convert\.py, leaves",
     ),
     "full norm, dense": (
         replace(MODELS["llama"], attention=replace(GQA, qk_norm="full")),

@@ -108,7 +108,7 @@ SENDING = {
 
 
 @pytest.mark.parametrize("remat", SAVEABLE)
-@pytest.mark.parametrize("kind", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("kind", ["all_to_all", pytest.param("all_gather", marks=pytest.mark.slow)])
 def test_the_gradient_of_the_weights_waits_for_no_device(small_model, kind, remat):
     """A block whose experts lie on two devices."""
     block = Block(small_model, sparse=True, key=jax.random.key(0))

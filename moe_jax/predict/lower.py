@@ -156,6 +156,7 @@ def _compiled(engine: DenseEngine) -> Compiled:
         buffers = _dumped(folder, "buffer-assignment")
         live = _dumped(folder, "live-range")
     memory = compiled.memory_analysis()
+    assert memory is not None
     return Compiled(
         text=compiled.as_text(),
         buffers=buffers,

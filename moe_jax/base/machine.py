@@ -6,6 +6,9 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moe_kernels.launch import lowering_target, triton_support
+from moe_kernels.launch import triton_support
 
 from moe_jax.base.errors import UserError
 
@@ -69,13 +72,25 @@ class GemmRates(NamedTuple):
         return self.best > 1.15 * min(self)
 
 
-def compute_capability() -> float | None:
-    """Of the GPU that is compiled for (lowering_for), or of the first device.
+# Beside the kernels' own target (moe_kernels.launch.lowering_for): with this one a whole program is
+# for that GPU, its attention and dtypes included.
+_target: ContextVar[float | None] = ContextVar("target", default=None)
 
-    None: it is not an NVIDIA GPU.
-    """
-    if target := lowering_target():
-        return target / 10
+
+@contextmanager
+def compiling_for(capability: float) -> Iterator[None]:
+    """Programs that are traced inside are for a GPU of this compute capability, which is absent."""
+    token = _target.set(capability)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def compute_capability() -> float | None:
+    """Of the GPU of compiling_for, or of the first device. None: it is not an NVIDIA GPU."""
+    if target := _target.get():
+        return target
     device = jax.devices()[0]
     # AMD's GPUs are of the backend gpu, too.
     if jax.default_backend() != "gpu" or "cuda" not in device.client.platform_version:

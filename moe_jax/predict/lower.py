@@ -24,7 +24,7 @@ from moe_kernels.launch import lowering_for, missing_package
 import moe_jax
 from moe_jax.base.errors import UserError, require
 from moe_jax.base.files import write_atomically
-from moe_jax.base.machine import peak_resident_bytes
+from moe_jax.base.machine import compiling_for, peak_resident_bytes
 from moe_jax.config import TrainConfig, fields
 from moe_jax.objectives.next_token import next_token
 from moe_jax.parallel.exchange import exchanging
@@ -81,7 +81,11 @@ def compile_step(config: TrainConfig, card: Card, devices: int, folder: Path | N
     UserError: settings that the engine refuses, or that a program cannot show.
     """
     check_visible(config)
-    with lowering_for(card.arch), assumed_cudnn(card.arch):
+    with (
+        lowering_for(card.arch),
+        compiling_for(card.capability),
+        assumed_cudnn(card.arch),
+    ):
         kind = engine_kind(config)
         assert issubclass(kind, DenseEngine)  # check_visible has refused the others
         engine = kind(config, absent_devices(card, devices))
@@ -152,6 +156,7 @@ def _compiled(engine: DenseEngine) -> Compiled:
         buffers = _dumped(folder, "buffer-assignment")
         live = _dumped(folder, "live-range")
     memory = compiled.memory_analysis()
+    assert memory is not None
     return Compiled(
         text=compiled.as_text(),
         buffers=buffers,

@@ -41,3 +41,10 @@ def test_a_program_restarts_once_for_huge_pages_and_keeps_its_arguments():
         [sys.executable, "-c", code, "a b", "--c"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "glibc.malloc.hugetlb=1 ['a b', '--c']\n"
+
+
+def test_programs_may_be_for_a_gpu_that_is_absent():
+    assert machine.compute_capability() is None
+    with machine.compiling_for(9.0):
+        assert machine.compute_capability() == 9.0
+    assert machine.compute_capability() is None

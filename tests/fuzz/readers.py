@@ -24,12 +24,14 @@ import numpy as np
 
 import moe_jax
 from moe_jax.base.errors import UserError
+from moe_jax.commands.sweep import find_experiment
 from moe_jax.config import TrainConfig, from_dict
 from moe_jax.data.tokenizer import Tokenizer, make_tokenizer
 from moe_jax.interop import gguf, hugging_face
 from moe_jax.interop.gguf.header import read_header
 from moe_jax.placement.public_traces import open_trace
 from moe_jax.placement.trace import BLOCK, TraceWriter
+from moe_jax.study.sweep.command import parse_sweep
 from moe_jax.study.sweep.journal import load_study, open_journal, stored_identity
 from moe_jax.study.sweep.trials import completed, running
 from tests.fuzz.mutate import LONG, ODD, damaged, deep, gguf_file, retyped
@@ -38,7 +40,7 @@ MOST_CHARACTERS = 400
 """Of an error line, without the folder of the file."""
 MOST_BYTES = 40_000_000
 """Python's and NumPy's memory of a read. The files themselves are far smaller."""
-IDENTITY = {"experiment": "train", "arguments": ["tiny"], "search": {"seed": "int:0..9"}}
+SWEEP = parse_sweep(["train", "--search", "seed=int:0..9"], find_experiment)
 ACCIDENTS = (
     TypeError, AttributeError, LookupError, AssertionError, NameError, ArithmeticError, ValueError,
 )  # fmt: skip
@@ -300,8 +302,8 @@ def _write_journal(folder: Path) -> Path:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = folder / "journal.log"
-    study = load_study(open_journal(path), path)
-    study.set_user_attr("sweep", IDENTITY)
+    study = load_study(open_journal(path), SWEEP, path)
+    study.set_user_attr("sweep", SWEEP.identity)
     for folder_name in ("trial-0000", "trial-0001"):
         trial = study.ask({"seed": optuna.distributions.IntDistribution(0, 9)})
         trial.set_user_attr("folder", folder_name)
@@ -313,9 +315,9 @@ def _write_journal(folder: Path) -> Path:
 
 
 def _read_journal(path: Path) -> None:
-    study = load_study(open_journal(path), path)
-    stored_identity(study, IDENTITY)
-    completed(study)
+    study = load_study(open_journal(path), SWEEP, path)
+    stored_identity(study, SWEEP.identity)
+    completed(study, SWEEP)
     running(study)
 
 

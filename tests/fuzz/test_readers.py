@@ -20,7 +20,7 @@ def test_a_sweep_of_another_number_of_objectives_is_a_sentence(tmp_path, directi
     path = journal.write(tmp_path)
     path.write_text(path.read_text().replace('"directions":[1]', f'"directions":{directions}'))
     assert failure(journal.read, path) is None
-    with pytest.raises(UserError, match=r"log: its study does not minimise one objective: begin"):
+    with pytest.raises(UserError, match=r"log: its study is to .*, not to minimize: begin"):
         journal.read(path)
 
 

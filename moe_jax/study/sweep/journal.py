@@ -48,8 +48,8 @@ def load_study(storage: Any, sweep: Sweep, source: Path | str) -> Any:
         found = [direction.name.lower() for direction in study.directions]
         require(
             found == wanted,
-            f"its study is to {' and '.join(found)}, not to {' and '.join(wanted)}: begin another "
-            "one with --out",
+            f"its study is to {' and '.join(found) or 'do nothing'}, not to "
+            f"{' and '.join(wanted)}: begin another one with --out",
         )
         for trial in study.get_trials(deepcopy=False):
             _check_trial(trial, len(wanted))

@@ -52,6 +52,18 @@ class Outbox(NamedTuple):
 
     activation: Array
     gradient: Array
+    steps: Array
+    """Steps that the device has done in this tick, 0 or 1."""
+
+    def at_the_end(self) -> "Outbox":
+        """The same messages, which depend on all steps of the tick.
+
+        XLA may otherwise send an activation between the steps. A device that does a backward would
+        then wait there until its neighbour has done a forward, and the other way round.
+        """
+        done = self.steps >= 0  # always, which XLA cannot know
+        sent = (jnp.where(done, message, 0) for message in (self.activation, self.gradient))
+        return Outbox(*sent, self.steps)
 
 
 @dataclass(frozen=True)
@@ -116,19 +128,20 @@ class DeviceProgram:
         return self._summed(buffers.result)
 
     def _tick(self, buffers: Buffers, row: Row) -> Buffers:
-        carry = (buffers, Outbox(*[zeros(self.x)] * 2))
+        carry = (buffers, Outbox(*[zeros(self.x)] * 2, zero_index()))
         for kind in np.unique(self.table.kinds):  # what the schedule never does is not compiled
             if kind != IDLE:
                 with jax.named_scope(NAMES[kind]):
                     carry = when(row.kind == kind, partial(self._do, kind, row), carry)
         buffers, outbox = carry
+        outbox = outbox.at_the_end()
         for channel, slot in zip(self.table.channels, row.slots, strict=True):
             buffers = self._receive(buffers, channel, slot, getattr(outbox, channel.payload))
         return buffers
 
     def _do(self, kind: int, row: Row, carry: tuple[Buffers, Outbox]) -> tuple[Buffers, Outbox]:
         """One step of a kind."""
-        buffers, (y, dx) = carry
+        buffers, (y, dx, steps) = carry
         if kind == OVERLAPPED:
             buffers, y, dx = self._overlapped(buffers, row)
         if kind == Kind.FORWARD:
@@ -145,7 +158,7 @@ class DeviceProgram:
         if kind == Kind.BACKWARD_WEIGHT:
             kept = Stack(buffers.pending, row.backward.pending)
             buffers = self._backward_weight(buffers, row.backward, kept)
-        return buffers, Outbox(y, dx)
+        return buffers, Outbox(y, dx, steps + 1)
 
     def _overlapped(self, buffers: Buffers, row: Row) -> tuple[Buffers, Array, Array]:
         """A forward and a whole backward as one computation."""

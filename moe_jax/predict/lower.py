@@ -106,12 +106,10 @@ def check_visible(config: TrainConfig) -> None:
         f"placement.device_budget={config.placement.device_budget}: experts in tiers move between "
         "host and device outside of the compiled program, which cannot show their time; unset it",
     )
-    # Tracing ends in an error of JAX: pvary of a value that differs over `pipe` already
-    # (parallel.equations evaluates the split backward pass once more).
     require(
         config.parallel.pipe == 1,
-        f"parallel.pipe={config.parallel.pipe}: a pipeline's step in bfloat16 cannot be traced for "
-        "absent GPUs yet, set parallel.pipe to 1",
+        f"parallel.pipe={config.parallel.pipe}: what a device does in a tick is decided at run time, "
+        "so its time cannot be read from the program yet; set parallel.pipe to 1",
     )
     require(
         not config.distill.teacher,

@@ -108,8 +108,8 @@ def check_visible(config: TrainConfig) -> None:
     )
     require(
         config.parallel.pipe == 1,
-        f"parallel.pipe={config.parallel.pipe}: what a device does in a tick is decided at run time, "
-        "so its time cannot be read from the program yet; set parallel.pipe to 1",
+        f"parallel.pipe={config.parallel.pipe}: what a device does in a tick is decided at run "
+        "time, so its time cannot be read from the program yet; set parallel.pipe to 1",
     )
     require(
         not config.distill.teacher,

@@ -60,6 +60,7 @@ def value(row: dict[str, str]) -> float:
     return float(row["validation_bits_per_byte"])
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_trials(start, tmp_path):
     finish(start(f"{SEARCH} --trials 2 --seed 5"))
     first = rows(tmp_path / "out")
@@ -120,6 +121,7 @@ def test_workers_share_the_trials(start, tmp_path):
     assert len(folders) == len(set(folders)) == 6
 
 
+@pytest.mark.slow
 def test_another_search_needs_another_folder(start):
     finish(start("--search batch=4,8 --trials 1"))
     said = finish(start("--search batch=4,8,16 --trials 1"), code=2)
@@ -139,6 +141,7 @@ def test_fields_that_depend_on_each_other_are_searched_together(start, tmp_path)
     assert "train.py tiny" in said
 
 
+@pytest.mark.slow
 def test_an_exhausted_grid_ends_and_nothing_runs_twice(start, tmp_path):
     line = "--search model.moe.experts=1,8,16 --search steps=int:5..8"
     finish(start(f"{line} --trials 5"))

@@ -133,7 +133,7 @@ def test_expert_level_losses_are_the_mean_of_those_of_the_micro_batches(small_ru
     [
         pytest.param("rematerialised", 2, marks=pytest.mark.slow),
         pytest.param("bfloat16", 1, marks=pytest.mark.slow),
-        ("every balance loss", 1),
+        pytest.param("every balance loss", 1, marks=pytest.mark.slow),
         pytest.param("hash", 1, marks=pytest.mark.slow),
     ],
 )

@@ -24,7 +24,7 @@ def shared(tmp_path_factory):
         yield shared
 
 
-@pytest.mark.slow  # CI kills and resumes its main job anyway
+@pytest.mark.slow  # a stage of its own in .ci/run
 @pytest.mark.parametrize("kind", ["tiered", "student"])
 def test_a_killed_run_continues_bit_for_bit(shared: Bench, kind: str):
     """Killed after step 7, it goes on after a checkpoint and does the steps since then again.

@@ -69,6 +69,11 @@ class ParallelConfig:
             "of them to 1",
         )
         require(
+            self.pipe == 1 or self.expert == 1 or self.exchange.kind != "ring",
+            f"{owner}.exchange.kind=ring does not go with {owner}.pipe={self.pipe}: its transfers "
+            "are of all stages together, which do different steps in a tick; take all_to_all",
+        )
+        require(
             self.pipe == 1 or self.exchange.rebalance == 0,
             f"{owner}.pipe={self.pipe} does not go with {owner}.exchange.rebalance="
             f"{self.exchange.rebalance} yet: set pipe to 1, or rebalance to 0",

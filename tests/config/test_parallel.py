@@ -3,7 +3,12 @@ from dataclasses import replace
 import pytest
 
 from moe_jax.base.errors import UserError
-from moe_jax.config import AttentionConfig, ParallelConfig, settings_that_must_match
+from moe_jax.config import (
+    AttentionConfig,
+    ExchangeConfig,
+    ParallelConfig,
+    settings_that_must_match,
+)
 from moe_jax.config.presets import PRESETS
 
 TINY = PRESETS["tiny"]
@@ -17,6 +22,10 @@ TINY = PRESETS["tiny"]
         ({"tensor": 4}, r"parallel\.tensor=4 does not divide model\.attention\.kv_heads=2"),
         ({"tensor": 8}, r"parallel\.tensor=8 does not divide model\.attention\.heads=4"),
         ({"pipe": 2, "tensor": 2}, r"parallel\.pipe=2 does not go with parallel\.tensor=2"),
+        (
+            {"pipe": 2, "expert": 2, "exchange": ExchangeConfig("ring")},
+            r"exchange\.kind=ring does not go with parallel\.pipe=2",
+        ),
         ({"microbatches": 4}, r"parallel\.microbatches=4 needs a pipeline"),
         ({"pipe": 2, "schedule": "zb"}, r"parallel\.schedule is 'zb': use one of gpipe, 1f1b"),
         ({"fsdp": 0}, r"parallel\.fsdp is 0: it must be positive"),

@@ -94,7 +94,6 @@ PIPELINES |= {
     "weights": with_experts(kind="weights"),
     "all_gather": with_experts(kind="all_gather"),
     "chunks": with_experts("dualpipe", chunks=2),
-    "ring": with_experts(kind="ring"),
     "copies": with_experts(kind="copies"),
     "nodes": with_experts(kind="copies", node=2),
     "overflow": with_experts("dualpipe", buffer=0.2),

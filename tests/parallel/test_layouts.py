@@ -45,7 +45,6 @@ def test_every_layout_equals_one_device(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(IN_PLACE))
 def test_experts_read_in_place_equal_one_device(case):
-    # With fsdp they are gathered, and read there.
     check([f"{case}/{layout}" for layout in ("data-chunks", "data-overflow", "fsdp-expert")])
 
 

@@ -62,8 +62,8 @@ class Outbox(NamedTuple):
         then wait there until its neighbour has done a forward, and the other way round.
         """
         done = self.steps >= 0  # always, which XLA cannot know
-        sent = (jnp.where(done, message, 0) for message in (self.activation, self.gradient))
-        return Outbox(*sent, self.steps)
+        activation = jnp.where(done, self.activation, 0)
+        return Outbox(activation, jnp.where(done, self.gradient, 0), self.steps)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class DeviceProgram:
         return self._summed(buffers.result)
 
     def _tick(self, buffers: Buffers, row: Row) -> Buffers:
-        carry = (buffers, Outbox(*[zeros(self.x)] * 2, zero_index()))
+        carry = (buffers, Outbox(zeros(self.x), zeros(self.x), zero_index()))
         for kind in np.unique(self.table.kinds):  # what the schedule never does is not compiled
             if kind != IDLE:
                 with jax.named_scope(NAMES[kind]):

@@ -90,9 +90,14 @@ def _experts_apart(parameters: Flat, *stacked: str) -> dict[Any, P]:
     every device has all experts.
     """
     kept = exchange_in_force().kind == "weights"
-    whole = P(*stacked)
-    apart = P(*stacked, EXPERT)
-    return {path: whole if kept or role_of(path) != "expert" else apart for path in parameters}
+
+    def spec(path: Any, leaf: Any) -> P:
+        if kept or role_of(path) != "expert":
+            return P(*stacked)
+        leading = len(jax.tree.leaves(leaf)[0].shape) - 3  # before [E, inputs, outputs]
+        return P(*stacked, *[None] * (leading - len(stacked)), EXPERT)
+
+    return {path: spec(path, leaf) for path, leaf in parameters.items()}
 
 
 def make_arguments(

@@ -92,3 +92,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     config = make_run(tmp_path_factory.mktemp("finished"), SMALL_MODEL, samples=1)
     run_training(config)
     return config
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Processes that a module's tests start find what others of them have compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        yield

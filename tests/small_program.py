@@ -1,10 +1,6 @@
-"""A small run of experiments/train.py as a process of its own, and programs compiled once."""
+"""Options for a small run of experiments/train.py as a process of its own."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
 
 
 def small_settings(folder: Path) -> list[str]:
@@ -27,12 +23,3 @@ def run_settings(folder: Path, *, steps: int, batch: int, save_every: int) -> li
         *("--evaluate-every", f"{steps // 2}", "--checkpoint.every", f"{save_every}"),
         *small_settings(folder),
     ]
-
-
-@contextmanager
-def sharing_compilations(folder: Path) -> Iterator[None]:
-    """Processes that are started inside find what others have compiled in `folder`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-        yield

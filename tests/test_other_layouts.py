@@ -6,10 +6,10 @@ from typing import NamedTuple
 import pytest
 
 from tests.several_processes import Started, checkpointed, finish
-from tests.small_program import run_settings, sharing_compilations
+from tests.small_program import run_settings
 from tests.test_survival import losses
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
 STEPS = 24
 
@@ -49,13 +49,6 @@ def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     own = run_settings(folder, steps=STEPS, batch=8, save_every=2)
     return [*own, "--model.layers", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Each process would compile the same programs anew."""
-    with sharing_compilations(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 
 from moe_jax.parallel.processes import LOST_CODE
 from tests.several_processes import Started, assert_lost, checkpointed, finish
-from tests.small_program import run_settings, sharing_compilations
+from tests.small_program import run_settings
 from tests.test_survival import kill_when, losses, reached, writing
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
 STEPS = 16
 PIPE = ["--parallel.pipe", "2", "--parallel.microbatches", "2"]
@@ -23,13 +23,6 @@ def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelined")
     own = run_settings(folder, steps=STEPS, batch=4, save_every=4)
     return [*own, "--model.layers", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The runs of this file are few programs. Each process would compile them anew."""
-    with sharing_compilations(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 
 from moe_jax.parallel.processes import LOST_CODE
 from tests.several_processes import TIMEOUT, Started, assert_lost, checkpointed, finish
-from tests.small_program import run_settings, sharing_compilations
+from tests.small_program import run_settings
 from tests.test_survival import losses, reached
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 
 STEPS = 16
 LONG = ["--steps", "3000", "--evaluate-every", "3000", "--checkpoint.every", "4"]
@@ -24,13 +24,6 @@ def settings(tmp_path_factory):
     """A run of 16 steps that saves every fourth. Text and cache are shared by all tests."""
     folder = tmp_path_factory.mktemp("several")
     return run_settings(folder, steps=STEPS, batch=4, save_every=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The runs of this file are few programs. Each process would compile them anew."""
-    with sharing_compilations(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 def evaluations(out: Path) -> list[float]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from moe_jax.train.metrics import read_lines
-from tests.small_program import run_settings, sharing_compilations
+from tests.small_program import run_settings
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "train.py"
 STEPS = 30
@@ -25,13 +27,6 @@ def settings(tmp_path_factory):
     """A run of 30 steps that saves every third; text and cache shared by all kills."""
     folder = tmp_path_factory.mktemp("survival")
     return run_settings(folder, steps=STEPS, batch=2, save_every=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The runs of this file are one program. Each process would compile it anew."""
-    with sharing_compilations(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 def start(settings: list[str], out: Path) -> subprocess.Popen[str]:

@@ -5,7 +5,6 @@ import pytest
 from moe_jax.predict.collectives import Fabric
 from moe_jax.predict.copies import copied_in_loops
 from moe_jax.predict.hardware import Link
-from moe_jax.predict.schedule import replica_group
 from moe_jax.predict.scheduled_hlo import Rates, timeline
 
 PROGRAM = """HloModule small, is_scheduled=true
@@ -67,15 +66,3 @@ def test_each_kind_of_transfer():
     assert line.of("all-reduce").seconds == pytest.approx(3 * 2048)
     assert line.of("all-reduce").covered == pytest.approx(0, abs=1e-9)
     assert line.stalled == pytest.approx(3 * (512 + 2048), abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("text", "group"),
-    [
-        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
-        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
-        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
-    ],
-)
-def test_groups_by_axes_of_a_mesh(text, group):
-    assert replica_group(text) == group

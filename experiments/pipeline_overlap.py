@@ -129,13 +129,8 @@ def compiled(config: TrainConfig) -> Any:
     devices = config.parallel.fixed
     engine = PipelinedEngine(config, absent_devices(find_card("h100"), devices))
     engine.check()
-    state = engine.abstract_state()
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(engine.mesh), exchanging(config.parallel.exchange), lowering_for(90):
-        step = jax.jit(
-            engine.make_step(next_token), donate_argnums=0, out_shardings=(layouts, None)
-        )
-        lowered = step.lower(state, engine.abstract_batch())
+        lowered = engine.lower(engine.abstract_batch(), next_token)
         return lowered.compile(compiler_options=dict(OPTIONS))
 
 

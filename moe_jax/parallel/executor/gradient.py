@@ -27,7 +27,8 @@ def make_gradient(
     A parameter may be split over other axes as well, and its gradient then is. All axes of the mesh
     are manual inside. Each device runs the stages on its own rows, and the losses that `layer` and
     `last` return are sums over the whole batch, which they take themselves (lax.psum). Their
-    collectives must be over axes other than `pipe`: its devices do different steps in a tick.
+    collectives must be over axes other than `pipe`: its devices do different steps in a tick. None
+    may be a ppermute: beside stages that do other steps it gives wrong numbers on CPUs.
     """
     placement = piece_numbers(schedule)
     axes = tuple(mesh.axis_names)

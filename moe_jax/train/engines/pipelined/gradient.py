@@ -21,7 +21,7 @@ from moe_jax.config import ModelConfig, TrainConfig
 from moe_jax.model import stages
 from moe_jax.model.abstract import abstract_model, graph_of, split_model
 from moe_jax.model.block import Block
-from moe_jax.model.parameters import role_of
+from moe_jax.model.parameters import kind_of
 from moe_jax.model.transformer import Transformer
 from moe_jax.objectives.base import (
     Batch,
@@ -92,9 +92,10 @@ def _experts_apart(parameters: Flat, *stacked: str) -> dict[Any, P]:
     kept = exchange_in_force().kind == "weights"
 
     def spec(path: Any, leaf: Any) -> P:
-        if kept or role_of(path) != "expert":
+        kind = kind_of(path)
+        if kept or kind.role != "expert":
             return P(*stacked)
-        leading = len(jax.tree.leaves(leaf)[0].shape) - 3  # before [E, inputs, outputs]
+        leading = len(jax.tree.leaves(leaf)[0].shape) - len(kind.axes.split())  # stacked layers
         return P(*stacked, *[None] * (leading - len(stacked)), EXPERT)
 
     return {path: spec(path, leaf) for path, leaf in parameters.items()}

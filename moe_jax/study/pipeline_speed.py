@@ -183,17 +183,23 @@ def parts_of(stages: Stages, arguments: Arguments, saveable: Any) -> dict[str, P
     p, constants = at((layers, own), (0, 0))
     piece = Piece(split(stages.layer, p, x, (constants, c), saveable))
     work = Work(Stack(layers, slot), Stack(own, slot), c)
-    forward = jax.jit(piece.forward)
-    to_input = jax.jit(piece.backward_input)
-    done = forward(work, x)
-    y = done.y
-    saved = Stack(_in_a_slot(done.saved), slot)
-    kept = Stack(_in_a_slot(to_input(work, saved, y)[1]), slot)
+    one = partial(jax.tree.map, lambda a: jnp.zeros((1, len(work.indices), *a.shape), a.dtype))
+    _, _, saved, kept = (one(shapes) for shapes in piece.shapes_of_layer(work, x))
 
-    # The sums of gradients are donated, as the executor's lie in the carry of its loop.
+    # Slots and sums are donated, as the executor's lie in the carry of its loop.
     @partial(jax.jit, donate_argnums=0)
-    def to_weight(sums: Any, work: Work, saved: Stack, kept: Stack) -> Any:
-        return piece.backward_weight(work, saved, kept, sums)
+    def forward(saved: Any, work: Work, x: Array) -> tuple[Any, Array]:
+        done = piece.forward(work, x, Stack(saved, slot))
+        return done.saved, done.y
+
+    @partial(jax.jit, donate_argnums=0)
+    def to_input(kept: Any, work: Work, saved: Any, dy: Array) -> tuple[Any, Array]:
+        dx, kept = piece.backward_input(work, Stack(saved, slot), dy, Stack(kept, slot))
+        return kept, dx
+
+    @partial(jax.jit, donate_argnums=0)
+    def to_weight(sums: Any, work: Work, saved: Any, kept: Any) -> tuple[Any]:
+        return (piece.backward_weight(work, Stack(saved, slot), Stack(kept, slot), sums),)
 
     @partial(jax.jit, donate_argnums=0)
     def last(sums: Any, shared: Any, y: Array, c: Any) -> tuple[Any, Array]:
@@ -201,24 +207,25 @@ def parts_of(stages: Stages, arguments: Arguments, saveable: Any) -> dict[str, P
         return add(sums, gradient), dy
 
     @partial(jax.jit, donate_argnums=0)
-    def pull_first(sums: Any, shared: Any, dx: Array, c: Any) -> Any:
-        return add(sums, jax.vjp(lambda shared: stages.first(shared, c), shared)[1](dx)[0])
+    def pull_first(sums: Any, shared: Any, dx: Array, c: Any) -> tuple[Any]:
+        (gradient,) = jax.vjp(lambda shared: stages.first(shared, c), shared)[1](dx)
+        return (add(sums, gradient),)
 
-    sums = {"layers": jax.tree.map(jnp.zeros_like, layers)}
-    sums |= {name: jax.tree.map(jnp.zeros_like, shared) for name in ("first", "last")}
+    held = {"saved": saved, "kept": kept, "layers": jax.tree.map(jnp.zeros_like, layers)}
+    held |= {name: jax.tree.map(jnp.zeros_like, shared) for name in ("first", "last")}
 
-    def add_to(name: str, function: Callable[..., Any], *operands: Any) -> Any:
-        result = function(sums[name], *operands)
-        sums[name] = result[0] if name == "last" else result
-        return sums[name]
+    def into(name: str, function: Callable[..., tuple[Any, ...]], *operands: Any) -> Any:
+        held[name], *rest = function(held[name], *operands)
+        return held[name], rest
 
+    _, (y,) = into("saved", forward, work, x)
     return {
         "first": lambda: first(shared, c),
-        "forward": lambda: forward(work, x),
-        "backward_input": lambda: to_input(work, saved, y),
-        "backward_weight": lambda: add_to("layers", to_weight, work, saved, kept),
-        "last": lambda: add_to("last", last, shared, y, c),
-        "pull_first": lambda: add_to("first", pull_first, shared, x, c),
+        "forward": lambda: into("saved", forward, work, x),
+        "backward_input": lambda: into("kept", to_input, work, held["saved"], y),
+        "backward_weight": lambda: into("layers", to_weight, work, held["saved"], held["kept"]),
+        "last": lambda: into("last", last, shared, y, c),
+        "pull_first": lambda: into("first", pull_first, shared, x, c),
     }
 
 

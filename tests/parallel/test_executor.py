@@ -122,9 +122,8 @@ def test_an_overlapped_forward_and_backward_read_nothing_from_each_other():
     saved = jax.tree.map(lambda a: jnp.zeros((2, len(work.indices), *a.shape), a.dtype), saved)
 
     def step(x, dy, sums):
-        forward, dx, sums = piece.overlapped(
-            work, x, jnp.int32(1), work, Stack(saved, jnp.int32(0)), dy, sums
-        )
+        backward = (work, Stack(saved, jnp.int32(0)), dy)
+        forward, dx, sums = piece.overlapped((work, x, jnp.int32(1)), backward, sums)
         return forward, (dx, sums)
 
     (loop,) = (

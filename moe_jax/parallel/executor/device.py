@@ -164,7 +164,7 @@ class DeviceProgram:
         buffers, other, saved, dy = self._of_backward(buffers, row.backward)
         sums = buffers.result.layers
         forward, dx, sums = self.piece.overlapped(
-            work, x, row.forward.saved, other, saved, dy, sums
+            (work, x, row.forward.saved), (other, saved, dy), sums
         )
         buffers = buffers._replace(result=buffers.result._replace(layers=sums))
         buffers, y = self._store_forward(buffers, row.forward, forward)

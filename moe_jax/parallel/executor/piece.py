@@ -98,16 +98,23 @@ class Piece:
         return lax.scan(step, sums, work.indices)[0]
 
     def overlapped(
-        self, work: Work, x: Array, into: Array, other: Work, saved: Stack, dy: Array, sums: Tree
+        self,
+        forward: tuple[Work, Array, Array],
+        backward: tuple[Work, Stack, Array],
+        sums: Tree,
     ) -> tuple[Forward, Array, Tree]:
-        """The forward of `work`, and the whole backward of `other`: (Forward, dx, sums).
+        """A forward and the whole backward of another micro-batch: (Forward, dx, sums).
 
-        The forward writes into the slot `into` of the arrays in which the backward reads `saved`.
+        `forward` is (work, x, slot) and `backward` is (work, saved, dy). The forward writes into
+        its slot of the arrays in which the backward reads `saved`.
 
         A turn of the loop has a layer of the forward, from the first on, and one of the backward,
         from the last on. Neither reads from the other. So XLA's scheduler may put the transfers of
         one under the products of the other, which it never does across loops.
         """
+
+        work, x, into = forward
+        other, saved, dy = backward
 
         def step(carry: tuple[Array, Array, Tree, Tree], index: Array) -> tuple[Any, Any]:
             x, dy, sums, slots = carry
@@ -115,9 +122,10 @@ class Piece:
             last = work.indices[-1] - index
             p, c = other.layer(last)
             old = Stack(slots, saved.slot).layer(last)
-            forward, backward = self.layer.overlapped((p_of_x, x, c_of_x), (p, c, old, dy))
-            (y, loss, others), new = forward
-            dx, kept = backward
+            (of_forward, new), (dx, kept) = self.layer.overlapped(
+                (p_of_x, x, c_of_x), (p, c, old, dy)
+            )
+            y, loss, others = of_forward
             dp = self.layer.backward_weight(p, c, old, kept)
             sums = add_at(sums, (other.p.slot, last), dp)
             # Written when the backward has read. Otherwise XLA copies all slots.

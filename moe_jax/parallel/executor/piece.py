@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moe_jax.parallel.executor.interface import Tree
-from moe_jax.parallel.executor.slots import Stack, add_at, known_after, put
+from moe_jax.parallel.executor.slots import Stack, add_at, put, put_after
 from moe_jax.parallel.gradient_split import Split
 
 
@@ -129,7 +129,7 @@ class Piece:
             dp = self.layer.backward_weight(p, c, old, kept)
             sums = add_at(sums, (other.p.slot, last), dp)
             # Written when the backward has read. Otherwise XLA copies all slots.
-            slots = put(slots, (known_after(into, (dx, dp)), index), new)
+            slots = put_after((dx, dp), slots, (into, index), new)
             return (y, dx, sums, slots), (loss, others)
 
         carry = (x, dy, sums, saved.arrays)

@@ -21,6 +21,11 @@ MOONLIGHT = "deepseek_v2_lite --model.vocabulary 163840 --model.dense-hidden 112
 LLAMA_8B = (
     "mixtral_8x7b --model.dense-layers 32 --model.dense-hidden 14336 --model.vocabulary 128256"
 )
+QWEN_30B = (
+    "qwen3_30b_a3b --hardware h100 --devices 16 --parallel.expert 16 --batch 1024 "
+    "--optim.accumulation 64 --model.remat none --model.gradient-dtype compute "
+    "--parallel.exchange.buffer 1"
+)
 MASTER = "their parameters are bfloat16 with a float32 copy that is split over devices"
 
 
@@ -50,9 +55,7 @@ class Row:
 ROWS: tuple[Row, ...] = (
     Row(
         "qwen3_30b_16_h100_copies",
-        "qwen3_30b_a3b --hardware h100 --devices 16 --parallel.expert 16 --batch 1024 "
-        "--optim.accumulation 64 --model.remat none --parallel.exchange.kind copies "
-        "--parallel.exchange.node 8",
+        f"{QWEN_30B} --parallel.exchange.kind copies --parallel.exchange.node 8",
         f"{BRIDGE} skills/expert-parallel-overlap: HybridEP, no overlap",
         MASTER,
         seconds=24.714,
@@ -60,16 +63,14 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "qwen3_30b_16_h100_all_to_all",
-        "qwen3_30b_a3b --hardware h100 --devices 16 --parallel.expert 16 --batch 1024 "
-        "--optim.accumulation 64 --model.remat none",
+        QWEN_30B,
         f"{BRIDGE} skills/expert-parallel-overlap: all-to-all, no overlap, fine-tuning",
         f"{MASTER}; the sequence length is not published (4096 here)",
         seconds=41.25,
     ),
     Row(
         "qwen3_30b_16_h100_all_to_all_chunked",
-        "qwen3_30b_a3b --hardware h100 --devices 16 --parallel.expert 16 --batch 1024 "
-        "--optim.accumulation 64 --model.remat none --parallel.exchange.chunks 4",
+        f"{QWEN_30B} --parallel.exchange.chunks 4",
         f"{BRIDGE} skills/expert-parallel-overlap: all-to-all, overlapped, fine-tuning",
         f"{MASTER}; they overlap two micro-batches, and here parts of the experts overlap",
         seconds=31.31,
@@ -77,7 +78,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "qwen3_30b_8_h100",
         "qwen3_30b_a3b --hardware h100 --devices 8 --parallel.expert 8 --batch 512 "
-        "--optim.accumulation 16",
+        "--optim.accumulation 16 --parallel.exchange.buffer 1",
         "NVIDIA-NeMo/Automodel docs/performance-summary.md",
         "whole blocks are recomputed here; what they recompute is not published",
         seconds=21.773,
@@ -85,8 +86,9 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "qwen3_235b_256_h100",
-        f"{QWEN_235B} --hardware h100 --devices 256 --parallel.tensor 2 --parallel.expert 8 "
-        "--parallel.fsdp 16 --batch 2048 --optim.accumulation 4",
+        f"{QWEN_235B} --hardware h100 --devices 256 --parallel.expert 8 --parallel.fsdp 32 "
+        "--batch 2048 --optim.accumulation 4 --model.gradient-dtype compute "
+        "--parallel.exchange.buffer 1",
         "ModelZoo best_practice/qwen3: FSDP, TP2, EP8, full recomputation",
         "none that is known",
         seconds=17.6,
@@ -104,7 +106,7 @@ ROWS: tuple[Row, ...] = (
         "deepseek_v3_4_layers_8_b200",
         "deepseek_v3 --hardware b200 --devices 8 --parallel.expert 8 --batch 64 "
         "--optim.accumulation 8 --model.layers 4 --model.dense-layers 1 --model.mtp-depth 0 "
-        "--model.remat none",
+        "--model.remat none --parallel.exchange.buffer 1",
         "MooreThreads/SimuMax docs/b200: V3, 4 layers, EP8, 8 micro-batches",
         f"{MASTER}; they drop tokens at a capacity of 1",
         seconds=1.1017,
@@ -114,7 +116,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "deepseek_v2_4_layers_8_b200",
         f"{DEEPSEEK_V2} --hardware b200 --devices 8 --parallel.expert 8 --batch 64 "
-        "--optim.accumulation 8 --model.layers 4 --model.remat none",
+        "--optim.accumulation 8 --model.layers 4 --model.remat none --parallel.exchange.buffer 1",
         "MooreThreads/SimuMax docs/b200: V2, 4 layers, EP8, 8 micro-batches",
         f"{MASTER}; they drop tokens at a capacity of 1",
         seconds=0.6762,
@@ -123,7 +125,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "moonlight_8_h100",
         f"{MOONLIGHT} --hardware h100 --devices 8 --parallel.tensor 2 --parallel.expert 4 "
-        "--batch 4 --model.remat none",
+        "--batch 4 --model.remat none --model.gradient-dtype compute --parallel.exchange.buffer 1",
         f"{BRIDGE} skills/activation-recompute: TP2, EP8, no recomputation",
         f"{MASTER}; their experts are on 8 devices, and here on 4 with half the hidden units each",
         seconds=0.4572,
@@ -131,7 +133,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "llama_8b_8_h100",
-        f"{LLAMA_8B} --hardware h100 --devices 8 --parallel.fsdp 8 --batch 16 --data.length 8192 "
+        f"{LLAMA_8B} --hardware h100_96 --devices 8 --parallel.fsdp 8 --batch 16 --data.length 8192 "
         "--model.remat dots",
         "pytorch/torchtitan benchmarks/llama3_h100_202412: FSDP8, compiled, H100 of 96 GB",
         "they keep every second product where all are kept here",

@@ -1,11 +1,18 @@
 """Published measurements of training steps, and the nearest program that this project has.
 
 A row is a step of a model on GPUs that somebody measured. `options` are those of
-experiments/predict.py. `differences` says what their program does otherwise.
+experiments/predict.py. `differences` says what their program does otherwise. Steps of layouts that
+no program of ours has are in published_pipelines.py.
 """
 
 import shlex
 from dataclasses import dataclass
+
+from flax import nnx
+
+from moe_jax.config import ModelConfig
+from moe_jax.model.abstract import abstract_states
+from moe_jax.model.parameters import role_of
 
 BRIDGE = "NVIDIA-NeMo/Megatron-Bridge"
 GIB = 2**30
@@ -30,6 +37,34 @@ MASTER = "their parameters are bfloat16 with a float32 copy that is split over d
 
 
 @dataclass(frozen=True)
+class State:
+    """How a published program keeps a model with its gradients and its optimizer."""
+
+    data: int
+    """Devices over which the master copy and the moments of all but the experts are split."""
+    expert: int = 1
+    """Devices over which the experts are split, with all that belongs to them."""
+    tensor: int = 1
+    """Devices over which other matrices are split, with all that belongs to them."""
+    weights: int = 2
+    """Bytes of a weight, whole on a device but for `expert` and `tensor`."""
+    gradients: int = 4
+    """Bytes of a gradient, likewise."""
+    split: int = 12
+    """Bytes of a master copy and two moments."""
+
+    def bytes(self, model: ModelConfig) -> int:
+        """Of a device."""
+        sizes = {"expert": 0, "other": 0}
+        for path, leaf in nnx.to_flat_state(abstract_states(model)[0]):
+            sizes["expert" if role_of(path) == "expert" else "other"] += leaf.size
+        experts = sizes["expert"] // self.expert
+        others = sizes["other"] // self.tensor
+        whole = (self.weights + self.gradients) * (experts + others)
+        return whole + self.split * (experts + others // self.data)
+
+
+@dataclass(frozen=True)
 class Row:
     """A measured step."""
 
@@ -43,6 +78,10 @@ class Row:
     """None: not published."""
     memory: float | None = None
     """Bytes on a device. None: not published."""
+    state: State | None = None
+    """None: not known, or the same as ours."""
+    activations: int = 0
+    """Bytes that their program keeps more than ours, by formula. `differences` says which."""
     calibrates: bool = False
     """Whether TERMS were chosen with it. It is then no test."""
 
@@ -60,6 +99,7 @@ ROWS: tuple[Row, ...] = (
         MASTER,
         seconds=24.714,
         memory=62.17 * GIB,
+        state=State(data=16, expert=16, gradients=2),
     ),
     Row(
         "qwen3_30b_16_h100_all_to_all",
@@ -94,15 +134,6 @@ ROWS: tuple[Row, ...] = (
         seconds=17.6,
     ),
     Row(
-        "deepseek_v3_2048_h800",
-        "deepseek_v3 --hardware h800 --devices 2048 --parallel.expert 64 --parallel.fsdp 32 "
-        "--batch 16384 --optim.accumulation 8 --model.moe.precision fp8 "
-        "--parallel.exchange.kind copies --parallel.exchange.node 8 --parallel.exchange.fp8",
-        "arXiv:2412.19437: 180K GPU hours a trillion tokens",
-        "they have 16 stages of a pipeline (DualPipe), 15,360 sequences and FP8 in all products",
-        seconds=16384 * 4096 * 180e3 * 3600 / 1e12 / 2048,
-    ),
-    Row(
         "deepseek_v3_4_layers_8_b200",
         "deepseek_v3 --hardware b200 --devices 8 --parallel.expert 8 --batch 64 "
         "--optim.accumulation 8 --model.layers 4 --model.dense-layers 1 --model.mtp-depth 0 "
@@ -111,6 +142,7 @@ ROWS: tuple[Row, ...] = (
         f"{MASTER}; they drop tokens at a capacity of 1",
         seconds=1.1017,
         memory=104.30 * GIB,
+        state=State(data=8, expert=8),
         calibrates=True,
     ),
     Row(
@@ -121,6 +153,7 @@ ROWS: tuple[Row, ...] = (
         f"{MASTER}; they drop tokens at a capacity of 1",
         seconds=0.6762,
         memory=45.63 * GIB,
+        state=State(data=8, expert=8),
     ),
     Row(
         "moonlight_8_h100",
@@ -130,14 +163,19 @@ ROWS: tuple[Row, ...] = (
         f"{MASTER}; their experts are on 8 devices, and here on 4 with half the hidden units each",
         seconds=0.4572,
         memory=36.6e9,
+        state=State(data=4, expert=8, tensor=2, gradients=2),
     ),
     Row(
         "llama_8b_8_h100",
-        f"{LLAMA_8B} --hardware h100_96 --devices 8 --parallel.fsdp 8 --batch 16 --data.length 8192 "
-        "--model.remat dots",
+        f"{LLAMA_8B} --hardware h100_96 --devices 8 --parallel.fsdp 8 --batch 16 "
+        "--data.length 8192 --model.remat dots",
         "pytorch/torchtitan benchmarks/llama3_h100_202412: FSDP8, compiled, H100 of 96 GB",
-        "they keep every second product where all are kept here",
+        "they keep every second product and attention's result, and all products are kept here; "
+        "their memory is what PyTorch reserves",
         seconds=16 * 8192 / 6667 / 8,
         memory=77.0 * GIB,
+        # Of 16,384 tokens in 32 layers: keys, the output of attention and half of SwiGLU's inputs
+        # less, attention's result more.
+        activations=2 * 16384 * 32 * (4096 - 1024 - 4096 - 14336),
     ),
 )

@@ -96,6 +96,23 @@ def temporary_kinds(compiled: Compiled) -> dict[str, int]:
     return kinds
 
 
+def kept_arrays(compiled: Compiled, layers: int) -> list[tuple[str, tuple[int, ...]]]:
+    """(type, sizes) of what the scan over so many layers keeps for the backward pass.
+
+    They are stacked by layer. A parameter is none of them, but a copy of one is.
+    """
+    shared = fullest(heap_places(compiled.buffers), live_ranges(compiled.live))
+    names = [name for place in shared.values() for name in place]
+    program = parse(compiled.text)
+    makers = {i.name: i for body in program.computations.values() for i in body}
+    found = []
+    for name in names:
+        i = makers.get(_instruction_name(name))
+        if i is not None and i.opcode == "while" and _is_forward(i):
+            found += [array for array in _array_of(i, name) if array[1][:1] == (layers,)]
+    return found
+
+
 def fullest(
     places: Mapping[str, Place], ranges: Mapping[str, tuple[int, int]]
 ) -> dict[Place, list[str]]:
@@ -163,8 +180,8 @@ class _Classes:
     ) -> None:
         # In any order of axes, because XLA transposes.
         self.shapes = {tuple(sorted(shape)) for shape in shapes}
-        # Stacked layers in another layout, as the tensor axis wants it, have as many numbers.
-        self.stacked = {(shape[0], math.prod(shape)) for shape in shapes if len(shape) > 2}
+        # Experts in another layout, as the tensor axis wants it, have as many numbers.
+        self.experts = {(*shape[:2], math.prod(shape)) for shape in shapes if len(shape) == 4}
         self.instructions: dict[str, Instruction] = {}
         self.homes: dict[str, str] = {}
         for name, body in program.computations.items():
@@ -203,16 +220,18 @@ class _Classes:
 
     def _is_cast(self, name: str) -> bool:
         i = self.instructions.get(_instruction_name(name))
-        if i is None:
-            return False
-        return any(
-            dtype in ("bf16", "f16")
-            and len(sizes) > 2
-            and (
-                tuple(sorted(sizes)) in self.shapes or (sizes[0], math.prod(sizes)) in self.stacked
-            )
-            for dtype, sizes in _array_of(i, name)
-        )
+        arrays = [] if i is None else _array_of(i, name)
+        for dtype, sizes in arrays:
+            if dtype not in ("bf16", "f16") or len(sizes) < 2:
+                continue
+            assert i is not None
+            # A kept activation may have the sizes of a matrix. So its maker counts as well.
+            converted = i.scope.endswith("convert_element_type")
+            if converted and tuple(sorted(sizes)) in self.shapes:
+                return True
+            if sizes[1] > 1 and (*sizes[:2], math.prod(sizes)) in self.experts:
+                return True
+        return False
 
     def _outlives(self, i: Instruction) -> bool:
         if self.nested and self.homes[i.name] != self.innermost:

@@ -50,5 +50,5 @@ def test_fp8_and_sending_change_the_products_alone():
 def test_the_device_with_the_head_is_the_slowest():
     """Of three blocks of a device, one gives way to a head that takes longer than it."""
     deep = replace(GOOD, pipe=32, pieces=3, expert=8, sequences=4 * 32)
-    small = replace(deep, model=f"{deep.model} --data.tokenizer bpe:1024")
+    small = replace(deep, model=f"{deep.model} --model.vocabulary 1024 --data.tokenizer bpe:1024")
     assert row_seconds(deep, VALUES) > 1.1 * row_seconds(small, VALUES)

@@ -1,4 +1,4 @@
-"""Bytes of small programs by formula, compiled for eight absent H100. All arrays have even parts."""
+"""Bytes of small programs for absent H100 by formula. All matrices divide over eight devices."""
 
 import math
 from functools import cache
@@ -116,9 +116,9 @@ def test_full_recomputation_keeps_the_residual_stream():
 
 
 def test_what_a_dense_block_keeps():
-    """In bfloat16: 4 D (the stream before both norms, and what they give), 3 H (queries, attention's
-    result, and the same as the next product reads it), 2 KV, and 6 F of SwiGLU. In float32: the
-    sums of attention's softmax, a number for each head.
+    """Numbers of a token. In bfloat16: 4 D (the stream before both norms, and what they give), 3 H
+    (queries, attention's result, and the same as the next product reads it), 2 KV, and 6 F of
+    SwiGLU. In float32: the sums of attention's softmax, a number for each head.
     """
     _, program = compiled("data", *options(True, "adamw", "--model.remat", "none"))
     heads = 4

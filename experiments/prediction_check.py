@@ -9,8 +9,8 @@ formula. Programs are cached, so a run that was stopped goes on with the rows th
 
 import os
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -71,6 +71,8 @@ class Check:
     """Bytes on a device."""
     with_their_state: int | None = None
     """`memory` with their parameters, gradients and optimizer in place of ours."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Predicted seconds of products, of all other kernels, and of waiting for transfers."""
 
     @property
     def published_memory(self) -> float | None:
@@ -108,7 +110,9 @@ def check_of(row: Row | PipelineRow) -> Check:
         theirs += row.state.bytes(found.config.model) - found.memory.state
     prediction = found.prediction
     interval = Interval(prediction.seconds, prediction.low, prediction.high)
-    return Check(row, interval, ours, theirs)
+    line = prediction.line
+    parts = {name: getattr(line, name) for name in ("products", "rest", "stalled")}
+    return Check(row, interval, ours, theirs, parts)
 
 
 def measurements(checks: Sequence[Check]) -> list[Measurement]:
@@ -125,6 +129,7 @@ def measurements(checks: Sequence[Check]) -> list[Measurement]:
             rows.append(Measurement(f"{name}.time_error", check.time_error, f"relative, {use}"))
             rows.append(Measurement(f"{name}.seconds", predicted.seconds, unit, interval=ends))
             rows.append(Measurement(f"{name}.published_seconds", check.row.seconds, "s"))
+            rows += [Measurement(f"{name}.{part}", s, unit) for part, s in check.parts.items()]
         if check.memory_error is not None:
             unit = "bytes, compiled, with stated terms"
             stated = f"{unit}, their state and activations by formula"

@@ -170,13 +170,14 @@ def _copies(
 def _to_experts(last: Hop, shape: tuple[int, int]) -> tuple[Hop, ...]:
     """From the copies that arrived to a row for each of their experts, on the device itself.
 
-    Without it the experts' buffers would have room for all experts of every copy. Empty where they
-    need that room.
+    Without it the experts' buffers would have room for all experts of every copy. Empty where a
+    copy is for one expert.
     """
     tokens, per_token = shape
+    if min(per_token, last.own) == 1:
+        return ()
     own = Level(last.level.axis, last.level.devices, 1, inside=True)
     exchange = replace(last.exchange, kind="all_to_all", node=0, fp8=False)
     rows = last.level.size * last.size
     most = rows * min(per_token, last.own)
-    hop = Hop(own, exchange, last.own, rows, min(tokens * per_token, most), most)
-    return (hop,) if hop.rounds > 1 else ()
+    return (Hop(own, exchange, last.own, rows, min(tokens * per_token, most), most),)

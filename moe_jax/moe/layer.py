@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from moe_jax.base.recompute import recomputed
 from moe_jax.config import MoEConfig
 from moe_jax.moe import balance
 from moe_jax.moe.implementation import mixture_of, uses_kernels
@@ -131,23 +131,12 @@ def mix(
     return mixture_of(config)(tokens, weights, gate_up, down, plan).reshape(x.shape)
 
 
-# JAX's own derivative keeps the tokens in float32 for the backward pass.
-@jax.custom_vjp
+@recomputed  # otherwise the tokens would be kept in float32
 def project(tokens: Float[Array, "T D"], matrix: Float[Array, "D E"]) -> Float[Array, "T E"]:
     """Router outputs, in float32 whatever the dtypes of the operands (arXiv:2101.03961, §2.4)."""
-    return _projected(tokens, matrix)
-
-
-def _projected(tokens: Array, matrix: Array) -> Array:
     tokens = tokens.astype(jnp.float32)
     # HIGHEST: a GPU's default (TF32) rounds logits enough to change who is chosen.
     return jnp.matmul(tokens, matrix.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-
-
-project.defvjp(
-    lambda tokens, matrix: (_projected(tokens, matrix), (tokens, matrix)),
-    lambda saved, d_logits: jax.vjp(_projected, *saved)[1](d_logits),
-)
 
 
 def router_stats(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.model.feed_forward import FeedForward
 from moe_jax.model.linear import product
 from moe_jax.model.norm import rms_norm
 from moe_jax.model.stages import REMAT_POLICIES
@@ -51,6 +52,18 @@ def test_the_arguments_alone_are_kept_and_gradients_are_the_formulas(function, p
             np.testing.assert_allclose(
                 np.asarray(one, float), np.asarray(other, float), rtol=tolerance, atol=tolerance
             )
+
+
+def test_a_feed_forward_keeps_its_input_and_the_input_of_each_product():
+    layer = FeedForward(
+        4, 6, std=1.0, out_std=1.0, dtype=jnp.dtype("float32"), key=jax.random.key(0)
+    )
+    found = kept(layer, jnp.ones((2, 8, 4), jnp.bfloat16))
+    assert {shape for shape, dtype in found if dtype == "bfloat16"} == {
+        (2, 8, 4),
+        (2, 8, 12),
+        (2, 8, 6),
+    }
 
 
 def test_dots_keeps_products_and_full_keeps_none():

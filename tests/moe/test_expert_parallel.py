@@ -135,7 +135,7 @@ def test_equals_one_device_with_the_fast_mixture(way, float64):
 
 
 def test_copies_are_bounded_at_the_experts():
-    """64 tokens with 4 of 32 experts, on 4 devices: 256 rows are expected, and more are possible."""
+    """64 tokens with 4 of 32 experts, on 4 devices. 256 rows are expected for each."""
     last = hops(ExchangeConfig("copies"), "expert", 4, (64, 4), own=8)[-1]
     assert last.level.size == 1
     assert last.size == 8 * 40  # 1.25 times 256

@@ -122,12 +122,12 @@ def test_full_recomputation_keeps_the_residual_stream():
 
 def test_what_a_dense_block_keeps():
     """Numbers of a token. In bfloat16: 4 D (the stream before both norms, and what they give), 3 H
-    (queries, attention's result, and the same as the next product reads it), 2 KV, and 6 F of
+    (queries, attention's result, and the same as the next product reads it), 2 KV, and 3 F of
     SwiGLU. In float32: the sums of attention's softmax, a number for each head.
     """
     _, program = compiled("data", *options(True, "adamw", "--model.remat", "none"))
     heads = 4
-    token = 2 * (4 * D + 3 * H + 2 * KV + 6 * F) + 4 * heads
+    token = 2 * (4 * D + 3 * H + 2 * KV + 3 * F) + 4 * heads
     assert kept(program) == LAYERS * BATCH // 8 * L * token
 
 

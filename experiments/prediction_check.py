@@ -231,7 +231,8 @@ def main(argv: list[str]) -> None:
                 "-" if error is None else f"{error:+.1%}"
                 for error in (check.time_error, check.memory_error, check.stated_error)
             ]
-            print(f"{row.name:40s} time {errors[0]:>8s} memory {errors[1]:>8s} {errors[2]:>8s}")
+            line = f"{row.name:40s} time {errors[0]:>8s} memory {errors[1]:>8s} {errors[2]:>8s}"
+            print(line, flush=True)
     rows = measurements(checks)
     publish(
         out,

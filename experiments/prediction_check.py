@@ -3,7 +3,7 @@
     python experiments/prediction_check.py [--rows NAME …] [--out DIR]
 
 Every row of moe_jax/predict/published.py is compiled and predicted as experiments/predict.py does.
-Those of published_pipelines.py beside it have layouts of no program here, and are priced by
+Those of moe_jax/predict/published_pipelines.py have layouts of no program here, and are priced by
 formula. Programs are cached, so a run that was stopped goes on with the rows that are missing.
 """
 

@@ -142,13 +142,13 @@ class PipelineRow:
         return PublishedBlock(
             block_of(self.config, LENGTH),
             Cluster(_priced(find_card(self.hardware), terms), self.devices),
-            LENGTH // self.tensor,
-            self.expert,
-            self.recompute,
-            Exchange(True, self.nodes, self.fp8, chunks=1),
-            self.tensor,
-            self.fp8,
-            terms,
+            tokens=LENGTH // self.tensor,
+            expert_axis=self.expert,
+            recompute=self.recompute,
+            route=Exchange(True, self.nodes, self.fp8, chunks=1),
+            tensor=self.tensor,
+            fp8=self.fp8,
+            terms=terms,
         )
 
 

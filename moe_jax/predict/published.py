@@ -2,7 +2,7 @@
 
 A row is a step of a model on GPUs that somebody measured. `options` are those of
 experiments/predict.py. `differences` says what their program does otherwise. Steps of layouts that
-no program of ours has are in published_pipelines.py.
+no program of ours has are in moe_jax/predict/published_pipelines.py.
 """
 
 import shlex

@@ -3,13 +3,15 @@
     python experiments/prediction_check.py [--rows NAME …] [--out DIR]
 
 Every row of moe_jax/predict/published.py is compiled and predicted as experiments/predict.py does.
-Programs are cached, so a run that was stopped goes on with the rows that are missing.
+Those of moe_jax/predict/published_pipelines.py have layouts of no program here, and are priced by
+formula. Programs are cached, so a run that was stopped goes on with the rows that are missing.
 """
 
 import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,8 +24,10 @@ from moe_jax.base.errors import near_name
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.config import require
-from moe_jax.predict.answer import Answer, answer, read_command
+from moe_jax.predict.answer import answer, read_command
+from moe_jax.predict.pipelines import PipelineRow, estimate
 from moe_jax.predict.published import ROWS, Row
+from moe_jax.predict.published_pipelines import PIPELINES
 from moe_jax.study.results import publish
 
 QUESTION = "How far off are the predictions for published steps on GPUs?"
@@ -41,7 +45,7 @@ class Settings:
     """The row of the smallest program alone."""
 
     def __post_init__(self) -> None:
-        known = [row.name for row in ROWS]
+        known = [row.name for row in (*ROWS, *PIPELINES)]
         for name in self.rows:
             require(
                 name in known,
@@ -49,66 +53,133 @@ class Settings:
             )
 
 
+class Interval(NamedTuple):
+    """Predicted seconds."""
+
+    seconds: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Check:
-    """A row and its prediction."""
+    """A published step and its prediction. None: not published."""
 
-    row: Row
-    found: Answer
+    row: Row | PipelineRow
+    predicted: Interval
+    memory: int | None = None
+    """Bytes on a device."""
+    with_their_state: int | None = None
+    """`memory` with their parameters, gradients and optimizer in place of ours."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Predicted seconds of products, of all other kernels, and of waiting for transfers."""
+
+    @property
+    def published_memory(self) -> float | None:
+        """Bytes on a device."""
+        return self.row.memory if isinstance(self.row, Row) else None
 
     @property
     def time_error(self) -> float | None:
         """Predicted over published seconds, less 1."""
-        if self.row.seconds is None:
-            return None
-        return self.found.prediction.seconds / self.row.seconds - 1
+        return _error(self.predicted.seconds, self.row.seconds)
 
     @property
     def memory_error(self) -> float | None:
         """Predicted over published bytes, less 1."""
-        return None if self.row.memory is None else self.found.memory.total / self.row.memory - 1
+        return _error(self.memory, self.published_memory)
+
+    @property
+    def stated_error(self) -> float | None:
+        """memory_error with their state."""
+        return _error(self.with_their_state, self.published_memory)
+
+
+def _error(predicted: float | None, published: float | None) -> float | None:
+    return None if predicted is None or published is None else predicted / published - 1
+
+
+def check_of(row: Row | PipelineRow) -> Check:
+    """Compiles a program, or takes the formula where no program of ours has the layout."""
+    if isinstance(row, PipelineRow):
+        return Check(row, Interval(*estimate(row)))
+    found = answer(*read_command(row.argv))
+    ours = found.memory.total
+    theirs = ours + row.activations
+    if row.state is not None:
+        theirs += row.state.bytes(found.config.model) - found.memory.state
+    prediction = found.prediction
+    interval = Interval(prediction.seconds, prediction.low, prediction.high)
+    line = prediction.line
+    parts = {name: getattr(line, name) for name in ("products", "rest", "stalled")}
+    return Check(row, interval, ours, theirs, parts)
 
 
 def measurements(checks: Sequence[Check]) -> list[Measurement]:
-    """Two errors a row, what they are of, and summary's numbers."""
+    """Errors of a row, what they are of, and summary's numbers."""
     rows = []
     for check in checks:
         name = check.row.name
-        prediction = check.found.prediction
-        use = "calibrates" if check.row.calibrates else "tests"
-        if check.time_error is not None:
-            rows.append(Measurement(f"{name}.time_error", check.time_error, f"relative, {use}"))
-            ends = [prediction.low, prediction.high]
+        way = "by formula" if isinstance(check.row, PipelineRow) else "compiled"
+        use = f"{'calibrates' if check.row.calibrates else 'tests'}, {way}"
+        if check.row.seconds is not None:
+            predicted = check.predicted
+            ends = [predicted.low, predicted.high]
             unit = "s, PREDICTED"
-            rows.append(Measurement(f"{name}.seconds", prediction.seconds, unit, interval=ends))
+            rows.append(Measurement(f"{name}.time_error", check.time_error, f"relative, {use}"))
+            rows.append(Measurement(f"{name}.seconds", predicted.seconds, unit, interval=ends))
             rows.append(Measurement(f"{name}.published_seconds", check.row.seconds, "s"))
+            rows += [Measurement(f"{name}.{part}", s, unit) for part, s in check.parts.items()]
         if check.memory_error is not None:
+            unit = "bytes, compiled, with stated terms"
+            stated = f"{unit}, their state and activations by formula"
             rows.append(Measurement(f"{name}.memory_error", check.memory_error, "relative"))
-            memory = check.found.memory.total
-            rows.append(Measurement(f"{name}.bytes", memory, "bytes, compiled, with stated terms"))
-            rows.append(Measurement(f"{name}.published_bytes", check.row.memory, "bytes"))
+            rows.append(
+                Measurement(f"{name}.stated_memory_error", check.stated_error, "relative, stated")
+            )
+            rows.append(Measurement(f"{name}.bytes", check.memory, unit))
+            rows.append(Measurement(f"{name}.stated_bytes", check.with_their_state, stated))
+            rows.append(Measurement(f"{name}.published_bytes", check.published_memory, "bytes"))
     return rows + summary(checks)
 
 
 def summary(checks: Sequence[Check]) -> list[Measurement]:
     """Medians and the worst."""
-    tests = [check for check in checks if not check.row.calibrates]
-    times = [abs(check.time_error) for check in tests if check.time_error is not None]
-    sizes = [abs(check.memory_error) for check in checks if check.memory_error is not None]
+    tests = [check for check in checks if not check.row.calibrates and check.row.seconds]
+    compiled = [check for check in tests if isinstance(check.row, Row)]
+    formula = [check for check in tests if isinstance(check.row, PipelineRow)]
     within = [
-        check.found.prediction.low <= check.row.seconds <= check.found.prediction.high
+        check.predicted.low <= check.row.seconds <= check.predicted.high
         for check in tests
         if check.row.seconds is not None
     ]
     unit = "relative, of rows that calibrate nothing"
+    inside = sum(within) / len(within) if within else None
+    memory = _sizes(check.memory_error for check in checks)
+    stated = _sizes(check.stated_error for check in checks)
+    times = _sizes(check.time_error for check in tests)
     return [
-        Measurement("median_time_error", statistics.median(times) if times else None, unit),
+        Measurement("median_time_error", _median(times), unit),
         Measurement("worst_time_error", max(times, default=None), unit),
-        Measurement("inside_interval", sum(within) / len(within) if within else None, "of rows"),
         Measurement(
-            "median_memory_error", statistics.median(sizes) if sizes else None, "relative, all rows"
+            "median_time_error_compiled", _median(_sizes(c.time_error for c in compiled)), unit
         ),
+        Measurement(
+            "median_time_error_formula", _median(_sizes(c.time_error for c in formula)), unit
+        ),
+        Measurement("inside_interval", inside, "of rows"),
+        Measurement("median_memory_error", _median(memory), "relative, all rows"),
+        Measurement("worst_memory_error", max(memory, default=None), "relative, all rows"),
+        Measurement("median_stated_memory_error", _median(stated), "relative, all rows, stated"),
     ]
+
+
+def _sizes(errors: Iterable[float | None]) -> list[float]:
+    return [abs(error) for error in errors if error is not None]
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def draw(checks: Sequence[Check]) -> Figure:
@@ -119,9 +190,9 @@ def draw(checks: Sequence[Check]) -> Figure:
     for place, check in enumerate(timed):
         published = check.row.seconds
         assert published is not None
-        prediction = check.found.prediction
-        ratio = prediction.seconds / published
-        ends = [[ratio - prediction.low / published], [prediction.high / published - ratio]]
+        predicted = check.predicted
+        ratio = predicted.seconds / published
+        ends = [[ratio - predicted.low / published], [predicted.high / published - ratio]]
         color = "0.6" if check.row.calibrates else "C0"
         axes.errorbar(ratio, place, xerr=ends, fmt="o", color=color, capsize=3)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -141,7 +212,8 @@ def verdict(values: dict[str, float | int | None], checks: Sequence[Check]) -> s
         f"PREDICTED for {len(checks)} published steps. Time: median error "
         f"{share('median_time_error')}, worst {share('worst_time_error')}, "
         f"{share('inside_interval')} of the rows inside of their interval. Memory: median error "
-        f"{share('median_memory_error')}. Their programs differ from ours (published.py says how)."
+        f"{share('median_memory_error')}, and {share('median_stated_memory_error')} with their "
+        "state in place of ours. Their programs differ from ours (published.py says how)."
     )
 
 
@@ -151,15 +223,16 @@ def main(argv: list[str]) -> None:
     out = output_folder(settings.out)
     chosen = settings.rows or (("llama_8b_8_h100",) if settings.quick else ())
     checks = []
-    for row in ROWS:
+    for row in (*ROWS, *PIPELINES):
         if not chosen or row.name in chosen:
-            check = Check(row, answer(*read_command(row.argv)))
+            check = check_of(row)
             checks.append(check)
             errors = [
                 "-" if error is None else f"{error:+.1%}"
-                for error in (check.time_error, check.memory_error)
+                for error in (check.time_error, check.memory_error, check.stated_error)
             ]
-            print(f"{row.name:40s} time {errors[0]:>8s} memory {errors[1]:>8s}", flush=True)
+            line = f"{row.name:40s} time {errors[0]:>8s} memory {errors[1]:>8s} {errors[2]:>8s}"
+            print(line, flush=True)
     rows = measurements(checks)
     publish(
         out,

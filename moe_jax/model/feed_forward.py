@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from moe_jax.base.initial import named_key
+from moe_jax.base.recompute import recomputed
 from moe_jax.model.linear import Linear, product
 from moe_jax.moe.experts import swiglu
 from moe_jax.parallel.mesh import TENSOR, axis_sizes
@@ -40,9 +41,15 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         if TENSOR not in axis_sizes():
-            return self.down(swiglu(self.gate_up(x)))
+            # The result of a product alone is kept, and not what becomes of its halves.
+            return self.down(recomputed(swiglu)(self.gate_up(x)))
         both: Any = product(x, self.gate_up.weight[...], self.gate_up.gradient, _halves)
-        return self.down(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
+        return self.down(_swiglu_of_halves(both))
+
+
+@recomputed
+def _swiglu_of_halves(both: Float[Array, "*batch 2 F"]) -> Float[Array, "*batch F"]:
+    return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
 
 
 def _halves(gate_up: Float[Array, "D twoF"]) -> Array:

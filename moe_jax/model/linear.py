@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from moe_jax.base.initial import normal_parameter
 from moe_jax.parallel.gather import sum_dtype
+
+PRODUCT = "product"
+"""Name of what `product` gives, for policies of jax.checkpoint. They do not look inside of a
+custom_vjp."""
 
 
 class Linear(nnx.Module):
@@ -41,9 +47,6 @@ def _as_it_is(weight: Array) -> Array:
     return weight
 
 
-# The derivative is JAX's own but for the type of the weight's gradient. JAX rounds it to the type
-# of x, and XLA then sums it over devices in that type.
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(
     x: Float[Array, "*batch inputs"],
     weight: Float[Array, "inputs outputs"],
@@ -56,13 +59,21 @@ def product(
     the dtype of x. `arrange` is applied to W after its cast. It may give another layout, or another
     shape [inputs, ...], which is then that of the outputs.
     """
+    result: Any = _product(x, weight, gradient, arrange)
+    return checkpoint_name(result, PRODUCT)
+
+
+# The derivative is JAX's own but for the type of the weight's gradient. JAX rounds it to the type
+# of x, and XLA then sums it over devices in that type.
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: Array, weight: Array, gradient: str, arrange: Callable[[Array], Array]) -> Array:
     return jnp.tensordot(x, arrange(weight.astype(x.dtype)), axes=1)
 
 
 def _forward(
     x: Array, weight: Array, gradient: str, arrange: Callable[[Array], Array]
 ) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, weight, gradient, arrange), (x, weight)
+    return _product(x, weight, gradient, arrange), (x, weight)
 
 
 def _backward(
@@ -83,4 +94,4 @@ def _backward(
     return d_x, back(d_arranged)[0].astype(weight.dtype)
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

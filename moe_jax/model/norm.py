@@ -5,15 +5,22 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
+from moe_jax.base.recompute import recomputed
+
 
 def rms_norm(
     x: Float[Array, "*batch D"], scale: Float[Array, "D"], epsilon: float
 ) -> Float[Array, "*batch D"]:
     """x / sqrt(mean(x²) + epsilon) · scale, computed in float32 (arXiv:1910.07467, eq. 4)."""
-    # In bfloat16 the sum of D squares would keep 8 bits of its mantissa.
-    wide = x.astype(jnp.float32)
-    inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+    def normed(x: Array, scale: Array) -> Array:
+        # In bfloat16 the sum of D squares would keep 8 bits of its mantissa.
+        wide = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+        return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+    # Three arrays in float32 would be kept otherwise.
+    return recomputed(normed)(x, scale)
 
 
 class RMSNorm(nnx.Module):

@@ -23,6 +23,7 @@ from moe_jax.model.attention import (
     document_context,
 )
 from moe_jax.model.dropout import dropout
+from moe_jax.model.linear import PRODUCT
 from moe_jax.moe.layer import Choice, ExpertStack, RouterStats
 from moe_jax.moe.rules import RoutingContext
 from moe_jax.parallel.mesh import by_rows
@@ -155,7 +156,10 @@ def run_block(
 
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "full": None,  # jax.checkpoint without a policy saves nothing
 }
 """By `model.remat`."""

@@ -1,7 +1,7 @@
 """The static side of expert parallelism: who sends what to whom, and how large the buffers are."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -156,10 +156,28 @@ def _copies(
         return tokens * (1 - (1 - 1 / places) ** per_token)
 
     if exchange.node in (0, devices):
-        return (Hop(Level(axis, devices), exchange, own, tokens, mean(devices), tokens),)
+        only = Hop(Level(axis, devices), exchange, own, tokens, mean(devices), tokens)
+        return (only, *_to_experts(only, shape))
     outside = Level(axis, devices, exchange.node)
     inside = Level(axis, devices, exchange.node, inside=True)
     behind = own * exchange.node
     first = Hop(outside, exchange, behind, tokens, mean(outside.size), tokens)
     rows = outside.size * first.size
-    return first, Hop(inside, exchange, own, rows, outside.size * mean(devices), rows)
+    second = Hop(inside, exchange, own, rows, outside.size * mean(devices), rows)
+    return (first, second, *_to_experts(second, shape))
+
+
+def _to_experts(last: Hop, shape: tuple[int, int]) -> tuple[Hop, ...]:
+    """From the copies that arrived to a row for each of their experts, on the device itself.
+
+    Without it the experts' buffers would have room for all experts of every copy. Empty where a
+    copy is for one expert.
+    """
+    tokens, per_token = shape
+    if min(per_token, last.own) == 1:
+        return ()
+    own = Level(last.level.axis, last.level.devices, 1, inside=True)
+    exchange = replace(last.exchange, kind="all_to_all", node=0, fp8=False)
+    rows = last.level.size * last.size
+    most = rows * min(per_token, last.own)
+    return (Hop(own, exchange, last.own, rows, min(tokens * per_token, most), most),)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from moe_jax.base.recompute import recomputed
 from moe_jax.config import MoEConfig
 from moe_jax.moe import balance
 from moe_jax.moe.implementation import mixture_of, uses_kernels
@@ -130,6 +131,7 @@ def mix(
     return mixture_of(config)(tokens, weights, gate_up, down, plan).reshape(x.shape)
 
 
+@recomputed  # otherwise the tokens would be kept in float32
 def project(tokens: Float[Array, "T D"], matrix: Float[Array, "D E"]) -> Float[Array, "T E"]:
     """Router outputs, in float32 whatever the dtypes of the operands (arXiv:2101.03961, §2.4)."""
     tokens = tokens.astype(jnp.float32)

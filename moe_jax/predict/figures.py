@@ -16,6 +16,7 @@ MEMORY_COLORS: Mapping[str, str] = {
     "optimizer": "#a8c8f0",
     "gradients": "#1d8a7a",
     "update": "#9adbd0",
+    "casts": "#6f9bd8",
     "activations": "#c8701a",
     "communication": "#f5c38a",
     "temporaries": "#7a8f1c",

@@ -3,6 +3,7 @@
     parameters, optimizer    arguments of the program, and exact
     gradients                a buffer with a parameter's own sizes, summed by the backward pass
     communication            what a collective reads or writes into
+    casts                    parameters in the compute dtype that are kept
     update                   new parameters and moments that lie beside the old ones
     activations              what outlives the turn of the innermost loop that is running
     temporaries              what does not
@@ -13,6 +14,7 @@ Kinds but the first two are told apart by the instruction that makes a buffer. T
 total, byte by byte.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from moe_jax.predict.lower import Compiled
 from moe_jax.predict.schedule import COLLECTIVES
 
 KINDS = (
-    *("parameters", "optimizer", "gradients", "update", "activations", "communication"),
-    *("temporaries", "gaps", "other"),
+    *("parameters", "optimizer", "gradients", "update", "casts", "activations"),
+    *("communication", "temporaries", "gaps", "other"),
 )
 CONTEXT = 500 << 20
 """Bytes of the CUDA context and its kernels on a data-centre card. It is an assumption."""
@@ -48,6 +50,12 @@ class Memory:
     """Of NCCL. It is a stated term."""
     card: int
     """Of the card."""
+
+    @property
+    def state(self) -> int:
+        """Parameters with their casts, gradients and optimizer."""
+        names = ("parameters", "casts", "gradients", "optimizer", "update")
+        return sum(self.kinds.get(name, 0) for name in names)
 
     @property
     def program(self) -> int:
@@ -86,6 +94,23 @@ def temporary_kinds(compiled: Compiled) -> dict[str, int]:
         kinds[kind] = kinds.get(kind, 0) + counted
     kinds["gaps"] = compiled.temporaries - sum(kinds.values())
     return kinds
+
+
+def kept_arrays(compiled: Compiled, layers: int) -> list[tuple[str, tuple[int, ...]]]:
+    """(type, sizes) of what the scan over so many layers keeps for the backward pass.
+
+    They are stacked by layer. A parameter is none of them, but a copy of one is.
+    """
+    shared = fullest(heap_places(compiled.buffers), live_ranges(compiled.live))
+    names = [name for place in shared.values() for name in place]
+    program = parse(compiled.text)
+    makers = {i.name: i for body in program.computations.values() for i in body}
+    found = []
+    for name in names:
+        i = makers.get(_instruction_name(name))
+        if i is not None and i.opcode == "while" and _is_forward(i):
+            found += [array for array in _array_of(i, name) if array[1][:1] == (layers,)]
+    return found
 
 
 def fullest(
@@ -155,6 +180,8 @@ class _Classes:
     ) -> None:
         # In any order of axes, because XLA transposes.
         self.shapes = {tuple(sorted(shape)) for shape in shapes}
+        # Experts in another layout, as the tensor axis wants it, have as many numbers.
+        self.experts = {(*shape[:2], math.prod(shape)) for shape in shapes if len(shape) == 4}
         self.instructions: dict[str, Instruction] = {}
         self.homes: dict[str, str] = {}
         for name, body in program.computations.items():
@@ -177,26 +204,45 @@ class _Classes:
         if any(_is_collective(i) for i in known):
             return "communication"
         if any(self._outlives(i) for i in known):
-            return "activations"
+            return "casts" if any(self._is_cast(name) for name in names) else "activations"
         return "temporaries"
 
     def _is_gradient(self, name: str) -> bool:
         i = self.instructions.get(_instruction_name(name))
         if i is None or _is_forward(i):
             return False
-        place = re.search(r"\{(\d+)\}$", name)
-        arrays = dimensions(i.shape)[int(place[1]) if place else 0 :][:1]
         # In a narrower type only if its maker says so: parameters are cast to such types, too.
         types = ("f32", "bf16", "f16") if "transpose(" in i.attributes else ("f32",)
         return any(
             dtype in types and len(sizes) > 1 and tuple(sorted(sizes)) in self.shapes
-            for dtype, sizes in arrays
+            for dtype, sizes in _array_of(i, name)
         )
+
+    def _is_cast(self, name: str) -> bool:
+        i = self.instructions.get(_instruction_name(name))
+        arrays = [] if i is None else _array_of(i, name)
+        for dtype, sizes in arrays:
+            if dtype not in ("bf16", "f16") or len(sizes) < 2:
+                continue
+            assert i is not None
+            # A kept activation may have the sizes of a matrix. So its maker counts as well.
+            converted = i.scope.endswith("convert_element_type")
+            if converted and tuple(sorted(sizes)) in self.shapes:
+                return True
+            if sizes[1] > 1 and (*sizes[:2], math.prod(sizes)) in self.experts:
+                return True
+        return False
 
     def _outlives(self, i: Instruction) -> bool:
         if self.nested and self.homes[i.name] != self.innermost:
             return True
         return _is_forward(i)
+
+
+def _array_of(i: Instruction, name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(type, sizes) of the one array of the result that a value's name says."""
+    place = re.search(r"\{(\d+)\}$", name)
+    return dimensions(i.shape)[int(place[1]) if place else 0 :][:1]
 
 
 def _is_forward(i: Instruction) -> bool:

@@ -16,7 +16,7 @@ from moe_kernels.quantise.reference import calc_diff, round_rows
 from moe_jax.config.exchange import ExchangeConfig
 from moe_jax.moe import reference, xla
 from moe_jax.moe.expert_parallel import Experts, Sharding, expert_parallel
-from moe_jax.moe.hops import Assigned
+from moe_jax.moe.hops import Assigned, hops
 from moe_jax.moe.lanes import Matrices
 from moe_jax.moe.plan import make_plan
 
@@ -124,15 +124,24 @@ def check(exchange, devices, names, mixture=reference.mixture):
 def test_equals_one_device_with_every_gradient(way, float64):
     waited = check(WAYS[way], 2, ROUTINGS)
     assert waited["balanced"] == waited["no expert"] == 0
-    # A device that gets everything gets more than a buffer holds. all_gather has no buffer, and
-    # one copy for a device is at most one for a token: all of them fit.
-    assert (waited["one device"] > 0) == (way not in ("all_gather", "copies"))
+    # A device that gets everything gets more than a buffer holds. all_gather has no buffer.
+    assert (waited["one device"] > 0) == (way != "all_gather")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_equals_one_device_with_the_fast_mixture(way, float64):
     check(WAYS[way], 2, ROUTINGS, xla.mixture)
+
+
+def test_copies_are_bounded_at_the_experts():
+    """64 tokens with 4 of 32 experts, on 4 devices. 256 rows are expected for each."""
+    last = hops(ExchangeConfig("copies"), "expert", 4, (64, 4), own=8)[-1]
+    assert last.level.size == 1
+    assert last.size == 8 * 40  # 1.25 times 256
+    assert last.most == 4 * 56 * 4  # 56 slots from each device, for up to 4 experts
+    # One expert a device has at most a row of a copy: no room is left over.
+    assert len(hops(ExchangeConfig("copies"), "expert", 4, (64, 1), own=1)) == 1
 
 
 @pytest.mark.slow

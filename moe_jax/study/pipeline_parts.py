@@ -87,8 +87,8 @@ def parts_of_a_piece(piece: Piece) -> dict[str, Part]:
         return kept, dx
 
     def backward_weight(sums: Any, o: Operands, slot: Array) -> Any:
-        saved, kept = Stack(o.saved, slot), Stack(o.kept, slot)
-        return piece.backward_weight(o.work(slot), saved, kept, sums)
+        saved = Stack(o.saved, slot)
+        return piece.backward_weight(o.work(slot), saved, Stack(o.kept, slot), sums)
 
     return {
         "forward": forward,

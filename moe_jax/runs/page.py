@@ -2,13 +2,13 @@
 
 import base64
 import html
-import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_jax.base.figures import whole_ticks
+from moe_jax.base.figures import png, whole_ticks
 from moe_jax.runs.comparison import (
     Looked,
     column,
@@ -76,7 +76,13 @@ def rows(names: Sequence[str], content: Mapping[str, Sequence[str]]) -> str:
 def draw(runs: Sequence[Looked], names: Sequence[str], axis: str, series: Series) -> Figure | None:
     """One quantity of all runs by step. None: no run has it."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    panel = figure.subplots()
+    return figure if fill(figure.subplots(), runs, names, axis, series) else None
+
+
+def fill(
+    panel: Axes, runs: Sequence[Looked], names: Sequence[str], axis: str, series: Series
+) -> bool:
+    """Draws one quantity of all runs by step. Whether any run has it."""
     drawn = False
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         steps, values = series(run)
@@ -89,12 +95,10 @@ def draw(runs: Sequence[Looked], names: Sequence[str], axis: str, series: Series
     panel.set(xlabel="step", ylabel=axis)
     whole_ticks(panel)
     panel.legend()
-    return figure if drawn else None
+    return drawn
 
 
 def picture(figure: Figure, description: str) -> str:
     """A figure inside the page."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    data = base64.b64encode(image.getvalue()).decode()
+    data = base64.b64encode(png(figure)).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'

@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_jax.base.console import Throttle
+from moe_jax.base.console import Throttle, open_console
 from moe_jax.base.errors import UserError
 from moe_jax.base.signals import REPEATABLE, STOPPING, Stopped, keeping, stop_request
 from moe_jax.config import require
@@ -40,7 +39,7 @@ def work(shared: Shared, sweep: Sweep) -> None:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
+    with Progress(*columns, console=open_console(stderr=True)) as progress:
         task = progress.add_task("", total=sweep.trials)
         while (done := len(finished(study))) < sweep.trials:
             best = "".join(

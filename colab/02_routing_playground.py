@@ -14,9 +14,10 @@
 # %% [markdown]
 # # Change a routing rule, and watch loads and loss
 #
-# A mixture of experts sends each token to a few experts. The routing rule decides to which ones. Here
-# you see the choices of five rules on the same scores. Then you train a small model, watch how busy its
-# experts are, and change the rule in one line. A CPU is enough. A T4 computes in float32 through XLA.
+# A mixture of experts sends each token to a few experts. The routing rule decides to which ones.
+# Here you see the choices of five rules on the same scores. Then you train a small model, watch
+# how busy its experts are, and change the rule in one line. A CPU is enough. A T4 computes in
+# float32 through XLA.
 #
 # This cell installs moe_jax where it is missing, as in Colab. Write the repository's address there
 # first. The JAX and the NumPy that are there stay as they are.
@@ -54,12 +55,12 @@ runs = {}
 # ## Five rules on the same scores
 #
 # Rows are tokens and columns are experts. A dark square is a high score, and the first experts are
-# popular. A dot is a token that goes to an expert. The bars above count the tokens of each expert, and
-# the dotted line is the mean.
+# popular. A dot is a token that goes to an expert. The bars above count the tokens of each expert,
+# and the dotted line is the mean.
 #
-# `top_k` follows the scores, so popular experts are overloaded. `token_rounding` rounds each load to a
-# multiple of 4. With `expert_choice` experts choose tokens, so loads are equal, and some tokens get no
-# expert. `hash` does not look at the scores. `balanced` takes experts in turn.
+# `top_k` follows the scores, so popular experts are overloaded. `token_rounding` rounds each load
+# to a multiple of 4. With `expert_choice` experts choose tokens, so loads are equal, and some
+# tokens get no expert. `hash` does not look at the scores. `balanced` takes experts in turn.
 #
 # **Change** `experts_per_token` to 1 or 4, or `seed`.
 
@@ -88,9 +89,9 @@ with following(config.out):
 # %% [markdown]
 # ## Your turn
 #
-# DeepSeek-V3 has no balance loss worth mentioning. A bias on each expert's score rises while the expert
-# has too few tokens, and falls while it has too many. **Change** the line `options`, run the cell again,
-# and watch. For example:
+# DeepSeek-V3 has no balance loss worth mentioning. A bias on each expert's score rises while the
+# expert has too few tokens, and falls while it has too many. **Change** the line `options`, run
+# the cell again, and watch. For example:
 #
 # - `--model.moe.bias-rate 0.1` moves the bias ten times as fast: the loads swing.
 # - `--model.moe.bias-rate 0 --model.moe.expert-loss 0.01` balances by a loss instead.
@@ -108,8 +109,8 @@ with following(config.out):
 # %% [markdown]
 # ## Side by side
 #
-# All runs of this session. Balance is a means: the loss is what counts, and the highest load decides
-# how long the other experts wait.
+# All runs of this session. Balance is a means: the loss is what counts, and the highest load
+# decides how long the other experts wait.
 
 # %%
 show(compared(runs, "Training loss", "Highest expert load"))
@@ -119,5 +120,5 @@ show_table(runs)
 
 # %% [markdown]
 # One seed and a few steps of a small model show what a rule does. They do not show which rule is
-# better. `experiments/` has the measurements with seeds and intervals, and `docs/routing.md` all rules
-# with their sources.
+# better. `experiments/` has the measurements with seeds and intervals, and `docs/routing.md` all
+# rules with their sources.

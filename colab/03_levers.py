@@ -14,9 +14,9 @@
 # %% [markdown]
 # # Three levers, small enough for a CPU
 #
-# An article on DeepSeek names three levers: low-level engineering, hot and cold experts, and learning
-# from a teacher. Each gets one small experiment here, with a baseline beside it. A CPU is enough. A T4
-# computes in float32 through XLA.
+# An article on DeepSeek names three levers: low-level engineering, hot and cold experts, and
+# learning from a teacher. Each gets one small experiment here, with a baseline beside it. A CPU is
+# enough. A T4 computes in float32 through XLA.
 #
 # This cell installs moe_jax where it is missing, as in Colab. Write the repository's address there
 # first. The JAX and the NumPy that are there stay as they are.
@@ -48,6 +48,7 @@ from moe_jax.commands.train import read_command
 from moe_jax.config import DecodePlacement
 from moe_jax.runs.notebook import compared, following, show, show_table
 from moe_jax.runs.run import run_training
+from moe_jax.study.layer_case import Shape
 from moe_jax.study.lessons import draw_speeds, layer_speeds
 
 STEPS = int(os.environ.get("STEPS", "150"))
@@ -57,21 +58,21 @@ data = "--data.validation-tokens 20000"
 # %% [markdown]
 # ## Lever 1: the same formula, better engineered
 #
-# One mixture-of-experts layer, forward and backward, in two implementations that give the same numbers.
-# `reference` is the formula. `xla` sorts tokens by expert and multiplies in dense blocks. The dotted
-# line is a plain matrix product, which no implementation exceeds.
+# One mixture-of-experts layer, forward and backward, in two implementations that give the same
+# numbers. `reference` is the formula. `xla` sorts tokens by expert and multiplies in dense blocks.
+# The dotted line is a plain matrix product, which no implementation exceeds.
 #
 # **Change** `experts` to 64, or `tokens` to 512. Which implementation suffers?
 
 # %%
-speeds = layer_speeds(tokens=2048, width=256, hidden=128, experts=32, per_token=4)
+speeds = layer_speeds(Shape(tokens=2048, width=256, hidden=128, experts=32, per_token=4))
 show(draw_speeds(speeds, "GFLOP/s", reference=gemm_rate("float32") / 1e9))
 
 # %% [markdown]
 # ## A model to work with
 #
-# It is the teacher of lever 3, and its experts are placed in lever 2. The first run also prepares the
-# text.
+# It is the teacher of lever 3, and its experts are placed in lever 2. The first run also prepares
+# the text.
 
 # %%
 teacher = read_command(f"{short} {data}".split())
@@ -81,8 +82,9 @@ with following(teacher.out):
 # %% [markdown]
 # ## Lever 2: hot and cold experts
 #
-# A model decodes while only a part of its experts is in memory. The others are read when the router
-# asks for them. The text is the same for every budget. All experts of this model take 2.4 MB.
+# A model decodes while only a part of its experts is in memory. The others are read when the
+# router asks for them. The text is the same for every budget. All experts of this model take 2.4
+# MB.
 #
 # **Change** the budgets, or `policy` to `lru`: which experts stay?
 
@@ -98,8 +100,9 @@ show(draw_speeds(shown, "tokens/s, decoding"))
 # %% [markdown]
 # ## Lever 3: a teacher
 #
-# Two students with half the width of the teacher see the same batches. One learns from the text alone.
-# The other also learns what the teacher makes of it. The teacher's own training is not counted here.
+# Two students with half the width of the teacher see the same batches. One learns from the text
+# alone. The other also learns what the teacher makes of it. The teacher's own training is not
+# counted here.
 #
 # **Change** `alpha`: 0 is the text alone, 1 the teacher alone.
 
@@ -123,5 +126,5 @@ show(compared(runs, "Training loss", "Held-out text"))
 show_table(runs)
 
 # %% [markdown]
-# These are examples with one seed. The measurements have controls, seeds and intervals: `docs/results/`
-# holds the answers, and `experiments/` the commands.
+# These are examples with one seed. The measurements have controls, seeds and intervals:
+# `docs/results/` holds the answers, and `experiments/` the commands.

@@ -7,7 +7,6 @@ a device budget of a quarter of the experts' state, and with that budget and blo
 README.md beside this file says how memory and speed are measured.
 """
 
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple

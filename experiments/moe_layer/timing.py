@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.moe_layer.cases import Inputs, Shape, layer, moe_config, with_gradients
 from moe_jax.base.console import track
+from moe_jax.study.layer_case import Inputs, Shape, layer, moe_config, with_gradients
 from moe_jax.study.live_table import LiveTable
 from moe_jax.study.rounds import speedup
 

@@ -1,6 +1,8 @@
-"""Figures of the notebooks in colab/: routing rules beside each other, memory beside speed."""
+"""What the notebooks in colab/ show: routing rules beside each other, speeds, and plans."""
 
+import time
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from matplotlib.figure import Figure
 from moe_jax.config import MoEConfig
 from moe_jax.moe.rules import RULES, RoutingContext
 from moe_jax.predict.answer import Answer
+from moe_jax.study.layer_case import Shape, layer, make_inputs, moe_config, with_gradients
 
 TOKENS = 24
 FAVOUR = 1.5
@@ -53,6 +56,25 @@ def draw_choices(configs: Sequence[MoEConfig], seed: int = 0) -> Figure:
     return figure
 
 
+IMPLEMENTATIONS: tuple[Literal["reference", "xla"], ...] = ("reference", "xla")
+
+
+def layer_speeds(shape: Shape, rounds: int = 5) -> dict[str, float]:
+    """GFLOP/s of a layer, forward and backward, by implementation: the best of some rounds."""
+    inputs = make_inputs(shape, seed=0)
+    both = (inputs.cotangent, inputs.arguments)
+    speeds = {}
+    for name in IMPLEMENTATIONS:
+        run = jax.jit(with_gradients(layer(moe_config(shape, name)))).lower(*both).compile()
+        seconds = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            jax.block_until_ready(run(*both))
+            seconds.append(time.perf_counter() - begin)
+        speeds[name] = 3 * shape.flops / min(seconds) / 1e9
+    return speeds
+
+
 def draw_speeds(speeds: Mapping[str, float], unit: str, reference: float | None = None) -> Figure:
     """A bar for each speed. `reference`: a line at the speed that the others are compared with."""
     figure = Figure(figsize=(8, 0.8 + 0.5 * len(speeds)), layout="constrained")
@@ -93,4 +115,34 @@ def draw_answers(answers: Mapping[str, Answer]) -> Figure:
     right.set_xlim(left=0)
     right.set_xlabel("tokens/s of a device, PREDICTED, with its interval")
     left.invert_yaxis()
+    return figure
+
+
+def draw_errors(errors: Mapping[str, Mapping[int, float]], axis: str) -> Figure:
+    """The largest error of each kernel over the sizes that it was tried at."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name, found in errors.items():
+        axes.semilogy(list(found), list(found.values()), "o-", markersize=4, label=name)
+    axes.set(xlabel=axis, ylabel="largest error")
+    axes.legend()
+    return figure
+
+
+def draw_audit(
+    rows: Mapping[int, Sequence[Mapping[str, Any]]], columns: Sequence[str], axis: str
+) -> Figure:
+    """Columns of the audit over a choice: a panel a column, a line for each compute capability.
+
+    `rows`: choice -> its rows, one for each architecture.
+    """
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    archs = [row["arch"] for row in next(iter(rows.values()))]
+    for panel, column in zip(figure.subplots(1, len(columns)), columns, strict=True):
+        for place, arch in enumerate(archs):
+            values = [found[place][column] for found in rows.values()]
+            panel.plot(list(rows), values, "o-", markersize=4, label=f"sm_{arch}")
+        panel.set(xlabel=axis, title=column.replace("_", " "), xticks=list(rows))
+        panel.set_ylim(bottom=0)
+    figure.axes[0].legend()
     return figure

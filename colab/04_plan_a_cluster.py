@@ -80,7 +80,7 @@ show(draw(found.memory, found.prediction, plan))
 
 # %%
 plans = {
-    "OLMoE, 8 RTX 4090": "olmoe_1b_7b --hardware rtx4090 --devices 8 --parallel.expert 8 --batch 8",
+    "OLMoE, 4 RTX 4090": "olmoe_1b_7b --hardware rtx4090 --devices 4 --parallel.expert 4 --batch 4",
     "OLMoE, 8 L40S": "olmoe_1b_7b --hardware l40s --devices 8 --parallel.expert 8 --batch 8",
     "OLMoE, 8 H100": "olmoe_1b_7b --hardware h100 --devices 8 --parallel.expert 8 --batch 8",
 }

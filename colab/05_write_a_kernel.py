@@ -146,7 +146,7 @@ show(draw_errors(errors, "width D"))
 # %%
 WIDTH = 2048
 audit = {}
-for rows in (1, 2, 4, 8):
+for rows in (1, 2, 4, 8, 16):
     with recording(90) as launches:
         rms_norm(jnp.zeros((4096, WIDTH)), jnp.ones(WIDTH), rows)
     audit[rows] = compile_elsewhere(launches[0], archs=(80, 89, 90))
@@ -156,7 +156,7 @@ show(draw_audit(audit, columns, "rows of a program"))
 # %% [markdown]
 # ## 6. What is next
 #
-# `kernels/moe_kernels/gate/` is the shortest kernel of the repository: `reference.py`,
-# `kernel.py`, `api.py` with the gradient in closed form, and its tests in
-# `tests/kernels/test_gate.py`. `CONTRIBUTING.md` has the five steps. `python -m moe_kernels.audit`
-# audits all kernels, and `python -m moe_kernels.soak` tries random cases.
+# `kernels/moe_kernels/gate/` is the shortest kernel of the repository: a reference, a kernel, and an
+# interface with the gradient in closed form. Its tests are in `tests/kernels/test_gate.py`.
+# `CONTRIBUTING.md` has the five steps. `python -m moe_kernels.audit` audits all kernels, and
+# `python -m moe_kernels.soak` tries random cases.

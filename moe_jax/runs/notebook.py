@@ -53,7 +53,7 @@ def following(out: str | Path, seconds: float = SECONDS) -> Iterator[None]:
         while not ended.wait(seconds):
             draw()
 
-    thread = threading.Thread(target=follow, daemon=True)
+    thread = threading.Thread(target=follow, name=f"following {out}", daemon=True)
     thread.start()
     try:
         yield

@@ -18,7 +18,7 @@ from moe_jax.study.layer_case import Shape, layer, make_inputs, moe_config, with
 TOKENS = 24
 FAVOUR = 1.5
 """How much higher the logits of the most popular expert are than those of the least popular."""
-GIB = 2**30
+LEAST_ERROR = 1e-8
 
 
 def choices(config: MoEConfig, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -119,11 +119,15 @@ def draw_answers(answers: Mapping[str, Answer]) -> Figure:
 
 
 def draw_errors(errors: Mapping[str, Mapping[int, float]], axis: str) -> Figure:
-    """The largest error of each kernel over the sizes that it was tried at."""
+    """The largest error of each kernel over the sizes that it was tried at.
+
+    What is below LEAST_ERROR, such as 0, is drawn there.
+    """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     for name, found in errors.items():
-        axes.semilogy(list(found), list(found.values()), "o-", markersize=4, label=name)
+        values = np.maximum(list(found.values()), LEAST_ERROR)
+        axes.semilogy(list(found), values, "o-", markersize=4, label=name)
     axes.set(xlabel=axis, ylabel="largest error")
     axes.legend()
     return figure

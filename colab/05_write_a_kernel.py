@@ -156,7 +156,8 @@ show(draw_audit(audit, columns, "rows of a program"))
 # %% [markdown]
 # ## 6. What is next
 #
-# `kernels/moe_kernels/gate/` is the shortest kernel of the repository: a reference, a kernel, and an
-# interface with the gradient in closed form. Its tests are in `tests/kernels/test_gate.py`.
+# `kernels/moe_kernels/gate/` is the shortest kernel of the repository. It has a reference, a
+# kernel, and an interface with the gradient in closed form. Its tests are in
+# `tests/kernels/test_gate.py`.
 # `CONTRIBUTING.md` has the five steps. `python -m moe_kernels.audit` audits all kernels, and
 # `python -m moe_kernels.soak` tries random cases.

@@ -27,7 +27,7 @@ div { overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: .25rem .75rem; text-align: left; border-bottom: 1px solid #8886; }
 td { font-variant-numeric: tabular-nums; }
-img { max-width: 100%; background: white; }
+img { max-width: 100%; min-width: 36rem; background: white; }
 """
 
 Series = Callable[[Looked], tuple[list[int], list[float]]]
@@ -101,4 +101,6 @@ def fill(
 def picture(figure: Figure, description: str) -> str:
     """A figure inside the page."""
     data = base64.b64encode(png(figure)).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+    # In a narrow window a plot scrolls in its box: its letters stay readable.
+    image = f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+    return f"<div>{image}</div>"

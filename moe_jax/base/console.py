@@ -192,3 +192,17 @@ def _tell_time(description: str, ended: threading.Event) -> None:
     began = time.monotonic()
     while not ended.wait(PLAIN_SECONDS):
         _tell(f"{description}: {duration(time.monotonic() - began)} so far")
+
+
+@contextmanager
+def downloading(description: str, without_bars: Callable[[], object]) -> Iterator[None]:
+    """A block in which a library downloads, with bars of its own in a terminal.
+
+    Elsewhere they would fill a log, so `without_bars` turns them off, and `working` tells the time.
+    """
+    if open_console(stderr=True).is_terminal:
+        yield
+        return
+    without_bars()
+    with working(description):
+        yield

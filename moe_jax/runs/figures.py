@@ -67,7 +67,7 @@ def _fill_training(axes: Axes, lines: list[dict[str, Any]]) -> None:
 def draw_so_far(lines: list[dict[str, Any]]) -> Figure:
     """Training loss and expert load of a run that goes on."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.4))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.4))[0]
     axes = left.subplots()
     _fill_training(axes, lines)
     whole_ticks(axes)

@@ -68,6 +68,16 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch, unit):
     assert written.getvalue().endswith("\x1b[2K"), "the last line is erased"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_library_s_own_bars_are_for_terminals(monkeypatch, terminal):
+    shown = Console(file=io.StringIO(), force_terminal=terminal)
+    monkeypatch.setattr(console, "open_console", lambda stderr: shown)
+    turned_off = []
+    with console.downloading("loading", lambda: turned_off.append(True)):
+        pass
+    assert bool(turned_off) == (not terminal)
+
+
 def test_short_work_says_nothing(capsys):
     with console.progress("tokenising", 10) as advance:
         advance(10)

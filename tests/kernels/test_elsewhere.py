@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import pytest
 import triton
 import triton.language as tl
-
 from moe_kernels.audit import compile_elsewhere
 from moe_kernels.launch import Tuning, launch, recording
 
@@ -18,7 +17,7 @@ def row_sums_kernel(x, y, WIDTH: tl.constexpr):
 
 @triton.jit
 def wrong_kernel(x, y, WIDTH: tl.constexpr):
-    tl.store(y, tl.load(x) + not_there)  # noqa: F821
+    tl.store(y, tl.load(x) + not_there)
 
 
 def recorded(kernel):

@@ -173,7 +173,8 @@ def working(description: str) -> Iterator[None]:
     stderr = open_console(stderr=True)  # stdout may be piped into a file
     if stderr.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=stderr, transient=True) as bar:
+        # Twice a second: what is at work may be timed.
+        with Progress(*columns, console=stderr, transient=True, refresh_per_second=2) as bar:
             bar.add_task(description, total=None)
             yield
         return

@@ -38,8 +38,7 @@ class Teacher(NamedTuple):
     def from_folder(path: str) -> "Teacher":
         """The model in a folder of safetensors. Errors as interop.hugging_face.load_model."""
         # A teacher predicts the next token alone.
-        with working(f"reading {path}"):
-            return Teacher(*hugging_face.load_model(path, mtp="drop"))
+        return Teacher(*hugging_face.load_model(path, mtp="drop"))
 
     def fingerprint(self) -> str:
         """Hash of the architecture, every parameter and the tokenizer."""

@@ -46,6 +46,7 @@ if importlib.util.find_spec("moe_jax") is None:
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a GPU: nothing runs on it
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # the compiler warns of memory in its own words
 
 from moe_jax.parallel.schedules import build
 from moe_jax.parallel.simulate import simulate

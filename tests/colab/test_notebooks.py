@@ -41,7 +41,7 @@ def pictures(notebook) -> int:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_the_notebook_says_what_its_text_says(path):
-    """After an edit: jupytext --to ipynb colab/*.py, and what docs/usage.md says of outputs."""
+    """After an edit: python -m tests.colab.keep_outputs colab/NAME.py"""
     text, notebook = jupytext.read(path), jupytext.read(path.with_suffix(".ipynb"))
     assert [cell.source for cell in notebook.cells] == [cell.source for cell in text.cells]
 

@@ -58,7 +58,7 @@ from moe_jax.runs.run import run_training
 # %%
 config = PRESETS["tiny"]
 steps = int(os.environ.get("STEPS", 300))
-config = replace(config, steps=steps, out=f"runs/quickstart-{steps}")
+config = replace(config, steps=steps, evaluate_every=steps // 5, out=f"runs/quickstart-{steps}")
 config.model
 
 # %% [markdown]

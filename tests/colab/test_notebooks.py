@@ -109,6 +109,6 @@ def test_the_first_cell_keeps_the_jax_that_is_there(tmp_path):
 
     before = run(PROBE)
     cell = jupytext.read(NOTEBOOKS[0]).cells[INSTALL].source
-    run(cell.replace('ADDRESS = ""', f'ADDRESS = "file://{root}"'))
+    run(cell.replace('ADDRESS = ""', f'ADDRESS = "file://localhost{root}"'))
     assert run(PROBE) == before
     assert "True" in run("import moe_jax.runs.run, jax; print(jax.jit(lambda x: x + 1)(1) == 2)")

@@ -63,7 +63,7 @@ def evaluate(settings: Settings) -> float:
     text = prepare(settings.data, model.tokenizer, say).validation
     limit = QUICK_TOKENS if settings.quick else settings.tokens
     text = text.first(limit) if limit else text
-    with progress("windows", count_windows(text, settings.stride)) as advance:
+    with progress("windows", count_windows(text, settings.stride), "items") as advance:
         bits = sliding_bits_per_byte(
             model,
             text,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.progress import track
 
+from moe_jax.base.console import track
 from moe_jax.base.result import Measurement, output_folder, write_result
 from moe_jax.cli import parse_settings, preset, program
 from moe_jax.config import TrainConfig

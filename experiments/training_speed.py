@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
-from rich.progress import track
 
+from moe_jax.base.console import track
 from moe_jax.base.initial import root_key
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, preset, program

@@ -7,16 +7,15 @@ a device budget of a quarter of the experts' state, and with that budget and blo
 README.md beside this file says how memory and speed are measured.
 """
 
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
-from rich.progress import track
 
 from experiments.hot_cold.training_figures import Runs, draw_timeline, summarise, training_verdict
 from experiments.hot_cold.training_worker import Job, Kind, Size, direct_works, run_worker
+from moe_jax.base.console import track
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
 from moe_jax.study.results import publish
@@ -58,7 +57,7 @@ def measure(size: Size, seed: int, out: Path) -> Capacity:
     for job in jobs.values():
         run_worker(replace(job, size=replace(size, updates=1)), compiled)
     runs: Runs = {kind: [] for kind in KINDS}
-    for _ in track(range(size.rounds), "rounds", disable=not sys.stdout.isatty()):
+    for _ in track(range(size.rounds), "rounds"):
         for kind, job in jobs.items():
             runs[kind].append(run_worker(job, compiled))
     measurements = summarise(jobs["tiers"], runs)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.moe_layer.cases import Inputs, Shape, layer, make_inputs, moe_config
 from experiments.moe_layer.peers import VARIANTS, fastest_peer, ragged_calls, transformers_calls
 from experiments.moe_layer.timing import (
     Call,
@@ -22,6 +21,7 @@ from experiments.moe_layer.timing import (
 from moe_jax.base.result import Measurement
 from moe_jax.moe import xla
 from moe_jax.moe.plan import make_plan
+from moe_jax.study.layer_case import Inputs, Shape, layer, make_inputs, moe_config
 from moe_jax.study.live_table import LiveTable
 
 PEERS = tuple(f"transformers {variant}" for variant in VARIANTS)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.moe_layer.cases import Inputs, Shape, layer, make_inputs, moe_config
 from experiments.moe_layer.timing import Call, jax_call, paired_rounds
 from moe_jax.base.result import Measurement
+from moe_jax.study.layer_case import Inputs, Shape, layer, make_inputs, moe_config
 from moe_jax.study.live_table import LiveTable
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from experiments.moe_layer.cases import Inputs, Shape, make_inputs, moe_config
 from experiments.moe_layer.timing import jax_call
 from moe_jax.base.result import Measurement
 from moe_jax.moe import xla
 from moe_jax.moe.plan import Plan, make_plan
 from moe_jax.moe.route import route
+from moe_jax.study.layer_case import Inputs, Shape, make_inputs, moe_config
 
 
 @partial(jax.jit, static_argnums=0)

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from experiments.moe_layer.cases import Shape, make_inputs
 from experiments.moe_layer.peers import fastest_peer, transformers_calls
 from experiments.moe_layer.timing import Times, gemm_call, layer_calls, layer_row, paired_rounds
 from moe_jax.base.result import Measurement
+from moe_jax.study.layer_case import Shape, make_inputs
 from moe_jax.study.live_table import LiveTable
 
 MODELS = {

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 from jax import Array
 
-from experiments.moe_layer.cases import Inputs, Shape, make_inputs, moe_config
 from experiments.moe_layer.memory import routed
 from experiments.moe_layer.timing import Call, jax_call, layer_calls, paired_rounds
 from moe_jax.base.result import Measurement
@@ -11,6 +10,7 @@ from moe_jax.moe import xla
 from moe_jax.moe.experts import swiglu
 from moe_jax.moe.plan import Plan, make_plan
 from moe_jax.moe.route import route
+from moe_jax.study.layer_case import Inputs, Shape, make_inputs, moe_config
 from moe_jax.study.live_table import LiveTable
 
 

@@ -8,12 +8,12 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from experiments.moe_layer.cases import Inputs, Shape, moe_config
 from experiments.moe_layer.timing import Call, Times, forward_and_train, jax_call
 from moe_jax.base.machine import environment
 from moe_jax.config import MoEConfig
 from moe_jax.moe.experts import swiglu
 from moe_jax.moe.route import route
+from moe_jax.study.layer_case import Inputs, Shape, moe_config
 
 VARIANTS = ("eager", "grouped_mm", "batched_mm")
 """transformers' implementations of the experts."""

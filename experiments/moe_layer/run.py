@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 from matplotlib.figure import Figure
 
-from experiments.moe_layer.cases import Shape
 from experiments.moe_layer.comparison import (
     ROWS,
     reference_measurements,
@@ -33,6 +32,7 @@ from experiments.moe_layer.scaling import Point, curve_slopes, scaling_curve
 from experiments.moe_layer.timing import Times
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import parse_settings, program
+from moe_jax.study.layer_case import Shape
 from moe_jax.study.live_table import LiveTable
 from moe_jax.study.results import publish
 

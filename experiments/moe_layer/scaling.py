@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.moe_layer.cases import Shape, make_inputs
 from experiments.moe_layer.timing import gemm_call, layer_calls, paired_rounds
 from moe_jax.base.result import Measurement
+from moe_jax.study.layer_case import Shape, make_inputs
 from moe_jax.study.live_table import LiveTable
 
 FIELDS = {"T": "tokens", "E": "experts", "K": "per_token"}

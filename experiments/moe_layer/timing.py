@@ -6,7 +6,6 @@ Settings against that slow torch itself (with OMP_WAIT_POLICY=PASSIVE 80 ms beca
 is a pause before every call, and each library runs as its users have it.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from rich.progress import track
 
-from experiments.moe_layer.cases import Inputs, Shape, layer, moe_config, with_gradients
+from moe_jax.base.console import track
+from moe_jax.study.layer_case import Inputs, Shape, layer, moe_config, with_gradients
 from moe_jax.study.live_table import LiveTable
 from moe_jax.study.rounds import speedup
 
@@ -149,7 +148,7 @@ def paired_rounds(calls: Sequence[Call], rounds: int, label: str = "rounds") -> 
     """
     first = {call.name: timed(call.run) for call in calls}
     seconds = {call.name: np.full(rounds, np.nan) for call in calls}
-    for index in track(range(rounds), label, transient=True, disable=not sys.stdout.isatty()):
+    for index in track(range(rounds), label):
         for call in calls:
             if index < 2 or first[call.name] < SLOW:
                 seconds[call.name][index] = timed(call.run)

@@ -1,15 +1,25 @@
 """Output to the terminal: lines, and progress, as a bar or as a line now and then."""
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from moe_jax.base import process
 
@@ -18,8 +28,23 @@ Item = TypeVar("Item")
 PLAIN_SECONDS = 15.0
 """Time between two lines of progress where there is no terminal."""
 
-# Without soft_wrap rich would cut long lines at 80 columns when stdout is a file.
-console = Console(highlight=False, soft_wrap=True)
+
+def open_console(stderr: bool = False) -> Console:
+    """A console on stdout or stderr."""
+    # A notebook is no terminal: it gets plain lines. rich would make an HTML box of each, and
+    # Jupyter's FORCE_COLOR lets it think that bars can be erased.
+    terminal = False if "ipykernel" in sys.modules else None
+    # Without soft_wrap rich would cut long lines at 80 columns when stdout is a file.
+    return Console(
+        stderr=stderr,
+        highlight=False,
+        soft_wrap=True,
+        force_jupyter=False,
+        force_terminal=terminal,
+    )
+
+
+console = open_console()
 
 
 def say(line: str) -> None:
@@ -73,24 +98,26 @@ def paced(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many of `total` bytes are done.
+def progress(
+    description: str, total: int, unit: Literal["bytes", "items"] = "bytes"
+) -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` bytes or items are done.
 
-    The block gets a function and calls it with the number of bytes done since the last call. Where
+    The block gets a function and calls it with the number of those done since the last call. Where
     stderr is no terminal, a line of it is printed every PLAIN_SECONDS instead of a bar. Only the
     first process shows anything.
     """
     if process.index() != 0:
         yield lambda count: None
         return
-    stderr = Console(stderr=True)  # stdout may be piped into a file
+    stderr = open_console(stderr=True)  # stdout may be piped into a file
     if not stderr.is_terminal:
-        yield _plain_progress(description, total)
+        yield _plain_progress(description, total, unit)
         return
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
+        DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=stderr, transient=True) as bar:
@@ -98,7 +125,9 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def _plain_progress(description: str, total: int) -> Callable[[int], None]:
+def _plain_progress(
+    description: str, total: int, unit: Literal["bytes", "items"]
+) -> Callable[[int], None]:
     throttle = Throttle()
     began = time.monotonic()
     done = 0
@@ -108,7 +137,73 @@ def _plain_progress(description: str, total: int) -> Callable[[int], None]:
         done += count
         if throttle.ready():
             left = (time.monotonic() - began) * (total - done) / max(done, 1)
-            line = f"{description}: {done / 1e6:.1f} of {total / 1e6:.1f} MB"
-            print(f"{line}, {duration(max(left, 0))} left", file=sys.stderr, flush=True)
+            amount = f"{done} of {total}"
+            if unit == "bytes":
+                amount = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"
+            _tell(f"{description}: {amount}, {duration(max(left, 0))} left")
 
     return advance
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """The items, with `progress` of their number. `total`: where they have no length."""
+    if total is None:
+        assert isinstance(items, Sized), "give the total of items without a length"
+        total = len(items)
+    with progress(description, total, "items") as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """Shows that the block is at work, and for how long, where nothing tells how much is left.
+
+    Where stderr is no terminal, a line is printed every PLAIN_SECONDS. Only the first process shows
+    anything.
+    """
+    if process.index() != 0:
+        yield
+        return
+    stderr = open_console(stderr=True)  # stdout may be piped into a file
+    if stderr.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        # Twice a second: what is at work may be timed.
+        with Progress(*columns, console=stderr, transient=True, refresh_per_second=2) as bar:
+            bar.add_task(description, total=None)
+            yield
+        return
+    ended = threading.Event()
+    # A thread, because the block is one call of a library.
+    thread = threading.Thread(target=_tell_time, args=(description, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _tell_time(description: str, ended: threading.Event) -> None:
+    began = time.monotonic()
+    while not ended.wait(PLAIN_SECONDS):
+        _tell(f"{description}: {duration(time.monotonic() - began)} so far")
+
+
+@contextmanager
+def downloading(description: str, without_bars: Callable[[], object]) -> Iterator[None]:
+    """A block in which a library downloads, with bars of its own in a terminal.
+
+    Elsewhere they would fill a log, so `without_bars` turns them off, and `working` tells the time.
+    """
+    if open_console(stderr=True).is_terminal:
+        yield
+        return
+    without_bars()
+    with working(description):
+        yield

@@ -20,9 +20,14 @@ def write_figure(figure: Figure, path: Path, run: str) -> None:
     name = run if len(run) <= LONGEST_NAME else f"{run[:LONGEST_NAME]}…"
     # Without parse_math a name that holds two dollar signs would be read as a formula.
     figure.suptitle(f"{name}: {above}" if above else name, parse_math=False)
+    write_atomically(path, png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """The picture of a figure."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    write_atomically(path, image.getvalue())
+    return image.getvalue()
 
 
 def whole_ticks(axes: Axes) -> None:

@@ -49,12 +49,16 @@ def default_out(config: TrainConfig) -> str:
     return f"runs/{config.preset}-{hashlib.sha256(command.encode()).hexdigest()[:8]}"
 
 
-def main(argv: list[str]) -> None:
-    """Parses, trains, reports."""
+def read_command(argv: list[str]) -> TrainConfig:
+    """The settings of a run, with its folder. Errors as in cli.parse."""
     prog = call_of("train")
     config = parse(with_quick(argv), PRESETS, description=DESCRIPTION, prog=prog)
-    if not config.out:
-        config = replace(config, out=default_out(config))
+    return config if config.out else replace(config, out=default_out(config))
+
+
+def main(argv: list[str]) -> None:
+    """Parses, trains, reports."""
+    config = read_command(argv)
     try:
         run_training(config)
     except DivergedError as stop:

@@ -4,9 +4,10 @@ A language model that predicts the same text in fewer bits per byte beats them. 
 held-out documents joined, as TokenArray.text() returns them.
 """
 
-import gzip
 import lzma
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -16,32 +17,59 @@ TRAINING_BYTES = 32_000_000
 """Largest number of bytes of training text that the n-gram model counts: the first ones."""
 PIECE = 4_000_000
 """Bytes that are counted at a time, which bounds the memory that sorting takes."""
+COMPRESSED = 100_000
+"""Bytes that are compressed at a time. The result does not depend on it."""
 LARGEST_ORDER = 7
 """Bytes of an n-gram that fit into one int64 without its sign bit."""
+GZIP = 31
+"""zlib's window of 15 bits, in gzip's format."""
+
+OnBytes = Callable[[int], None]
+"""Is called with the number of bytes that were read since the last call."""
 
 
-def gzip_bits_per_byte(data: bytes) -> float:
+def unwatched(count: int) -> None:
+    """An OnBytes that does nothing."""
+
+
+def gzip_bits_per_byte(data: bytes, on_bytes: OnBytes = unwatched) -> float:
     """Bits per byte of `gzip -9`. UserError: there are no bytes."""
-    _not_empty("held-out", data)
-    return 8 * len(gzip.compress(data, 9)) / len(data)
+    return _bits_per_byte(zlib.compressobj(9, zlib.DEFLATED, GZIP), data, on_bytes)
 
 
-def xz_bits_per_byte(data: bytes) -> float:
+def xz_bits_per_byte(data: bytes, on_bytes: OnBytes = unwatched) -> float:
     """Bits per byte of `xz -9`. UserError: there are no bytes."""
+    return _bits_per_byte(lzma.LZMACompressor(preset=9), data, on_bytes)
+
+
+def _bits_per_byte(compressor: Any, data: bytes, on_bytes: OnBytes) -> float:
     _not_empty("held-out", data)
-    return 8 * len(lzma.compress(data, preset=9)) / len(data)
+    size = 0
+    for begin in range(0, len(data), COMPRESSED):
+        piece = data[begin : begin + COMPRESSED]
+        size += len(compressor.compress(piece))
+        on_bytes(len(piece))
+    return 8 * (size + len(compressor.flush())) / len(data)
 
 
-def ngram_bits_per_byte(train_chunks: Iterable[bytes], held_out: bytes, order: int = 5) -> float:
+def ngram_bits_per_byte(
+    train_chunks: Iterable[bytes],
+    held_out: bytes,
+    order: int = 5,
+    on_bytes: OnBytes = unwatched,
+) -> float:
     """Cross-entropy, in bits per byte, of an n-gram model of `train_chunks` on `held_out`.
 
     UserError: either is empty, or `order` is not between 1 and 7.
     """
-    probabilities = ngram_probabilities(_first(train_chunks, TRAINING_BYTES), held_out, order)
+    training = _first(train_chunks, TRAINING_BYTES)
+    probabilities = ngram_probabilities(training, held_out, order, on_bytes)
     return float(-np.log2(probabilities).mean())
 
 
-def ngram_probabilities(training: bytes, held_out: bytes, order: int) -> np.ndarray:
+def ngram_probabilities(
+    training: bytes, held_out: bytes, order: int, on_bytes: OnBytes = unwatched
+) -> np.ndarray:
     """Probability that the model gives to each byte of `held_out`: float64[bytes].
 
     It is the Witten-Bell interpolation of orders 1 to `order`, starting from p = 1/256 (Chen &
@@ -58,7 +86,7 @@ def ngram_probabilities(training: bytes, held_out: bytes, order: int) -> np.ndar
     _not_empty("held-out", held_out)
     queries = _grams(held_out, order)
     probabilities = np.full(len(queries), 1 / 256)
-    for n, (grams, counts) in enumerate(_count(training, order), start=1):
+    for n, (grams, counts) in enumerate(_count(training, order, on_bytes), start=1):
         probabilities = _interpolate(grams, counts, queries & _mask(n), probabilities)
     return probabilities
 
@@ -96,9 +124,12 @@ def _grams(data: bytes, order: int) -> np.ndarray:
     return grams
 
 
-def _count(training: bytes, order: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _count(training: bytes, order: int, on_bytes: OnBytes) -> list[tuple[np.ndarray, np.ndarray]]:
     """For n = 1 … order: the n-grams that occur, sorted, and how often each does."""
-    pieces = [_count_piece(training, begin, order) for begin in range(0, len(training), PIECE)]
+    pieces = []
+    for begin in range(0, len(training), PIECE):
+        pieces.append(_count_piece(training, begin, order))
+        on_bytes(min(PIECE, len(training) - begin))
     levels = [_regroup(*map(np.concatenate, zip(*pieces, strict=True)))]
     # A shorter n-gram occurs as often as all those that end in it: the text is sorted only once.
     for n in range(order - 1, 0, -1):

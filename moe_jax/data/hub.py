@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.base.console import downloading
 from moe_jax.base.errors import UserError, require
 from moe_jax.base.hashes import digest, digest_all
 from moe_jax.data.cache import HashIndex
@@ -119,7 +120,8 @@ def _load(source: str, say: Callable[[str], None], again: bool = False) -> Any:
     mode = {"download_mode": "reuse_cache_if_exists"} if again else {}
     DatasetsError = datasets.exceptions.DatasetsError  # pyright: ignore
     try:
-        return datasets.load_dataset(path, split="train", **mode)
+        with downloading(f"loading hf:{source}", datasets.disable_progress_bars):
+            return datasets.load_dataset(path, split="train", **mode)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())  # the library's messages have several lines
         if _is_damage(error) and not again:

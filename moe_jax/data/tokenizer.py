@@ -1,7 +1,6 @@
 """Tokenizers that lose nothing: single bytes, or byte-level BPE (Sennrich et al. 2016)."""
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from moe_jax.base.console import working
 from moe_jax.base.errors import UserError, quote, reading, require
 from moe_jax.base.hashes import digest
 
@@ -160,7 +160,8 @@ def make_tokenizer(
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.decoder = decoders.ByteLevel()  # type: ignore
     model.pre_tokenizer = pre_tokenizers.Sequence([split, cut, to_bytes])  # type: ignore
-    model.train_from_iterator(texts, _trainer(vocabulary))
+    with working(f"training the tokenizer {kind}"):
+        model.train_from_iterator(texts, _trainer(vocabulary))
     # The stored tokenizer does not cut: its tokens do not depend on where a piece is cut.
     model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])  # type: ignore
     return Tokenizer(kind, vocabulary, model)
@@ -172,7 +173,7 @@ def _trainer(vocabulary: int) -> trainers.BpeTrainer:
         min_frequency=2,  # a pair that occurs once is no pattern
         # All 256 bytes, so that every text can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),  # elsewhere its bars would be empty lines
+        show_progress=False,  # console.working does it
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from moe_jax.base.console import working
 from moe_jax.base.errors import UserError
 from moe_jax.base.hashes import hasher
 from moe_jax.config import ModelConfig
@@ -29,7 +30,8 @@ class Teacher(NamedTuple):
     @staticmethod
     def from_gguf(path: str) -> "Teacher":
         """The model in a GGUF file. Errors as interop.gguf.load."""
-        config, parameters, tokenizer = gguf.load(path)
+        with working(f"reading {path}"):
+            config, parameters, tokenizer = gguf.load(path)
         return Teacher(config, parameters, abstract_states(config)[1], tokenizer)  # dense: empty
 
     @staticmethod

@@ -1,7 +1,7 @@
 """XLA's whole GPU compiler for GPUs that are absent: `compiled.as_text()` is the scheduled program.
 
-The package jax-cuda13-pjrt of jax's own version holds the compiler. It needs no driver and no
-device. XLA chooses tiles of products by rule, since it cannot time them.
+The package jax-cuda13-pjrt of jax's own version holds the compiler, and so does jax-cuda12-pjrt. It
+needs no driver and no device. XLA chooses tiles of products by rule, since it cannot time them.
 """
 
 import importlib.util
@@ -16,7 +16,8 @@ import jax
 from moe_jax.base.errors import UserError, brief, require
 from moe_jax.predict.hardware import Card
 
-PLUGIN = "jax_plugins.xla_cuda13"
+PLUGINS = ("xla_cuda13", "xla_cuda12")
+"""Packages below jax_plugins. Each holds the compiler, whatever CUDA it is for."""
 TRIAL = """
 import sys, jax, jax.numpy as jnp
 from jax.experimental import topologies
@@ -37,12 +38,11 @@ OPTIONS: Mapping[str, Any] = {
 
 def missing() -> str:
     """Why programs cannot be compiled for absent GPUs here, and the remedy. Empty if they can."""
-    try:
-        found = importlib.util.find_spec(PLUGIN)
-    except ModuleNotFoundError:  # not even the package around it is there
-        found = None
+    around = importlib.util.find_spec("jax_plugins") is not None
+    if around and any(importlib.util.find_spec(f"jax_plugins.{name}") for name in PLUGINS):
+        return ""
     version = jax.__version__
-    return "" if found else f"run pip install --no-deps jax-cuda13-pjrt=={version} (Linux only)"
+    return f"run pip install --no-deps jax-cuda13-pjrt=={version} (Linux only)"
 
 
 def absent_devices(card: Card, devices: int) -> list[Any]:

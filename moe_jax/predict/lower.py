@@ -22,6 +22,7 @@ import moe_kernels
 from moe_kernels.launch import lowering_for, missing_package
 
 import moe_jax
+from moe_jax.base.console import working
 from moe_jax.base.errors import UserError, require
 from moe_jax.base.files import write_atomically
 from moe_jax.base.machine import compiling_for, peak_resident_bytes
@@ -149,7 +150,8 @@ def _compiled(engine: DenseEngine) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         options = {**OPTIONS, "xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         begin = time.perf_counter()
-        compiled: Any = lowered.compile(compiler_options=options)
+        with working("compiling for absent GPUs"):
+            compiled: Any = lowered.compile(compiler_options=options)
         seconds = time.perf_counter() - begin
         buffers = _dumped(folder, "buffer-assignment")
         live = _dumped(folder, "live-range")

@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from moe_jax.base.figures import whole_ticks, write_figure
@@ -21,7 +21,6 @@ def draw_plots(
     lines: list[dict[str, Any]], baselines: dict[str, float], out: Path, experts: int
 ) -> None:
     """plots/loss.png, and for a mixture of experts load.png and router.png."""
-    matplotlib.use("Agg")  # a machine without a display
     figures = {"loss": draw_loss(lines, baselines)}
     if any("load" in line for line in lines):
         figures["load"] = draw_load(lines)
@@ -43,12 +42,7 @@ def draw_loss(lines: list[dict[str, Any]], baselines: dict[str, float]) -> Figur
     """Training loss by step, and validation bits per byte among the compressors."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    trained = [x for x in lines if "cross_entropy" in x]
-    if trained:  # else metrics.jsonl was lost
-        losses = [x["cross_entropy"] for x in trained]
-        draw_smoothed(left, [x["step"] for x in trained], losses, "tab:blue", "running mean")
-        left.legend()
-    left.set(xlabel="step", ylabel="cross-entropy (nats/token)", title="training")
+    _fill_training(left, lines)
     measured = [(x["step"], x[VALIDATION]) for x in lines if VALIDATION in x]
     right.plot(*zip(*measured, strict=True), marker="o", color="tab:blue", label="model")
     for (name, value), style in zip(baselines.items(), ("--", "-.", ":"), strict=True):
@@ -61,18 +55,45 @@ def draw_loss(lines: list[dict[str, Any]], baselines: dict[str, float]) -> Figur
     return figure
 
 
+def _fill_training(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    trained = [x for x in lines if "cross_entropy" in x]
+    if trained:  # else metrics.jsonl was lost
+        losses = [x["cross_entropy"] for x in trained]
+        draw_smoothed(axes, [x["step"] for x in trained], losses, "tab:blue", "running mean")
+        axes.legend()
+    axes.set(xlabel="step", ylabel="cross-entropy (nats/token)", title="training")
+
+
+def draw_so_far(lines: list[dict[str, Any]]) -> Figure:
+    """Training loss and expert load of a run that goes on."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.4))[0]
+    axes = left.subplots()
+    _fill_training(axes, lines)
+    whole_ticks(axes)
+    if any("load" in line for line in lines):
+        _fill_load(right, lines)
+    return figure
+
+
 def draw_load(lines: list[dict[str, Any]]) -> Figure:
     """Expert load relative to the mean, over layers (panels), experts (rows) and time.
 
     Each snapshot fills the steps until the next one.
     """
+    layers = len(next(x["load"] for x in lines if "load" in x))
+    figure = Figure(figsize=(11, 1.4 + 1.3 * layers), layout="constrained")
+    _fill_load(figure, lines)
+    return figure
+
+
+def _fill_load(figure: FigureBase, lines: list[dict[str, Any]]) -> None:
     snapshots = [x for x in lines if "load" in x]
     steps = [x["step"] for x in snapshots]
     load = np.array([x["load"] for x in snapshots], float)
     relative = load / np.maximum(load.mean(axis=-1, keepdims=True), 1e-9)
     layers = relative.shape[1]
     edges = [*steps, lines[-1]["step"] + 1]
-    figure = Figure(figsize=(11, 1.4 + 1.3 * layers), layout="constrained")
     panels = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
     image: Any = None
     for layer, panel in enumerate(panels):
@@ -83,7 +104,6 @@ def draw_load(lines: list[dict[str, Any]]) -> Figure:
     bar = figure.colorbar(image, ax=panels.tolist(), extend="max" if over else "neither")
     bar.set_label("load / mean load")
     figure.suptitle(f"expert load (white: balanced{_above(relative, steps) if over else ''})")
-    return figure
 
 
 def _draw_layer(panel: Axes, edges: list[int], relative: np.ndarray) -> Any:

@@ -2,13 +2,13 @@
 
 import base64
 import html
-import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_jax.base.figures import whole_ticks
+from moe_jax.base.figures import png, whole_ticks
 from moe_jax.runs.comparison import (
     Looked,
     column,
@@ -27,7 +27,7 @@ div { overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: .25rem .75rem; text-align: left; border-bottom: 1px solid #8886; }
 td { font-variant-numeric: tabular-nums; }
-img { max-width: 100%; background: white; }
+img { max-width: 100%; min-width: 36rem; background: white; }
 """
 
 Series = Callable[[Looked], tuple[list[int], list[float]]]
@@ -76,7 +76,13 @@ def rows(names: Sequence[str], content: Mapping[str, Sequence[str]]) -> str:
 def draw(runs: Sequence[Looked], names: Sequence[str], axis: str, series: Series) -> Figure | None:
     """One quantity of all runs by step. None: no run has it."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    panel = figure.subplots()
+    return figure if fill(figure.subplots(), runs, names, axis, series) else None
+
+
+def fill(
+    panel: Axes, runs: Sequence[Looked], names: Sequence[str], axis: str, series: Series
+) -> bool:
+    """Draws one quantity of all runs by step. Whether any run has it."""
     drawn = False
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         steps, values = series(run)
@@ -89,12 +95,12 @@ def draw(runs: Sequence[Looked], names: Sequence[str], axis: str, series: Series
     panel.set(xlabel="step", ylabel=axis)
     whole_ticks(panel)
     panel.legend()
-    return figure if drawn else None
+    return drawn
 
 
 def picture(figure: Figure, description: str) -> str:
     """A figure inside the page."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    data = base64.b64encode(image.getvalue()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+    data = base64.b64encode(png(figure)).decode()
+    # In a narrow window a plot scrolls in its box: its letters stay readable.
+    image = f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+    return f"<div>{image}</div>"

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from moe_jax.base.console import working
 from moe_jax.base.errors import require
 from moe_jax.config.processes import ProcessesConfig
 from moe_jax.parallel.processes import Peers, connected
@@ -43,7 +44,8 @@ def on_cores(work: Callable[..., Any], cores: Sequence[int], *arguments: Any) ->
             os.sched_setaffinity(0, mine)
             there.close()  # so that the other end notices when the process ends
             started.append((process, here))
-        return [_result(index, *one) for index, one in enumerate(started)]
+        with working(f"in {len(cores)} processes"):
+            return [_result(index, *one) for index, one in enumerate(started)]
     finally:
         os.sched_setaffinity(0, mine)
         for process, _ in started:

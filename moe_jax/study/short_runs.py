@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.progress import track
 
+from moe_jax.base.console import track
 from moe_jax.base.machine import gemm_rate
 from moe_jax.config import TrainConfig
 from moe_jax.model.dtype import compute_dtype

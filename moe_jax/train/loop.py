@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from moe_jax.base import process
-from moe_jax.base.console import say
+from moe_jax.base.console import say, working
 from moe_jax.base.files import disk_errors
 from moe_jax.base.machine import GemmRates, gemm_rate
 from moe_jax.base.signals import StopRequest, stop_request
@@ -177,7 +177,8 @@ def compile_step(task: Task, engine: Engine, state: TrainState, data: TokenData)
     begin = time.perf_counter()
     # Abstract: compiling must not draw a batch from the iterator.
     batch = task.abstract_batch(engine.abstract_batch())
-    engine.compile(state, batch, task.objective, task.operands, data.validation)
+    with working("compiling"):
+        engine.compile(state, batch, task.objective, task.operands, data.validation)
     seconds = time.perf_counter() - begin
     say(f"compiled in {seconds:.1f} s")
     return seconds

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_jax.base.console import Throttle, duration
 from tests.campaign.bench import Bench, bench
 from tests.campaign.kinds import KINDS
 from tests.campaign.kinds.disk import mounts
@@ -58,7 +59,13 @@ def campaign(
     """Trials of the kinds for so many seconds, each kind with its share of the time."""
     tallies: dict[str, Tally] = defaultdict(Tally)
     end = time.monotonic() + seconds
+    throttle = Throttle()
     while time.monotonic() < end:
+        if throttle.ready():
+            trials = sum(tally.trials for tally in tallies.values())
+            failures = sum(len(tally.failures) for tally in tallies.values())
+            left = duration(end - time.monotonic())
+            print(f"{trials} trials, {failures} failures, {left} left", flush=True)
         name = min(names, key=lambda n: tallies[n].seconds / KINDS[n].share)
         tally = tallies[name]
         number = tally.trials if only_trial is None else only_trial

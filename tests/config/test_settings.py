@@ -15,6 +15,7 @@ from moe_jax.config import (
     PlacementConfig,
     TrainConfig,
 )
+from moe_jax.moe.rules import RULES
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,8 @@ from moe_jax.config import (
         ),
         (
             lambda: MoEConfig(rule="token_rouding"),  # type: ignore[arg-type]
-            "model.moe.rule is 'token_rouding': use one of top_k, noisy_top_k, expert_choice, "
-            "token_rounding, hash, balanced (did you mean token_rounding?)",
+            f"model.moe.rule is 'token_rouding': use one of {', '.join(RULES)} (did you mean "
+            "token_rounding?)",
         ),
         (lambda: OptimConfig(learning_rate=float("inf")), "learning_rate is inf: it must be below"),
         (lambda: MoEConfig(device_loss=0.1), "device_loss=0.1 needs groups of experts"),

@@ -74,10 +74,15 @@ def test_counting_in_pieces_changes_nothing(monkeypatch):
         np.testing.assert_array_equal(ngram_probabilities(training, held_out, 5), whole)
 
 
-def test_compressors():
+@pytest.mark.parametrize("piece", [7, 600, 100_000])
+def test_compressors(monkeypatch, piece):
+    monkeypatch.setattr(baselines, "COMPRESSED", piece)
     data = b"some text, and some text again" * 20
-    assert gzip_bits_per_byte(data) == 8 * len(gzip.compress(data, 9)) / len(data)
-    assert xz_bits_per_byte(data) == 8 * len(lzma.compress(data, preset=9)) / len(data)
+    read = []
+    assert gzip_bits_per_byte(data, read.append) == 8 * len(gzip.compress(data, 9)) / len(data)
+    assert xz_bits_per_byte(data, read.append) == 8 * len(lzma.compress(data, preset=9)) / len(data)
+    ngram_bits_per_byte([data], data, on_bytes=read.append)
+    assert sum(read) == 3 * len(data)
 
 
 def test_no_bytes():

@@ -10,10 +10,10 @@ import pytest
 
 from experiments.moe_layer import run as moe_layer
 from experiments.moe_layer import scaling, timing
-from experiments.moe_layer.cases import Shape, layer, make_inputs, moe_config, with_gradients
 from experiments.moe_layer.models import MODELS, model_shape
 from experiments.moe_layer.peers import VARIANTS, ragged_layer, to_torch, transformers_block
 from experiments.moe_layer.timing import Call
+from moe_jax.study.layer_case import Shape, layer, make_inputs, moe_config, with_gradients
 
 SHAPE = Shape(24, 16, 8, 6, 2)
 NAMES = (

@@ -156,7 +156,7 @@ def test_axes_of_a_group(devices, axes):
 
 
 def test_without_the_compiler_the_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("moe_jax.predict.absent.PLUGIN", "no_such.plugin")
+    monkeypatch.setattr("moe_jax.predict.absent.PLUGINS", ("no_such",))
     with pytest.raises(UserError, match=r"run pip install --no-deps jax-cuda13-pjrt==[\d.]+"):
         answer(*read_command(["tiny"]))
 

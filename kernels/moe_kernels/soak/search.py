@@ -8,6 +8,9 @@ import numpy as np
 from moe_kernels.soak.case import Case, draw_case
 from moe_kernels.soak.check import attempt
 
+REPORT_SECONDS = 15.0
+"""Time between two lines of progress."""
+
 
 def shrink(case: Case) -> Case:
     """The smallest failing case that halving or decrementing one size after the other reaches."""
@@ -35,7 +38,8 @@ def soak(
     random = np.random.default_rng(seed)
     failures: list[dict[str, str]] = []
     cases = 0
-    end = time.monotonic() + 60 * minutes
+    said = time.monotonic()
+    end = said + 60 * minutes
     while time.monotonic() < end:
         case = draw_case(random, largest)
         fault = attempt(case)
@@ -45,6 +49,8 @@ def soak(
             line = f'python -m moe_kernels.soak --case "{least}"'
             failures.append({"fault": fault, "case": str(case), "reproduction": line})
             print(f"FAILED {fault}\n  {case}\n  {line}", flush=True)
-        elif cases % 20 == 0:
-            print(f"{cases} cases, {len(failures)} failures", flush=True)
+        if time.monotonic() - said > REPORT_SECONDS:
+            said = time.monotonic()
+            left = max(0, round(end - said))
+            print(f"{cases} cases, {len(failures)} failures, {left} s left", flush=True)
     return cases, failures

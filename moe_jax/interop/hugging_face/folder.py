@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moe_jax.base.console import downloading
 from moe_jax.base.errors import UserError, brief, quote
 from moe_jax.base.paths import read_file, user_path
 
@@ -40,6 +41,7 @@ def find(path: str | Path) -> Path:
 def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
     except ImportError as error:
         raise UserError(
             f"{HUB}{name} needs a further package: pip install 'moe_jax[teacher]'"
@@ -47,7 +49,8 @@ def _download(name: str) -> Path:
     # Other formats of the same weights (.bin, .onnx) would multiply the download.
     files = [CONFIG, TOKENIZER, INDEX, "*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        with downloading(f"loading {HUB}{name}", disable_progress_bars):
+            return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         reason = brief(str(error).strip().partition("\n")[0]) or type(error).__name__
         raise UserError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.base.console import working
 from moe_jax.base.errors import UserError, quote, reading, require
 from moe_jax.config import DType, ModelConfig
 from moe_jax.data.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ def read(
 ) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer]:
     """`load_model` with the parameters and biases as NumPy arrays by dotted name."""
     folder = find(path)
-    with reading(folder):
+    with working(f"reading {folder}"), reading(folder):
         config, tensors = open_folder(folder, mtp=mtp)
         config = replace(config, param_dtype=param_dtype)
         arrays = read_arrays(tensors, config, param_dtype)

@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_jax.base.console import Throttle
+from moe_jax.base.console import Throttle, open_console
 from moe_jax.base.errors import UserError
 from moe_jax.base.signals import REPEATABLE, STOPPING, Stopped, keeping, stop_request
 from moe_jax.config import require
@@ -40,7 +39,8 @@ def work(shared: Shared, sweep: Sweep) -> None:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
+    shown = open_console(stderr=True)
+    with Progress(*columns, console=shown, disable=not shown.is_terminal) as progress:
         task = progress.add_task("", total=sweep.trials)
         while (done := len(finished(study))) < sweep.trials:
             best = "".join(
@@ -54,12 +54,14 @@ def work(shared: Shared, sweep: Sweep) -> None:
                 time.sleep(0.5)
                 continue
             name = folder(claimed.trial)
+            if not shown.is_terminal:
+                shown.print(f"{done} of {sweep.trials} trials are done. {best}{label}")
             with keeping(lambda name=name: f"{sweep.out} is kept, the next start continues {name}"):
                 message = run_trial(study, sweep, claimed)
             params = claimed.trial.params.items()
             settings = " ".join(f"{name}={value_text(value)}" for name, value in params)
             line = f"{folder(claimed.trial)}  {settings}  {message}"
-            progress.console.print(line, markup=False)
+            shown.print(line, markup=False)
             write_table(study, sweep)
         progress.update(task, completed=done, description="done")
 

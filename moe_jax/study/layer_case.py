@@ -1,4 +1,4 @@
-"""What is timed: layer sizes, random inputs, and the layer as a plain function of arrays."""
+"""One layer to be timed: its sizes, random inputs, and the layer as a plain function of arrays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -15,9 +15,11 @@ from moe_jax.predict.absent import check_target, missing
 from moe_jax.predict.hardware import Card, find_card
 from moe_jax.predict.lower import Compiled, check_visible, compile_step
 from moe_jax.predict.memory import Memory, memory_of
-from moe_jax.predict.schedule import read_schedule
+from moe_jax.predict.pipeline import with_ticks
+from moe_jax.predict.schedule import Schedule, read_schedule
 from moe_jax.predict.step_time import Prediction, predict
 from moe_jax.predict.traffic import collective_bytes, total_flops
+from moe_jax.train.engines.pipelined.engine import schedule_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def answer(settings: PredictSettings, config: TrainConfig) -> Answer:
         check_target(card)
     folder = cache_folder(config.data.cache) / "predict" if settings.cache else None
     compiled = compile_step(config, card, settings.devices, folder)
-    schedule = read_schedule(compiled.text)
+    schedule = schedule_of_step(compiled, config)
     return Answer(
         config=config,
         card=card,
@@ -119,3 +121,9 @@ def answer(settings: PredictSettings, config: TrainConfig) -> Answer:
         flops=total_flops(schedule),
         collectives=collective_bytes(schedule, compiled.mesh),
     )
+
+
+def schedule_of_step(compiled: Compiled, config: TrainConfig) -> Schedule:
+    """What a device does in a step, in order. In a pipeline, what its busiest device does."""
+    found = read_schedule(compiled.text)
+    return with_ticks(found, schedule_of(config.parallel)) if config.parallel.pipe > 1 else found

@@ -107,11 +107,6 @@ def check_visible(config: TrainConfig) -> None:
         "host and device outside of the compiled program, which cannot show their time; unset it",
     )
     require(
-        config.parallel.pipe == 1,
-        f"parallel.pipe={config.parallel.pipe}: what a device does in a tick is decided at run "
-        "time, so its time cannot be read from the program yet; set parallel.pipe to 1",
-    )
-    require(
         not config.distill.teacher,
         f"distill.teacher={config.distill.teacher}: a teacher is not in the program, unset it",
     )

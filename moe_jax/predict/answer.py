@@ -38,9 +38,14 @@ class PredictSettings:
     """Keep compiled programs in the folder of data.cache, by the hash of program and card."""
     quick: bool = False
     """Two layers after the dense ones: the same code on less work."""
+    search: bool = False
+    """Looks for the fastest layout, micro-batch, schedule and remat that fit. Options of these that
+    are given are kept."""
+    search_minutes: float = 30.0
+    """Time that the search may take. Started again, it goes on where it was."""
 
     def __post_init__(self) -> None:
-        positive("", self, "devices")
+        positive("", self, "devices", "search_minutes")
         not_negative("", self, "price")
 
 
@@ -97,6 +102,12 @@ class Answer:
         return 1e12 / self.rate(seconds) / 3600
 
 
+def check_compiler() -> None:
+    """UserError: a package that compiles for absent GPUs is missing."""
+    problem = missing() or missing_package()
+    require(not problem, f"no compiler for absent GPUs: {problem}")
+
+
 def answer(settings: PredictSettings, config: TrainConfig) -> Answer:
     """Compiles, or finds the program in the cache, and reads it.
 
@@ -104,8 +115,7 @@ def answer(settings: PredictSettings, config: TrainConfig) -> Answer:
     """
     card = find_card(settings.hardware)
     check_visible(config)
-    problem = missing() or missing_package()
-    require(not problem, f"no compiler for absent GPUs: {problem}")
+    check_compiler()
     if settings.hardware.endswith(".toml"):
         check_target(card)
     folder = cache_folder(config.data.cache) / "predict" if settings.cache else None

@@ -106,7 +106,7 @@ class Timeline:
     stalled: float = 0.0
     """Of `total`: waiting for a transfer."""
     idle: float = 0.0
-    """Of `total`: waiting for the slowest device of a pipeline's ticks. The bubble is a part of it."""
+    """Of `total`: waiting for the slowest device of a pipeline's ticks, the bubble included."""
     wire: float = 0.0
     """When the second stream is free."""
     waiting: dict[str, tuple[str, float]] = field(default_factory=dict)

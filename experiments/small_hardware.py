@@ -105,28 +105,42 @@ def read(path: str, option: str) -> str:
         raise UserError(f"{option} {path} cannot be read: {error}") from error
 
 
+def recorded(path: str) -> list[Measurement]:
+    """The numbers of a result.json. UserError: it has other ones."""
+    read(path, "--recorded")
+    try:
+        rows = list(read_measurements(Path(path)).values())
+        section(rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--recorded {path} is no result of this experiment: {error!r}") from error
+    return rows
+
+
+def measured(settings: Settings) -> list[Measurement]:
+    """The numbers, which are written as well. UserError: the compiler is missing."""
+    out = output_folder(settings.out)
+    if not settings.quick:
+        check_compiler()
+    rows = measure(settings)
+    publish(
+        out,
+        experiment="small_hardware",
+        question=QUESTION,
+        settings=settings,
+        measurements=rows,
+        verdict=VERDICT,
+        figures={},
+    )
+    return rows
+
+
 def main(argv: list[str]) -> None:
     """Calculates, compiles, writes."""
     settings = parse_settings(Settings(), argv, QUESTION)
     text = read(settings.docs, "--docs") if settings.docs else ""
     if settings.docs:
         with_section(text, "", settings.docs)
-    if settings.recorded:
-        read(settings.recorded, "--recorded")
-        rows = list(read_measurements(Path(settings.recorded)).values())
-    else:
-        if not settings.quick:
-            check_compiler()
-        rows = measure(settings)
-        publish(
-            output_folder(settings.out),
-            experiment="small_hardware",
-            question=QUESTION,
-            settings=settings,
-            measurements=rows,
-            verdict=VERDICT,
-            figures={},
-        )
+    rows = recorded(settings.recorded) if settings.recorded else measured(settings)
     if settings.docs:
         write_atomically(Path(settings.docs), with_section(text, section(rows), settings.docs))
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from moe_jax.config import TrainConfig, fields
 from moe_jax.config.parallel import Schedule
 
-AXES = ("fsdp", "expert", "tensor", "pipe")
+AXES: tuple[str, ...] = ("fsdp", "expert", "tensor", "pipe")
 MOST = {"tensor": 8, "pipe": 16}
 """Devices of an axis at the most. The others may have all."""
 SCHEDULES = [name for name in get_args(Schedule) if name not in ("gpipe", "zb-h2")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_jax.study.layout_search.tries import Try
@@ -57,15 +58,14 @@ def draw(tries: Sequence[Try], card_bytes: int, title: str) -> Figure:
     return figure
 
 
-def _points(axes, group: Sequence[Try], label: str, color: str) -> None:
-    bounds = [one.rows["step_seconds"].interval for one in group if one.rows]
-    seconds = [one.value("step_seconds") for one in group]
+def _points(axes: Axes, group: Sequence[Try], label: str, color: str) -> None:
+    sizes, seconds = zip(*map(_point, group), strict=True)
     axes.errorbar(
-        [one.value("bytes_per_device") / GIB for one in group],
+        [size / GIB for size in sizes],
         seconds,
         yerr=[
-            [middle - ends[0] for middle, ends in zip(seconds, bounds, strict=True)],
-            [ends[1] - middle for middle, ends in zip(seconds, bounds, strict=True)],
+            [one.value("step_seconds") - one.interval[0] for one in group],
+            [one.interval[1] - one.value("step_seconds") for one in group],
         ],
         fmt="o",
         color=color,

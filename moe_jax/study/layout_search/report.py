@@ -54,8 +54,7 @@ def table(tries: Sequence[Try]) -> str:
     for one in (*best, *rest):
         cells: list[object] = [""] * (2 + len(NUMBERS) + 1)
         if one.rows is not None:
-            ends = one.rows["step_seconds"].interval or ["", ""]
-            cells = [*ends, *(one.value(n) for n in NUMBERS), one.value("compile_seconds")]
+            cells = [*one.interval, *(one.value(n) for n in NUMBERS), one.value("compile_seconds")]
         known = (one.least or "", one.rough.seconds or "", one.line)
         writer.writerow((one.candidate.name, one.state, *cells, *known))
     return text.getvalue()
@@ -93,8 +92,7 @@ def verdict(search: Search, tries: Sequence[Try]) -> str:
     config = best[0].candidate.of(search.config)
     command = command_line(config, PRESETS[search.config.preset].resolved())
     size = best[0].value("bytes_per_device") / 2**30
-    ends = best[0].rows["step_seconds"].interval if best[0].rows else None
-    low, high = ends or (0.0, 0.0)
+    low, high = best[0].interval
     return (
         f"PREDICTED, and not measured: the fastest that fits takes "
         f"{best[0].value('step_seconds'):.3g} s a step ({low:.3g} to {high:.3g}) and {size:.1f} "

@@ -48,6 +48,14 @@ class Try:
         return value
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Of the seconds of one that was compiled."""
+        assert self.rows is not None
+        bounds = self.rows["step_seconds"].interval
+        assert bounds is not None
+        return bounds[0], bounds[1]
+
+    @property
     def fits(self) -> bool:
         """Whether it was compiled and fits."""
         return self.rows is not None and self.value("fits") == 1

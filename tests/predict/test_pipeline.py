@@ -8,6 +8,8 @@ from moe_jax.parallel.schedules import build
 from moe_jax.parallel.schedules.split import split_backwards
 from moe_jax.parallel.simulate import simulate
 from moe_jax.parallel.ticks import tick_table
+from moe_jax.predict.absent import missing
+from moe_jax.predict.answer import answer, read_command
 from moe_jax.predict.pipeline import with_ticks
 from moe_jax.predict.schedule import Schedule, Ticks, read_schedule
 from moe_jax.predict.scheduled_hlo import Rates, run
@@ -99,3 +101,21 @@ def test_a_program_without_ticks_is_refused():
     plain = Schedule({"main": []}, "main")
     with pytest.raises(ValueError, match="no ticks"):
         with_ticks(plain, schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_the_busiest_of_two_devices_does_half_of_the_work_or_more():
+    """The same run compiled for one H100, and for a pipeline of two."""
+    argv = ["tiny", "--batch", "8", "--data.tokenizer", "bytes", "--optim.optimizer", "adamw"]
+    argv += ["--model.layers", "3", "--hardware", "h100"]
+    one = answer(*read_command([*argv, "--devices", "1", "--optim.accumulation", "4"]))
+    pipe = ["--devices", "2", "--parallel.pipe", "2", "--parallel.microbatches", "4"]
+    two = answer(*read_command([*argv, *pipe]))
+    assert 0.5 * one.flops <= two.flops < one.flops
+    assert ("collective-permute", "pipe") in two.collectives
+    line = two.prediction.line
+    parts = line.products + line.rest + line.stalled + line.idle
+    assert line.total == pytest.approx(parts)
+    assert line.idle > 0
+    assert two.prediction.low < line.total < two.prediction.high

@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_jax import cli
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError
+from moe_jax.base.signals import keeping
 from moe_jax.config import TrainConfig
 from moe_jax.predict.answer import PredictSettings, check_compiler
 from moe_jax.predict.hardware import Card, find_card
@@ -98,20 +99,24 @@ def _estimated(search: Search, candidate: Candidate, state: TrainState) -> Try:
 
 def run(search: Search, tries: list[Try], clock: Callable[[], float] = time.monotonic) -> list[Try]:
     """Compiles candidates in their order until the time is over. The list with what came of it."""
-    end = clock() + 60 * search.settings.search_minutes
-    found = []
-    for planned in tries:
-        one = planned
-        if planned.state == "not tried":
-            folder = search.folder(planned.candidate)
-            known = finished(planned, folder)
-            if known is None and clock() < end:
-                command = search.command(planned.candidate)
-                known = compile_one(planned, folder, command, end - clock())
-                say(line_of(known or replace(planned, line="the time was over")))
-            one = known or planned
-        found.append(one)
-    return found
+    minutes = search.settings.search_minutes
+    end = clock() + 60 * minutes
+    ready = sum(one.state == "not tried" for one in tries)
+    say(f"{len(tries)} layouts, of which {ready} may fit: compiling for {minutes:g} minutes")
+    with keeping(lambda: "what was compiled is kept, the next start goes on"):
+        return [_tried(search, one, end, clock) for one in tries]
+
+
+def _tried(search: Search, planned: Try, end: float, clock: Callable[[], float]) -> Try:
+    if planned.state != "not tried":
+        return planned
+    folder = search.folder(planned.candidate)
+    known = finished(planned, folder)
+    left = end - clock()
+    if known is None and left > 0:
+        known = compile_one(planned, folder, search.command(planned.candidate), left)
+        say(line_of(known or replace(planned, line="the time was over")))
+    return known or planned
 
 
 def line_of(one: Try) -> str:

@@ -9,7 +9,7 @@ from moe_jax.base.errors import UserError
 from moe_jax.config.presets import PRESETS
 from moe_jax.model.count import count_parameters
 from moe_jax.study.results import read_measurements
-from moe_jax.study.small_hardware import by_formula, devices, needs_of, section
+from moe_jax.study.small_hardware import by_formula, devices, needs_of
 
 ROOT = Path(small_hardware.__file__).parents[1]
 RECORDED = ROOT / "experiments/results/small_hardware.json"

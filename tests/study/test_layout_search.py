@@ -13,12 +13,13 @@ from moe_jax.base.result import Measurement
 from moe_jax.parallel.rules import device_bytes
 from moe_jax.predict.answer import read_command
 from moe_jax.predict.hardware import find_card
+from moe_jax.predict.layouts.fsdp import Update
 from moe_jax.predict.memory import CONTEXT, NCCL
 from moe_jax.study.layout_search.candidates import Candidate, candidates
 from moe_jax.study.layout_search.estimates import least_bytes
 from moe_jax.study.layout_search.figures import pareto
 from moe_jax.study.layout_search.report import report, verdict
-from moe_jax.study.layout_search.search import Search, plan, run
+from moe_jax.study.layout_search.search import Search, in_order, plan, run
 from moe_jax.study.layout_search.tries import Try
 from moe_jax.train.engines.dense import DenseEngine
 from moe_jax.train.state import abstract_state, tree_bytes
@@ -99,6 +100,28 @@ def test_a_pipeline_needs_a_stages_weights_and_sums_whole():
     state = abstract_state(fsdp)
     least = least_bytes(fsdp, state, 8) - CONTEXT - NCCL
     assert least >= tree_bytes(state.parameters)
+
+
+def test_the_order_is_by_time_with_other_axes_before_many_variants():
+    def ready(pipe: int, remat: str, seconds: float, size: float = 1.0) -> Try:
+        options = {"parallel.pipe": pipe, "model.remat": remat}
+        return Try(Candidate(options), "not tried", rough=Update(seconds, size))
+
+    planned = [
+        ready(1, "none", 1.0),
+        ready(1, "dots", 1.05),
+        ready(1, "full", 1.1),
+        ready(2, "none", 1.3),
+        ready(4, "none", 0.5, 99.0),
+    ]
+    found = [(*one.candidate.options.values(),) for one in in_order(planned, 10)]
+    assert found == [(1, "none"), (1, "dots"), (2, "none"), (1, "full"), (4, "none")]
+
+
+def test_layers_that_do_not_divide_are_refused_before_anything_is_compiled():
+    _, config = read_command(["tiny", "--model.layers", "4", "--parallel.pipe", "2"])
+    with pytest.raises(UserError, match="layers"):
+        least_bytes(config, abstract_state(config), 2)
 
 
 def test_failures_are_recorded_and_do_not_end_the_search(search, tmp_path):

@@ -41,6 +41,11 @@ class Candidate:
         ]
         return "-".join(words)
 
+    @property
+    def axes(self) -> tuple[Any, ...]:
+        """Sizes of the axes."""
+        return tuple(self.options.get(f"parallel.{axis}") for axis in AXES)
+
     def of(self, config: TrainConfig) -> TrainConfig:
         """The run with these fields. UserError: they do not go together."""
         parts: dict[str, dict[str, Any]] = {}

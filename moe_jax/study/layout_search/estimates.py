@@ -25,6 +25,7 @@ from moe_jax.predict.layouts.fsdp import Update, fsdp
 from moe_jax.predict.layouts.pipelined import pipelined, schedule_on
 from moe_jax.predict.memory import CONTEXT, NCCL
 from moe_jax.train.engines.pipelined.engine import schedule_of
+from moe_jax.train.engines.pipelined.gradient import layer_count
 from moe_jax.train.state import TrainState, tree_bytes
 
 RECOMPUTE: dict[str, Recompute] = {"none": "none", "dots": "selective", "full": "full"}
@@ -39,7 +40,7 @@ def least_bytes(config: TrainConfig, state: TrainState, devices: int) -> int:
     """
     parallel = config.parallel
     if parallel.pipe > 1:
-        _schedule(parallel)
+        _schedule(parallel).layers_of_piece(layer_count(config.model))
     sizes = parallel.sizes(devices)
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     mesh: Any = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=types)

@@ -53,7 +53,7 @@ def draw(tries: Sequence[Try], card_bytes: int, title: str) -> Figure:
     axes.axvline(card_bytes / GIB, color="black", linewidth=1)
     axes.annotate("the card", (card_bytes / GIB, axes.get_ylim()[1]), fontsize=8, ha="right")
     axes.set(xlabel="GiB a device", ylabel="seconds of a step, PREDICTED", ylim=(0, None))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0.0)
     figure.suptitle(f"PREDICTED: {title}")
     return figure
 

@@ -1,10 +1,12 @@
 """The search: prune by memory, order by a formula, compile until the time is over."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from moe_jax import cli
 from moe_jax.base.console import say
@@ -18,6 +20,10 @@ from moe_jax.study.layout_search.candidates import SEARCHED, Candidate, candidat
 from moe_jax.study.layout_search.estimates import least_bytes, rough_update
 from moe_jax.study.layout_search.tries import Try, compile_one, finished
 from moe_jax.train.state import TrainState, abstract_state
+
+VARIANT = 1.2
+"""How much slower each further variant of the same axes is taken to be, so that other axes are
+tried before all variants of the first ones."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,23 @@ class Search:
 
 def plan(search: Search) -> list[Try]:
     """All candidates: those to be tried in their order, then the others with their reasons."""
-    card = search.card.memory_bytes
+    found = list(_planned(search))
+    ready = [one for one in found if one.state == "not tried"]
+    return [
+        *in_order(ready, search.card.memory_bytes),
+        *(one for one in found if one.state != "not tried"),
+    ]
 
-    def place(one: Try) -> tuple[bool, bool, float]:
-        # What does not fit by the formula may fit, and comes later.
-        return one.state != "not tried", one.rough.memory > card, one.rough.seconds
 
-    return sorted(_planned(search), key=place)
+def in_order(tries: Sequence[Try], memory: int) -> list[Try]:
+    """The fastest by formula first. What does not fit by the formula may fit, and comes later."""
+    earlier: Counter[tuple[Any, ...]] = Counter()
+    places: list[tuple[bool, float, Try]] = []
+    for one in sorted(tries, key=lambda one: (one.rough.memory > memory, one.rough.seconds)):
+        slower = VARIANT ** earlier[one.candidate.axes]
+        places.append((one.rough.memory > memory, slower * one.rough.seconds, one))
+        earlier[one.candidate.axes] += 1
+    return [one for *_, one in sorted(places, key=lambda place: place[:2])]
 
 
 def _planned(search: Search) -> Iterator[Try]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from moe_jax.base.errors import UserError
 from moe_jax.parallel.executor.device import FIRST, FIRST_GRADIENT, LAST, NAMES
 from moe_jax.parallel.executor.placement import piece_numbers
 from moe_jax.parallel.schedules import Kind, PipelineSchedule
@@ -31,7 +32,7 @@ class Doing(NamedTuple):
 def with_ticks(program: Schedule, schedule: PipelineSchedule) -> Schedule:
     """The program of the busiest device, with the schedule's ticks in place of run-time decisions.
 
-    ValueError: the program has no ticks of this kind.
+    UserError: the program has no ticks.
     """
     table = tick_table(schedule)
     doings = doings_of(table, schedule)
@@ -107,7 +108,7 @@ def _tick_body(program: Schedule) -> tuple[str, dict[str, str]]:
         found = {s.scope: s.bodies[0] for s in steps if isinstance(s, Loop) and _is_of_kind(s)}
         if found:
             return name, found
-    raise ValueError("the program has no ticks of a pipeline")
+    raise UserError("no ticks in the compiled pipeline: this version of jaxlib is not known here")
 
 
 def _loop_around(program: Schedule, body: str) -> tuple[str, int]:
@@ -133,11 +134,10 @@ class _Parts:
         copy = "@".join([name, *sorted(scopes)]) + "@"
         if copy not in self.steps:
             self.steps[copy] = []
-            taken = (self._taken(step, scopes) for step in self.program.steps[name])
-            self.steps[copy] += [step for step in taken if step is not None]
+            self.steps[copy] += [self._taken(step, scopes) for step in self.program.steps[name]]
         return copy
 
-    def _taken(self, step: Step, scopes: frozenset[str]) -> Step | None:
+    def _taken(self, step: Step, scopes: frozenset[str]) -> Step:
         if not isinstance(step, Loop):
             return step
         bodies = step.bodies

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from moe_jax.base.errors import UserError
 from moe_jax.parallel.schedules import build
 from moe_jax.parallel.schedules.split import split_backwards
 from moe_jax.parallel.simulate import simulate
@@ -99,7 +100,7 @@ def test_a_device_does_each_kind_of_step_for_each_micro_batch():
 def test_a_program_without_ticks_is_refused():
     schedule = build("1f1b", stages=2, microbatches=4)
     plain = Schedule({"main": []}, "main")
-    with pytest.raises(ValueError, match="no ticks"):
+    with pytest.raises(UserError, match="no ticks"):
         with_ticks(plain, schedule)
 
 

@@ -5,9 +5,8 @@ process alone, each schedule's gradient by both, and each part of the work alone
 with the parts of a round can be compared with the schedules of the same round.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,22 +21,17 @@ from moe_jax.base.initial import root_key
 from moe_jax.config import ParallelConfig, TrainConfig
 from moe_jax.objectives.next_token import next_token
 from moe_jax.parallel.executor import PIPE, Arguments, Stages, make_gradient
-from moe_jax.parallel.executor.piece import Piece, Work
-from moe_jax.parallel.executor.slots import Stack, add, at
-from moe_jax.parallel.gradient_split import SAVEABLE, split
+from moe_jax.parallel.gradient_split import SAVEABLE
 from moe_jax.parallel.processes import Peers
 from moe_jax.parallel.schedules import PipelineSchedule
 from moe_jax.parallel.simulate import Simulation, simulate
 from moe_jax.study.on_cores import timed
+from moe_jax.study.pipeline_parts import DEVICES, REPEATS, Program, parts_of
 from moe_jax.train import step
 from moe_jax.train.engines.pipelined.engine import PipelinedEngine, schedule_of
 from moe_jax.train.engines.pipelined.gradient import PipelinedModel, make_arguments
 from moe_jax.train.state import TrainState, init_state
 
-DEVICES = 2
-MESSAGES = 20
-"""Ticks' messages that are timed as one."""
-Program = Callable[[], Any]
 Seconds = dict[str, float]
 """Of one round, by the name of what was timed."""
 
@@ -114,8 +108,7 @@ def time_rounds(
         order = list(programs)
         shift = number * len(order) // rounds  # the place of a program in the round changes
         for name in order[shift:] + order[:shift]:
-            seconds[name] = timed(peers, programs[name], 3 if name in Parts._fields else 1)
-        seconds["messages"] /= MESSAGES
+            seconds[name] = timed(peers, programs[name]) / (REPEATS if name in parts else 1)
         # Only the first process works, and the other one waits.
         seconds["once"] = timed(peers, alone if peers.index == 0 else lambda: None)
         found.append(seconds)
@@ -171,61 +164,6 @@ def on_one_device(config: TrainConfig, microbatches: int) -> tuple[Program, dict
     return lambda: jax.block_until_ready(alone(state, batch))[0], parts
 
 
-def parts_of(stages: Stages, arguments: Arguments, saveable: Any) -> dict[str, Program]:
-    """The parts as programs of their own, by their names in Parts."""
-    shared = arguments.shared
-    slot = jnp.zeros((), jnp.int32)
-    half = jax.tree.map(lambda a: a[: len(a) // DEVICES], (arguments.layers, arguments.own))
-    layers, own = _in_a_slot(half)
-    c = (arguments.constants, at(arguments.contexts, 0))
-    first = jax.jit(stages.first)
-    x = first(shared, c)
-    p, constants = at((layers, own), (0, 0))
-    piece = Piece(split(stages.layer, p, x, (constants, c), saveable))
-    work = Work(Stack(layers, slot), Stack(own, slot), c)
-    forward = jax.jit(piece.forward)
-    to_input = jax.jit(piece.backward_input)
-    done = forward(work, x)
-    y = done.y
-    saved = Stack(_in_a_slot(done.saved), slot)
-    kept = Stack(_in_a_slot(to_input(work, saved, y)[1]), slot)
-
-    # The sums of gradients are donated, as the executor's lie in the carry of its loop.
-    @partial(jax.jit, donate_argnums=0)
-    def to_weight(sums: Any, work: Work, saved: Stack, kept: Stack) -> Any:
-        return piece.backward_weight(work, saved, kept, sums)
-
-    @partial(jax.jit, donate_argnums=0)
-    def last(sums: Any, shared: Any, y: Array, c: Any) -> tuple[Any, Array]:
-        (_, _), (gradient, dy) = jax.value_and_grad(stages.last, (0, 1), has_aux=True)(shared, y, c)
-        return add(sums, gradient), dy
-
-    @partial(jax.jit, donate_argnums=0)
-    def pull_first(sums: Any, shared: Any, dx: Array, c: Any) -> Any:
-        return add(sums, jax.vjp(lambda shared: stages.first(shared, c), shared)[1](dx)[0])
-
-    sums = {"layers": jax.tree.map(jnp.zeros_like, layers)}
-    sums |= {name: jax.tree.map(jnp.zeros_like, shared) for name in ("first", "last")}
-
-    def add_to(name: str, function: Callable[..., Any], *operands: Any) -> Any:
-        result = function(sums[name], *operands)
-        sums[name] = result[0] if name == "last" else result
-        return sums[name]
-
-    return {
-        "first": lambda: first(shared, c),
-        "forward": lambda: forward(work, x),
-        "backward_input": lambda: to_input(work, saved, y),
-        "backward_weight": lambda: add_to("layers", to_weight, work, saved, kept),
-        "last": lambda: add_to("last", last, shared, y, c),
-        "pull_first": lambda: add_to("first", pull_first, shared, x, c),
-    }
-
-
-def _in_a_slot(tree: Any) -> Any:
-    return jax.tree.map(lambda a: a[None], tree)
-
-
 def ticks_alone(config: TrainConfig) -> Program:
     """The executor's ticks with the schedule's messages, and layers that only multiply by 1."""
     schedule = schedule_of(config.parallel)
@@ -255,7 +193,7 @@ def ticks_alone(config: TrainConfig) -> Program:
 
 
 def messages_of_a_tick(config: TrainConfig, microbatches: int) -> Program:
-    """As many times as MESSAGES: an activation to the next device, and a gradient to the last."""
+    """As many times as REPEATS: an activation to the next device, and a gradient to the last."""
     engine = PipelinedEngine(with_schedule(config, "1f1b", microbatches))
     rows = config.batch // microbatches
     shape = (DEVICES, rows, config.data.length, config.model.width)
@@ -265,7 +203,7 @@ def messages_of_a_tick(config: TrainConfig, microbatches: int) -> Program:
         return y, dx
 
     def of_device(x: Array) -> tuple[Array, Array]:
-        return lax.fori_loop(0, MESSAGES, exchange, (x, x + 1))
+        return lax.fori_loop(0, REPEATS, exchange, (x, x + 1))
 
     mesh: Mesh = engine.mesh
     local = jax.shard_map(of_device, mesh=mesh, in_specs=P(PIPE), out_specs=P(PIPE))

@@ -25,7 +25,7 @@ from moe_jax.parallel.executor.slots import (
     zeros,
 )
 from moe_jax.parallel.gradient_split import Saveable, split
-from moe_jax.parallel.mesh import all_at_once, largest, own_copies, varying_axes
+from moe_jax.parallel.mesh import largest, own_copies, varying_axes
 from moe_jax.parallel.schedules import Kind, PipelineSchedule
 from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, TickTable, tick_table
 
@@ -149,18 +149,15 @@ class DeviceProgram:
             buffers, y, dx = self._overlapped(buffers, row)
         if kind == Kind.FORWARD:
             work, x = self._of_forward(buffers, row.forward)
-            buffers, y = self._store_forward(buffers, row.forward, self.piece.forward(work, x))
+            into = Stack(buffers.saved[0], row.forward.saved)
+            done = self.piece.forward(work, x, into)
+            buffers, y = self._store_forward(buffers, row.forward, done)
         if kind == Kind.BACKWARD:
-            buffers, dx, kept = self._backward_input(buffers, row.backward)
-            one = jax.tree.map(lambda a: a[None], kept)
-            buffers = self._backward_weight(buffers, row.backward, Stack(one, zero_index()))
+            buffers, dx = self._backward(buffers, row.backward)
         if kind == Kind.BACKWARD_INPUT:
-            buffers, dx, kept = self._backward_input(buffers, row.backward)
-            pending = put(buffers.pending, row.backward.pending, kept)
-            buffers = buffers._replace(pending=pending)
+            buffers, dx = self._backward_input(buffers, row.backward)
         if kind == Kind.BACKWARD_WEIGHT:
-            kept = Stack(buffers.pending, row.backward.pending)
-            buffers = self._backward_weight(buffers, row.backward, kept)
+            buffers = self._backward_weight(buffers, row.backward)
         return buffers, Outbox(y, dx, steps + 1)
 
     def _overlapped(self, buffers: Buffers, row: Row) -> tuple[Buffers, Array, Array]:
@@ -169,9 +166,9 @@ class DeviceProgram:
         work, x = self._of_forward(buffers, row.forward)
         buffers, other, saved, dy = self._of_backward(buffers, row.backward)
         sums = buffers.result.layers
-        results = self.piece.overlapped(work, x, other, saved, dy, sums)
-        # Nothing is written before all is read. Otherwise XLA copies all slots.
-        forward, dx, sums = all_at_once(results)
+        forward, dx, sums = self.piece.overlapped(
+            (work, x, row.forward.saved), (other, saved, dy), sums
+        )
         buffers = buffers._replace(result=buffers.result._replace(layers=sums))
         buffers, y = self._store_forward(buffers, row.forward, forward)
         return self._store_first(buffers, row.backward, other, dx), y, dx
@@ -193,7 +190,7 @@ class DeviceProgram:
         result = result._replace(
             loss=result.loss + done.loss, others=add_at(result.others, step.chunk, done.others)
         )
-        saved = put(buffers.saved, step.saved, (done.saved, done.y))
+        saved = (done.saved, put(buffers.saved[1], step.saved, done.y))
         return buffers._replace(saved=saved, result=result), done.y
 
     def _of_backward(self, buffers: Buffers, step: Step) -> tuple[Buffers, Work, Stack, Array]:
@@ -210,10 +207,18 @@ class DeviceProgram:
         )
         return buffers._replace(result=result), work, Stack(buffers.saved[0], step.saved), dy
 
-    def _backward_input(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array, Tree]:
+    def _backward(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array]:
+        """The whole backward of a piece: both halves."""
         buffers, work, saved, dy = self._of_backward(buffers, step)
-        dx, kept = self.piece.backward_input(work, saved, dy)
-        return self._store_first(buffers, step, work, dx), dx, kept
+        dx, sums = self.piece.backward(work, saved, dy, buffers.result.layers)
+        buffers = buffers._replace(result=buffers.result._replace(layers=sums))
+        return self._store_first(buffers, step, work, dx), dx
+
+    def _backward_input(self, buffers: Buffers, step: Step) -> tuple[Buffers, Array]:
+        buffers, work, saved, dy = self._of_backward(buffers, step)
+        into = Stack(buffers.pending, step.pending)
+        dx, pending = self.piece.backward_input(work, saved, dy, into)
+        return self._store_first(buffers._replace(pending=pending), step, work, dx), dx
 
     def _store_first(self, buffers: Buffers, step: Step, work: Work, dx: Array) -> Buffers:
         """The first piece has the gradient of the parameters of `first`."""
@@ -245,9 +250,10 @@ class DeviceProgram:
         (shared,) = jax.vjp(first, self.arguments.shared)[1](dx)
         return result._replace(shared=add(result.shared, shared))
 
-    def _backward_weight(self, buffers: Buffers, step: Step, kept: Stack) -> Buffers:
+    def _backward_weight(self, buffers: Buffers, step: Step) -> Buffers:
         result = buffers.result
         saved = Stack(buffers.saved[0], step.saved)
+        kept = Stack(buffers.pending, step.pending)
         layers = self.piece.backward_weight(self._work(step), saved, kept, result.layers)
         return buffers._replace(result=result._replace(layers=layers))
 
@@ -276,22 +282,21 @@ class DeviceProgram:
         """Slots and sums of zeros."""
         a = self.arguments
         work = self._work(Step(*[zero_index()] * 5))
-        y, loss, others, saved = jax.eval_shape(self.piece.forward, work, self.x)
-        one = Stack(jax.eval_shape(lambda: zeros(saved, 1)), zero_index())
-        kept = jax.eval_shape(self.piece.backward_input, work, one, y)[1]
-        loss_of_last, results = jax.eval_shape(self.stages.last, a.shared, y, work.c)
+        loss, others, saved, kept = self.piece.shapes_of_layer(work, self.x)
+        loss_of_last, results = jax.eval_shape(self.stages.last, a.shared, self.x, work.c)
         slots = self.table.slots
         chunks = self.placement.shape[1]
+        layers = len(work.indices)
         return Buffers(
-            activations=zeros(y, slots.activation),
-            gradients=zeros(y, slots.gradient),
-            saved=zeros((saved, y), slots.saved),
-            pending=zeros(kept, slots.pending),
+            activations=zeros(self.x, slots.activation),
+            gradients=zeros(self.x, slots.gradient),
+            saved=(zeros(saved, slots.saved, layers), zeros(self.x, slots.saved)),
+            pending=zeros(kept, slots.pending, layers),
             result=Result(
                 loss=zeros(loss) + zeros(loss_of_last),
                 shared=zeros(shapes_of(a.shared)),
                 layers=zeros(shapes_of(a.layers)),
-                others=zeros(others, chunks),
+                others=zeros(others, chunks, layers),
                 results=zeros(results),
             ),
         )

@@ -52,6 +52,23 @@ def add_at(tree: Tree, index: Index, values: Tree) -> Tree:
     return put(tree, index, add(at(tree, index), values))
 
 
+def put_after(done: Tree, tree: Tree, index: tuple[Array, ...], values: Tree) -> Tree:
+    """put(tree, index, values) when all arrays of `done` are there.
+
+    XLA for CPUs drops optimization barriers before it decides what is written in place. So the
+    index itself depends on `done` here. It cannot where `done` differs over more devices than an
+    array of the tree, and XLA may then copy this array.
+    """
+
+    def one(a: Array, value: Array) -> Array:
+        before = [leaf for leaf in jax.tree.leaves(done) if varying_axes(leaf) <= varying_axes(a)]
+        nothing = [jnp.isnan(leaf.ravel()[0]).astype(jnp.int32) for leaf in before]
+        # 0, because no count is negative.
+        return put(a, (index[0] + (sum(nothing) >> 31), *index[1:]), value)
+
+    return jax.tree.map(one, tree, values)
+
+
 def _cut(a: Array, index: Index) -> Array:
     numbers = len(_numbers(index))
     return lax.dynamic_slice(a, _starts(a, index), (*[1] * numbers, *a.shape[numbers:]))

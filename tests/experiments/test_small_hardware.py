@@ -61,6 +61,27 @@ def test_the_tables_of_the_docs_are_up_to_date(tmp_path):
     assert copy.read_text() == DOCS.read_text()
 
 
+def test_the_summary_of_the_docs():
+    recorded = read_measurements(RECORDED)
+
+    def fits(what: str) -> dict[str, set[str]]:
+        def of(device: str) -> set[str]:
+            return {p for p in PRESETS if recorded[f"{device}.{p}.{what}_fits"].value}
+
+        return {device.name: of(device.name) for device in devices()}
+
+    own = {"tiny", "small"}
+    assert all(presets >= own for presets in fits("train").values())
+    assert fits("tiered_train") == {
+        "rtx4090": {*own, "olmoe_1b_7b"},
+        "l4": {*own, "olmoe_1b_7b"},
+        "t4": own,
+        "laptop": own,
+    }
+    decoded = fits("tiered_decode").values()
+    assert all(set(PRESETS) - presets == {"deepseek_v3"} for presets in decoded)
+
+
 def test_everything_in_the_tables_is_labelled():
     text = DOCS.read_text()
     assert "PREDICTED" in text

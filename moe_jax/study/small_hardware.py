@@ -52,9 +52,16 @@ class Device:
 def gpu(name: str, text: str) -> Device:
     """A card of the table."""
     card = find_card(name)
-    link = card.host_link
-    rate = card.memory_rate
-    return Device(name, text, card.memory_bytes, CONTEXT, rate, link.rate, "host memory", card)
+    return Device(
+        name=name,
+        text=text,
+        memory=card.memory_bytes,
+        reserved=CONTEXT,
+        memory_rate=card.memory_rate,
+        below_rate=card.host_link.rate,
+        below="host memory",
+        card=card,
+    )
 
 
 LAPTOP = Device(

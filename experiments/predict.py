@@ -1,10 +1,12 @@
 """Does a run fit on N GPUs that are not here, and how fast is it there?
 
     python experiments/predict.py PRESET --hardware NAME --devices N [--price P] [--FIELD VALUE …]
+    python experiments/predict.py PRESET --hardware NAME --devices N --search [--search-minutes 30]
 
 The very step that experiments/train.py would run is compiled for absent GPUs, on a machine without
 one. Memory is the compiler's. Time is PREDICTED from the scheduled program by a model of few terms
-(docs/predict.md). All options of train.py are taken. It needs the packages of moe_jax[predict].
+(docs/predict.md). With --search many layouts are compiled and ranked. All options of train.py are
+taken. It needs the packages of moe_jax[predict].
 """
 
 import os
@@ -21,12 +23,18 @@ from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import program
 from moe_jax.predict.answer import Answer, answer, read_command
 from moe_jax.predict.figures import draw
+from moe_jax.study.layout_search.report import report
+from moe_jax.study.layout_search.search import Search, plan, run
 from moe_jax.study.results import publish
 
 QUESTION = "Does this run fit on GPUs that are not here, and how fast is it there?"
 NOT_SHOWN = (
     "Not in it: cuDNN's workspaces, fragmentation between programs, unequal loads of experts, the "
     "host's overhead, data, checkpoints, and evaluations."
+)
+IN_TICKS = (
+    " In a pipeline a tick is taken to last as long as the longest step of any device, and FLOPs, "
+    "bytes sent and the timeline are those of the busiest device."
 )
 GIB = 2**30
 
@@ -53,7 +61,7 @@ def measurements(found: Answer, price: float) -> list[Measurement]:
         Measurement("collective_covered", line.covered, "of the transfers' time, PREDICTED")
     )
     rows += times(found, price)
-    for name in ("products", "rest", "transfers", "stalled"):
+    for name in ("products", "rest", "transfers", "stalled", "idle"):
         rows.append(Measurement(f"step.{name}", getattr(line, name), "s, PREDICTED"))
     for name, (fast, slow) in found.prediction.effects.items():
         changes = [found.prediction.seconds + fast, found.prediction.seconds + slow]
@@ -105,13 +113,17 @@ def verdict(found: Answer) -> str:
         f"({prediction.low:.3g} to {prediction.high:.3g}), "
         f"{found.rate(prediction.seconds):,.0f} tokens/s a device, MFU "
         f"{found.mfu(prediction.seconds):.1%}, {prediction.line.covered:.0%} of the transfers' "
-        f"time covered. {NOT_SHOWN}"
+        f"time covered. {NOT_SHOWN}{IN_TICKS if found.config.parallel.pipe > 1 else ''}"
     )
 
 
 def main(argv: list[str]) -> None:
     """Checks, compiles, writes."""
     settings, config = read_command(argv)
+    if settings.search:
+        search = Search.of(settings, config, argv, __file__)
+        report(search, run(search, plan(search)))
+        return
     found = answer(settings, config)
     title = f"{config.preset} on {settings.devices} {found.card.name}"
     publish(

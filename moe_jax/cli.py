@@ -159,6 +159,12 @@ def split(argv: list[str], first: type, second: type) -> tuple[list[str], list[s
     return first_argv, second_argv
 
 
+def fields_set(argv: list[str], *settings: type) -> set[str]:
+    """The fields of these dataclasses that the options set. UserError: an unknown option."""
+    known = {name: hint for one in settings for name, hint in types(one).items()}
+    return {name for name, _ in _options(argv, known)}
+
+
 def to_argv(settings: type, assignments: Mapping[str, str]) -> list[str]:
     """The options that set these fields, given as text. UserError: unknown field, bad boolean."""
     known = types(settings)

@@ -15,9 +15,11 @@ from moe_jax.predict.absent import check_target, missing
 from moe_jax.predict.hardware import Card, find_card
 from moe_jax.predict.lower import Compiled, check_visible, compile_step
 from moe_jax.predict.memory import Memory, memory_of
-from moe_jax.predict.schedule import read_schedule
+from moe_jax.predict.pipeline import with_ticks
+from moe_jax.predict.schedule import Schedule, read_schedule
 from moe_jax.predict.step_time import Prediction, predict
 from moe_jax.predict.traffic import collective_bytes, total_flops
+from moe_jax.train.engines.pipelined.engine import schedule_of
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,14 @@ class PredictSettings:
     """Keep compiled programs in the folder of data.cache, by the hash of program and card."""
     quick: bool = False
     """Two layers after the dense ones: the same code on less work."""
+    search: bool = False
+    """Looks for the fastest layout, micro-batch, schedule and remat that fit. Options of these that
+    are given are kept."""
+    search_minutes: float = 30.0
+    """Time that the search may take. Started again, it goes on where it was."""
 
     def __post_init__(self) -> None:
-        positive("", self, "devices")
+        positive("", self, "devices", "search_minutes")
         not_negative("", self, "price")
 
 
@@ -95,6 +102,12 @@ class Answer:
         return 1e12 / self.rate(seconds) / 3600
 
 
+def check_compiler() -> None:
+    """UserError: a package that compiles for absent GPUs is missing."""
+    problem = missing() or missing_package()
+    require(not problem, f"no compiler for absent GPUs: {problem}")
+
+
 def answer(settings: PredictSettings, config: TrainConfig) -> Answer:
     """Compiles, or finds the program in the cache, and reads it.
 
@@ -102,13 +115,12 @@ def answer(settings: PredictSettings, config: TrainConfig) -> Answer:
     """
     card = find_card(settings.hardware)
     check_visible(config)
-    problem = missing() or missing_package()
-    require(not problem, f"no compiler for absent GPUs: {problem}")
+    check_compiler()
     if settings.hardware.endswith(".toml"):
         check_target(card)
     folder = cache_folder(config.data.cache) / "predict" if settings.cache else None
     compiled = compile_step(config, card, settings.devices, folder)
-    schedule = read_schedule(compiled.text)
+    schedule = schedule_of_step(compiled, config)
     return Answer(
         config=config,
         card=card,
@@ -119,3 +131,9 @@ def answer(settings: PredictSettings, config: TrainConfig) -> Answer:
         flops=total_flops(schedule),
         collectives=collective_bytes(schedule, compiled.mesh),
     )
+
+
+def schedule_of_step(compiled: Compiled, config: TrainConfig) -> Schedule:
+    """What a device does in a step, in order. In a pipeline, what its busiest device does."""
+    found = read_schedule(compiled.text)
+    return with_ticks(found, schedule_of(config.parallel)) if config.parallel.pipe > 1 else found

@@ -72,6 +72,8 @@ def draw_step(axes: Axes, prediction: Prediction) -> None:
         "everything else": (line.rest, "#c9c9c9"),
         "waiting for transfers": (line.stalled, "#c8701a"),
     }
+    if line.idle:
+        parts["waiting for other stages"] = (line.idle, "#eeeeee")
     for name, (seconds, color) in parts.items():
         axes.barh(0, seconds, left=left, color=color, label=f"{name} {seconds:.3g} s")
         left += seconds
@@ -84,7 +86,7 @@ def draw_step(axes: Axes, prediction: Prediction) -> None:
     )
     axes.set(yticks=[], xlabel="seconds of a step")
     axes.set_title("time", loc="left", fontsize=9)
-    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.45))
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.45))
 
 
 def draw_turn(axes: Axes, line: Timeline) -> None:

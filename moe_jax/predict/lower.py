@@ -91,7 +91,7 @@ def compile_step(config: TrainConfig, card: Card, devices: int, folder: Path | N
         assert issubclass(kind, DenseEngine)  # check_visible has refused the others
         engine = kind(config, absent_devices(card, devices))
         engine.check()
-        path = None if folder is None else folder / f"{_hash(config, card, devices)}.json.gz"
+        path = None if folder is None else folder / f"{program_hash(config, card, devices)}.json.gz"
         found = None if path is None else _read(path)
         if found is None:
             found = _compiled(engine)
@@ -106,11 +106,6 @@ def check_visible(config: TrainConfig) -> None:
         not config.placement.tiered,
         f"placement.device_budget={config.placement.device_budget}: experts in tiers move between "
         "host and device outside of the compiled program, which cannot show their time; unset it",
-    )
-    require(
-        config.parallel.pipe == 1,
-        f"parallel.pipe={config.parallel.pipe}: what a device does in a tick is decided at run "
-        "time, so its time cannot be read from the program yet; set parallel.pipe to 1",
     )
     require(
         not config.distill.teacher,
@@ -181,7 +176,7 @@ def _dumped(folder: str, name: str) -> str:
     return found[-1].read_text()
 
 
-def _hash(config: TrainConfig, card: Card, devices: int) -> str:
+def program_hash(config: TrainConfig, card: Card, devices: int) -> str:
     """Of all that the program comes from: sources, settings, versions, options and the card."""
     settings = {name: value for name, value in fields(config).items() if name not in UNUSED}
     versions = (VERSION, jax.__version__, CUDNN, missing_package())
@@ -190,13 +185,13 @@ def _hash(config: TrainConfig, card: Card, devices: int) -> str:
 
 
 @cache
-def source_hash() -> str:
-    """Of the sources that a step is made of: this package up to train, and the kernels."""
+def source_hash(above: tuple[str, ...] = ABOVE) -> str:
+    """Of the sources that a step is made of: this package without `above`, and the kernels."""
     found = hashlib.sha256()
     for package in (moe_jax, moe_kernels):
         root = Path(next(iter(package.__path__)))
         for path in sorted(root.rglob("*.py")):
-            if path.relative_to(root).parts[0] not in ABOVE:
+            if path.relative_to(root).parts[0] not in above:
                 found.update(path.read_bytes())
     return found.hexdigest()
 

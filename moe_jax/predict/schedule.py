@@ -57,10 +57,30 @@ class Loop:
 
     name: str
     turns: int
+    """0: it is decided at run time."""
     bodies: tuple[str, ...]
+    scope: str = ""
+    """The innermost jax.named_scope around it."""
 
 
-Step = Compute | Start | Wait | Loop
+@dataclass(frozen=True)
+class Ticks:
+    """The steps of a device of a pipeline. All devices go from tick to tick together."""
+
+    name: str
+    own: tuple[tuple[str, int], ...]
+    """(part of the program, how often the device runs it)"""
+    meetings: tuple[tuple[frozenset[str], int], ...]
+    """(parts that the devices run in a tick, number of such ticks)"""
+
+    @property
+    def bodies(self) -> tuple[str, ...]:
+        """All parts."""
+        met = {body for bodies, _ in self.meetings for body in bodies}
+        return tuple(sorted(met | {body for body, _ in self.own}))
+
+
+Step = Compute | Start | Wait | Loop | Ticks
 
 
 @dataclass(frozen=True)
@@ -97,9 +117,9 @@ def _step(program: Program, i: Instruction, by_name: dict[str, Instruction]) -> 
         devices = _pairs(i) if kind == "collective-permute" else replica_group(i.attributes)
         return Start(i.name, kind, size, tuple(devices), not i.opcode.endswith("-start"))
     if i.opcode == "conditional":
-        return Loop(i.name, 1, tuple(_branches(i)))
+        return Loop(i.name, 1, tuple(_branches(i)), _innermost(i))
     if i.opcode in ("while", "call") and i.called:
-        return Loop(i.name, turns(i), (i.called,))
+        return Loop(i.name, turns(i), (i.called,), _innermost(i))
     work = work_of(program, i, by_name)
     return Compute(i.name, work) if work.flops or work.bytes else None
 
@@ -110,6 +130,12 @@ def turns(i: Instruction) -> int:
         return 1
     known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', i.attributes)
     return int(known[1]) if known else 0
+
+
+def _innermost(i: Instruction) -> str:
+    """`last` of `jit(step)/while/body/last/while`."""
+    names = i.scope.split("/")
+    return names[-2] if len(names) > 1 else ""
 
 
 def _branches(i: Instruction) -> list[str]:

@@ -11,6 +11,8 @@ puts it into the second stream. Its end stalls the first stream until it is done
 multiprocessors nor memory bandwidth from products. predict.step_time has those of a card. A loop
 whose number of turns is not known when it is compiled counts as none, so the rounds of a full
 exchange buffer are not priced. Of the branches of a condition the longest one runs.
+
+In a pipeline a tick takes as long as the longest step of any device in it.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +20,16 @@ from typing import Literal, NamedTuple
 
 from moe_jax.predict.collectives import Fabric, Group, collective_seconds
 from moe_jax.predict.hardware import Link
-from moe_jax.predict.schedule import Compute, Loop, Schedule, Start, Step, Wait, read_schedule
+from moe_jax.predict.schedule import (
+    Compute,
+    Loop,
+    Schedule,
+    Start,
+    Step,
+    Ticks,
+    Wait,
+    read_schedule,
+)
 from moe_jax.predict.work import Work
 
 ASSUMED = Fabric(
@@ -94,6 +105,8 @@ class Timeline:
     transfers: float = 0.0
     stalled: float = 0.0
     """Of `total`: waiting for a transfer."""
+    idle: float = 0.0
+    """Of `total`: waiting for the slowest device of a pipeline's ticks, the bubble included."""
     wire: float = 0.0
     """When the second stream is free."""
     waiting: dict[str, tuple[str, float]] = field(default_factory=dict)
@@ -117,7 +130,7 @@ class Timeline:
         """`turns` runs of a loop's body, one after the other."""
         self.events.append(Event("loop", "loop", self.total, turns * other.total))
         self.loops.append((turns, other))
-        for name in ("total", "products", "rest", "transfers", "stalled"):
+        for name in ("total", "products", "rest", "transfers", "stalled", "idle"):
             setattr(self, name, getattr(self, name) + turns * getattr(other, name))
         for kind, transfers in other.kinds.items():
             self.of(kind).seconds += turns * transfers.seconds
@@ -193,3 +206,17 @@ def _advance(line: Timeline, schedule: Schedule, step: Step, rates: Rates, alone
         case Loop(_, turns, bodies):
             runs = [_run(schedule, body, rates, alone) for body in bodies]
             line.add(max(runs, key=lambda run: run.total), turns)
+        case Ticks():
+            _add_ticks(line, step, {b: _run(schedule, b, rates, alone) for b in step.bodies})
+
+
+def _add_ticks(line: Timeline, ticks: Ticks, runs: dict[str, Timeline]) -> None:
+    before = line.total
+    for body, turns in ticks.own:
+        line.add(runs[body], turns)
+    together = sum(
+        count * max(runs[body].total for body in bodies) for bodies, count in ticks.meetings
+    )
+    idle = max(0.0, together - (line.total - before))
+    line.idle += idle
+    line.total += idle

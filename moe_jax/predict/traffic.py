@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from moe_jax.predict.collectives import sent_bytes
-from moe_jax.predict.schedule import Compute, Loop, Schedule, Start, Step
+from moe_jax.predict.schedule import Compute, Loop, Schedule, Start, Step, Ticks
 
 
 def walk(schedule: Schedule, name: str = "", times: int = 1) -> Iterator[tuple[Step, int]]:
@@ -15,6 +15,9 @@ def walk(schedule: Schedule, name: str = "", times: int = 1) -> Iterator[tuple[S
         if isinstance(step, Loop):
             largest = max(step.bodies, key=lambda body: _size(schedule, body))
             yield from walk(schedule, largest, times * step.turns)
+        elif isinstance(step, Ticks):
+            for body, turns in step.own:
+                yield from walk(schedule, body, times * turns)
         else:
             yield step, times
 

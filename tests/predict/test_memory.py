@@ -50,7 +50,6 @@ def test_the_fullest_moment_counts_a_shared_place_once():
     ("options", "message"),
     [
         (["--placement.device-budget", "1MB"], "experts in tiers move between host and device"),
-        (["--parallel.pipe", "2"], "is decided at run time"),
         (["--distill.teacher", "smollm2"], "a teacher is not in the program"),
     ],
 )

@@ -31,6 +31,10 @@ from moe_jax.parallel.ticks import IDLE, NONE, OVERLAPPED, Channel, TickTable, t
 
 NAMES = {kind: kind.name.lower() for kind in Kind} | {OVERLAPPED: "overlapped"}
 """Names of the steps, which the operations of the compiled program carry."""
+FIRST = "first"
+FIRST_GRADIENT = "first_gradient"
+LAST = "last"
+"""Names of what the first or the last piece alone does in a step."""
 
 
 class Buffers(NamedTuple):
@@ -131,8 +135,7 @@ class DeviceProgram:
         carry = (buffers, Outbox(zeros(self.x), zeros(self.x), zero_index()))
         for kind in np.unique(self.table.kinds):  # what the schedule never does is not compiled
             if kind != IDLE:
-                with jax.named_scope(NAMES[kind]):
-                    carry = when(row.kind == kind, partial(self._do, kind, row), carry)
+                carry = when(NAMES[kind], row.kind == kind, partial(self._do, kind, row), carry)
         buffers, outbox = carry
         outbox = outbox.at_the_end()
         for channel, slot in zip(self.table.channels, row.slots, strict=True):
@@ -174,11 +177,12 @@ class DeviceProgram:
         """The operands of a forward."""
         work = self._work(step)
         # Only the first piece's forward has no message.
-        x = lax.cond(
-            step.inbox == NONE,
-            lambda: own_copies(self.stages.first(self.arguments.shared, work.c), self.axes),
-            lambda: at(buffers.activations, step.inbox),
-        )
+        with jax.named_scope(FIRST):
+            x = lax.cond(
+                step.inbox == NONE,
+                lambda: own_copies(self.stages.first(self.arguments.shared, work.c), self.axes),
+                lambda: at(buffers.activations, step.inbox),
+            )
         return work, x
 
     def _store_forward(self, buffers: Buffers, step: Step, done: Forward) -> tuple[Buffers, Array]:
@@ -196,6 +200,7 @@ class DeviceProgram:
         dy = at(buffers.gradients, jnp.maximum(step.inbox, 0))
         # Only the last piece's backward has no message. Only then is y the model's output.
         dy, result = when(
+            LAST,
             step.inbox == NONE,
             lambda carry: self._last(carry[1], y, work.c),
             (dy, buffers.result),
@@ -218,7 +223,10 @@ class DeviceProgram:
     def _store_first(self, buffers: Buffers, step: Step, work: Work, dx: Array) -> Buffers:
         """The first piece has the gradient of the parameters of `first`."""
         result = when(
-            self._is_first(step), lambda r: self._pull_first(r, dx, work.c), buffers.result
+            FIRST_GRADIENT,
+            self._is_first(step),
+            lambda r: self._pull_first(r, dx, work.c),
+            buffers.result,
         )
         return buffers._replace(result=result)
 

@@ -11,8 +11,8 @@ from moe_jax.parallel.executor.interface import PIPE, Tree
 from moe_jax.parallel.mesh import own_copies, varying_axes
 
 
-def when(predicate: Array, function: Callable[[Tree], Tree], carry: Tree) -> Tree:
-    """function(carry) if the predicate holds, else carry.
+def when(name: str, predicate: Array, function: Callable[[Tree], Tree], carry: Tree) -> Tree:
+    """function(carry) if the predicate holds, else carry. It is in the jax.named_scope `name`.
 
     A loop of at most one turn, and not lax.cond: XLA updates the carry of a loop in place, and
     would copy all slots and sums of gradients in each branch of a conditional.
@@ -23,7 +23,8 @@ def when(predicate: Array, function: Callable[[Tree], Tree], carry: Tree) -> Tre
         new = jax.tree.map(lambda a, like: own_copies(a, varying_axes(like)), function(old), old)
         return jnp.zeros_like(state[0]), new
 
-    return lax.while_loop(lambda state: state[0], turn, (predicate, carry))[1]
+    with jax.named_scope(name):
+        return lax.while_loop(lambda state: state[0], turn, (predicate, carry))[1]
 
 
 Index = Array | int | tuple[Array | int, ...]

@@ -97,7 +97,8 @@ def run_notes(quick: bool, done: list[str], failed: Mapping[str, str]) -> list[s
 def write(out: Path, answers: list[Answer], notes: list[str], failed: Mapping[str, str]) -> None:
     """The three files, and the plots that report.md shows."""
     gpu = "No GPU was there: speeds of GPUs are PREDICTED or SIMULATED, or others measured them."
-    notes = [*notes, gpu]
+    words = "Claims are in our words. The article's own words are in quotation marks."
+    notes = [*notes, gpu, words]
     for plot in {plot for answer in answers for plot in answer.plots}:
         (out / "plots").mkdir(exist_ok=True)
         shutil.copyfile(ROOT / plot, out / "plots" / Path(plot).name)

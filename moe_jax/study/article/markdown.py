@@ -58,14 +58,26 @@ def write_report(answers: Sequence[Answer], notes: Sequence[str]) -> str:
 def verdict_table(article: Article) -> str:
     """README's table: the claims, and what else was found."""
     rows = [
-        (a.title, a.verdict, a.measured, f"`{a.command}`", f"[{_page(a.details)}]({a.details})")
+        (
+            a.title,
+            a.verdict,
+            _answer_text(a),
+            f"`{a.command}`",
+            f"[{_page(a.details)}]({a.details})",
+        )
         for a in article.answers()
     ]
     rows += [
-        (f["title"], "", f["measured"], f"`{f['command']}`", f"[{_page(f['details'])}]({f['details']})")
+        (
+            f["title"],
+            "",
+            f["answer"],
+            f"`{f['command']}`",
+            f"[{_page(f['details'])}]({f['details']})",
+        )
         for f in article.rows("finding")
     ]
-    return table(("claim", "verdict", "measured", "command", "details"), rows)
+    return table(("claim", "verdict", "answer", "command", "details"), rows)
 
 
 def question_table(article: Article) -> str:
@@ -74,6 +86,11 @@ def question_table(article: Article) -> str:
     return table(("question", "command", "result"), rows)
 
 
+def _answer_text(answer: Answer) -> str:
+    """What was measured here. Where nothing was, the prediction."""
+    return answer.predicted if answer.value is None else answer.measured
+
+
 def _page(path: str) -> str:
     """The name of a page: "hot cold" of docs/results/hot_cold.md."""
-    return path.rpartition("/")[2].removesuffix(".md").replace("_", " ")
+    return path.rpartition("/")[2].partition(".md")[0].replace("_", " ")

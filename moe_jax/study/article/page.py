@@ -59,7 +59,7 @@ def write_page(answers: Sequence[Answer], notes: Sequence[str], root: Path) -> s
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
         f"<title>The article's claims</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>The article’s claims</h1>\n{lead}{_summary(answers)}\n{body}\n</body>\n</html>\n"
+        f"<h1>The article's claims</h1>\n{lead}{_summary(answers)}\n{body}\n</body>\n</html>\n"
     )
 
 

@@ -11,7 +11,7 @@ HEADINGS = {"interval": "95% interval", "limit": "physical limit", "measured": "
 def interval_text(answer: Answer) -> str:
     """Both ends with the unit and the baseline, or why there is none."""
     if answer.value is None:
-        return "none: nothing was measured here"
+        return "none: no figure of this claim was measured here"
     unit = f"{answer.unit}, baseline: {answer.baseline}" if answer.baseline else answer.unit
     if answer.interval is None:
         return f"none recorded for {answer.value:.4g} ({unit})"

@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
         if not settings.from_results:
             levers = levers_of(article.content["run"], settings.quick)
             outcome = run_levers(levers, ROOT, out)
-            used, failed = outcome.results, outcome.failed
+            used = outcome.results
+            failed = outcome.failed
             if not settings.quick:
                 used, failed = usable(outcome)
                 answers = read_article(DATA, ROOT, used).answers()
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> None:
 
 def usable(outcome: Outcome) -> tuple[dict[str, Path], dict[str, str]]:
     """(results that have every figure of the report, what failed). Recorded ones stand in."""
-    used, failed = {}, dict(outcome.failed)
+    used: dict[str, Path] = {}
+    failed = dict(outcome.failed)
     for alias, path in outcome.results.items():
         try:
             read_article(DATA, ROOT, {alias: path}).answers()

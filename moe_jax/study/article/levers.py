@@ -50,7 +50,8 @@ def levers_of(rows: Sequence[Mapping[str, Any]], quick: bool) -> list[Lever]:
 
 def run_levers(levers: Sequence[Lever], root: Path, out: Path) -> Outcome:
     """Runs what is not finished yet. A failure is kept and the next experiment goes on."""
-    results, failed = {}, {}
+    results: dict[str, Path] = {}
+    failed: dict[str, str] = {}
     left = sum(lever.minutes for lever in levers if not finished(lever, out))
     for number, lever in enumerate(levers, 1):
         folder = out / "runs" / lever.alias

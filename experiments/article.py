@@ -35,7 +35,7 @@ class Settings:
     """Writes the report on the article's claims."""
 
     out: str = "runs/article"
-    """Folder for report.html, report.md, result.json and the experiments' own folders."""
+    """Folder for the report as HTML and Markdown, result.json and the experiments' own folders."""
     quick: bool = False
     """Experiments of minutes: they show that everything runs. Their figures say nothing, so the
     report takes the recorded ones."""
@@ -97,7 +97,7 @@ def run_notes(quick: bool, done: list[str], failed: Mapping[str, str]) -> list[s
 
 
 def write(out: Path, answers: list[Answer], notes: list[str], failed: Mapping[str, str]) -> None:
-    """The three files, and the plots that report.md shows."""
+    """The three files, and the plots that the Markdown shows."""
     gpu = "No GPU was there: speeds of GPUs are PREDICTED or SIMULATED, or others measured them."
     words = "Claims are in our words. The article's own words are in quotation marks."
     notes = [*notes, gpu, words]

@@ -17,6 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_jax.base.startup import ask_for_huge_pages
+
+if __name__ == "__main__":
+    ask_for_huge_pages()
+
 # Triton's interpreter compiles nothing, and JAX would look for a GPU.
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

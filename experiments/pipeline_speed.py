@@ -10,6 +10,11 @@ round. Linux only, because the cores are.
 
 from dataclasses import dataclass
 
+from moe_jax.base.startup import ask_for_huge_pages
+
+if __name__ == "__main__":
+    ask_for_huge_pages()  # as train.py does. The processes inherit it
+
 import numpy as np
 from matplotlib.figure import Figure
 

@@ -11,10 +11,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# Triton's interpreter compiles nothing, and JAX would look for a GPU.
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if __name__ == "__main__":
+    # Triton's interpreter compiles nothing, and JAX would look for a GPU.
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from moe_jax.base.console import say
 from moe_jax.base.errors import UserError, require

@@ -100,8 +100,16 @@ def record(settings: Settings, out: Path) -> tuple[Trace, np.ndarray, Tokenizer]
         experts = model.model.moe.experts
         domains = settings.text or DOMAINS
         write_trace(kept(), recorded, experts=experts, domains=domains, note=settings.model)
+        trace = read_trace(recorded)
+        for number, domain in enumerate(domains):
+            # A domain without a use would count as one that differs from all others.
+            require(
+                number in trace.domain,
+                f"{domain} has fewer than context={settings.context} tokens: give a longer text, or "
+                "a smaller --context",
+            )
         recorded.replace(path)  # an earlier trace goes only when there is a new one
-    return read_trace(path), np.concatenate(tokens), model.tokenizer
+    return trace, np.concatenate(tokens), model.tokenizer
 
 
 def listed_tokens(

@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from moe_jax.base.figures import readable
+from moe_jax.base.figures import readable, whole_ticks
 from moe_jax.placement.trace import Trace
 
 
 def shares_by_domain(trace: Trace) -> Float[np.ndarray, "domains layers E"]:
     """Of a domain's uses of experts in a layer, the fraction of each expert.
 
-    A row without a use is 0.
+    The row of a layer without a use is 0.
     """
     shape = (len(trace.domains), trace.layers, trace.experts)
     shares = np.zeros(shape)
@@ -97,6 +97,7 @@ def plot_shares(
         axes.set_ylabel("layer")
         axes.set_yticks(range(0, layers, max(1, layers // 8)))
     all_axes[-1].set_xlabel("expert")
+    whole_ticks(all_axes[-1])
     figure.colorbar(image, ax=list(all_axes), label="uses / uses if all experts were equal")
     figure.suptitle(title, parse_math=False)
     return figure

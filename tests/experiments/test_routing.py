@@ -63,5 +63,8 @@ def test_mistakes_are_one_line(tmp_path, texts):
     (tmp_path / "short.txt").write_text("x")
     with pytest.raises(UserError, match="no text has the 256 tokens"):
         routing.main([*options, str(tmp_path / "short.txt")])
+    with pytest.raises(UserError, match=r"short\.txt has fewer than context=32 tokens"):
+        routing.main([*options, texts[0], str(tmp_path / "short.txt"), "--context", "32"])
+    assert not (tmp_path / "out" / "routing.trace").exists()
     with pytest.raises(UserError, match=r"missing\.txt"):
         routing.main([*options, str(tmp_path / "missing.txt")])

@@ -86,11 +86,12 @@ def texts_of(settings: Settings, out: Path) -> list[tuple[str, str]]:
 
 def record(settings: Settings, out: Path) -> tuple[Trace, np.ndarray, Tokenizer]:
     """The trace, also in out/routing.trace, its tokens, and the model's tokenizer."""
+    texts = texts_of(settings, out)  # before the model, which may take minutes
     model = load_weights(settings.model)
     tokens: list[np.ndarray] = []
 
     def kept() -> Iterator[Routed]:
-        for window in routed_windows(model, texts_of(settings, out), settings.context):
+        for window in routed_windows(model, texts, settings.context):
             tokens.append(window.tokens)
             yield window
 
@@ -105,8 +106,8 @@ def record(settings: Settings, out: Path) -> tuple[Trace, np.ndarray, Tokenizer]
             # A domain without a use would count as one that differs from all others.
             require(
                 number in trace.domain,
-                f"{domain} has fewer than context={settings.context} tokens: give a longer text, or "
-                "a smaller --context",
+                f"{domain} has fewer than context={settings.context} tokens: give a longer text, "
+                "or a smaller --context",
             )
         recorded.replace(path)  # an earlier trace goes only when there is a new one
     return trace, np.concatenate(tokens), model.tokenizer

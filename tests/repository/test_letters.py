@@ -16,7 +16,7 @@ WORDS = {
     *("rows", "columns", "blocks", "query_blocks", "key_blocks", "tiles", "n_tiles", "d_tiles"),
     *("keys", "heads", "kv_heads", "head_dim", "value_dim", "rope_dim", "kv_rank", "pairs"),
     *("inputs", "outputs", "teacher_width", "prompts", "classes", "buckets", "bytes"),
-    *("batch", "shape", "copies", "ticks", "windows", "replicas"),
+    *("batch", "shape", "copies", "ticks", "windows", "replicas", "domains"),
 }
 """Axes without a letter, each with the meaning that it has everywhere."""
 # `*` before a name stands for several axes and `#` for one that broadcasts. `L+1` is an expression.

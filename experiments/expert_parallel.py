@@ -12,19 +12,15 @@ Before that the layer is timed here, in two processes with a core each
 counted in training runs on simulated devices (experiments/rebalancing.py).
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_jax.base.startup import ask_for_huge_pages
+from moe_jax.base.startup import ask_for_huge_pages, for_absent_gpus
 
 if __name__ == "__main__":
     ask_for_huge_pages()
-
-# Triton's interpreter compiles nothing, and JAX would look for a GPU.
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for_absent_gpus()
 
 from moe_kernels.launch import missing_package
 

@@ -9,14 +9,14 @@ read and priced one by one (moe_jax/predict/scheduled_hlo.py has the model). It 
 triton, jax-triton, jax-cuda13-plugin and jax-cuda13-pjrt.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Triton's interpreter compiles nothing, and JAX would look for a GPU.
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from moe_jax.base.startup import for_absent_gpus
+
+if __name__ == "__main__":
+    for_absent_gpus()
 
 import jax
 from moe_kernels.launch import lowering_for, missing_package

@@ -13,11 +13,12 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 
-# Triton's interpreter compiles nothing, and JAX would look for a GPU.
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The compiler warns of memory in its own words.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from moe_jax.base.startup import for_absent_gpus
+
+if __name__ == "__main__":
+    for_absent_gpus()
+    # The compiler warns of memory in its own words.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from moe_jax.base.result import Measurement, output_folder
 from moe_jax.cli import program

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The compiler warns of memory in its own words.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from moe_jax.base.startup import for_absent_gpus
+
+if __name__ == "__main__":
+    for_absent_gpus()
+    # The compiler warns of memory in its own words.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from matplotlib.figure import Figure
 

@@ -11,10 +11,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_jax.base.startup import for_absent_gpus
+
 if __name__ == "__main__":
-    # Triton's interpreter compiles nothing, and JAX would look for a GPU.
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for_absent_gpus()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from moe_jax.base.console import say

@@ -19,3 +19,12 @@ def ask_for_huge_pages() -> None:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     sys.stdout.flush()  # execv drops what Python has buffered
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def for_absent_gpus() -> None:
+    """The environment of a program that compiles for GPUs that are not here.
+
+    Triton's interpreter compiles nothing, and JAX would look for a GPU.
+    """
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
